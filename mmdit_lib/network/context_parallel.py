@@ -1,0 +1,135 @@
+"""Context parallelism: each cp rank holds a part of the image tokens and a part of the text tokens.
+
+A stream of N tokens is cut into cp parts of ceil(N / cp) rows; the rows past the end, on the last
+ranks, are zero. They never enter an attention as keys: the gathered keys and values are cut back to
+N before softmax, so every size is exact. With cp = 1 all of this is the identity.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from . import functional as F
+from .network import Tensor
+
+
+class QKV(NamedTuple):
+    """Each [batch, heads, tokens, head_dim]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Stream(NamedTuple):
+    """A token stream: its whole length and the rows that each cp rank holds."""
+
+    length: F.Size
+    local: F.Size
+
+    @classmethod
+    def cut(cls, length: F.Size, ranks: int) -> Stream:
+        return cls(length, length if ranks == 1 else F.ceil_div(length, ranks))
+
+    def split(self, x: Tensor) -> Tensor:
+        """This rank's rows of [B, length, ...]."""
+        mapping = x.network.mapping
+        if mapping.cp_size == 1:
+            return x
+        return F.narrow(x, 1, self.local * mapping.cp_rank, self.local, fill=True)
+
+
+def attend(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
+    """Joint attention over all streams: every token sees every token. [B, heads, local tokens, d] per stream."""
+    network = parts[0].q.network
+    if network.mapping.cp_size == 1:
+        joint = attention_over(parts)
+        return uncat(joint, [s.length for s in streams])
+    return (ulysses if network.cp_method == "ulysses" else gathered)(streams, parts)
+
+
+def attention_over(parts: list[QKV]) -> Tensor:
+    return F.attention(*(cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def cat(tensors) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else F.concat(list(tensors), 2)
+
+
+def uncat(x: Tensor, lengths: list[F.Size]) -> list[Tensor]:
+    """Undo `cat`."""
+    if len(lengths) == 1:
+        return [x]
+    first, second = lengths
+    return [F.narrow(x, 2, 0, first), F.narrow(x, 2, first, second)]
+
+
+def gathered(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
+    """Keys and values of all ranks, one all-gather; queries stay local."""
+    network = parts[0].q.network
+    mapping = network.mapping
+    head_dim = parts[0].q.shape[-1]
+    keys_values = F.concat([cat([p.k for p in parts]), cat([p.v for p in parts])], 3)
+    rows = [F.size(keys_values, i) for i in range(4)]
+    everyone = F.reshape(F.all_gather(keys_values, mapping.cp_group), (mapping.cp_size, *rows))
+    everyone = F.transpose(everyone, 1, 2, 0, 3, 4)  # [B, heads, cp, local rows, 2d]
+    whole = cat(whole_streams(everyone, streams))
+    k, v = F.narrow(whole, 3, 0, head_dim), F.narrow(whole, 3, head_dim, head_dim)
+    return uncat(F.attention(cat([p.q for p in parts]), k, v), [s.local for s in streams])
+
+
+def whole_streams(x: Tensor, streams: list[Stream]) -> list[Tensor]:
+    """[B, heads, cp, rows of all streams, c] -> per stream [B, heads, length, c], the fill cut off."""
+    batch, heads, _, _, channels = (F.size(x, i) for i in range(5))
+    ranks = x.network.mapping.cp_size
+    start, found = 0, []
+    for stream in streams:
+        rows = F.narrow(x, 3, start, stream.local)
+        rows = F.reshape(rows, (batch, heads, stream.local * ranks, channels))
+        found.append(F.narrow(rows, 2, 0, stream.length))
+        start = start + stream.local
+    return found
+
+
+def ulysses(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
+    """Every rank attends with its share of the heads over all tokens: one all-to-all there, one back."""
+    mapping = parts[0].q.network.mapping
+    ranks = mapping.cp_size
+    qkv = F.concat([cat([getattr(p, name) for p in parts]) for name in QKV._fields], 3)
+    batch, heads, rows, channels = (F.size(qkv, i) for i in range(4))
+    head_dim, share = channels // 3, heads // ranks
+    # Heads out, tokens in: dimension 0 is the peer, before and after.
+    by_peer = F.transpose(F.reshape(qkv, (batch, ranks, share, rows, channels)), 1, 0, 2, 3, 4)
+    whole = F.transpose(F.all_to_all(by_peer, mapping.cp_group), 1, 2, 0, 3, 4)
+    whole = cat(whole_streams(whole, streams))
+    out = F.attention(*(F.narrow(whole, 3, i * head_dim, head_dim) for i in range(3)))
+    # Tokens out, heads in, with the fill rows put back.
+    pieces = []
+    for stream, x in zip(streams, uncat(out, [s.length for s in streams]), strict=True):
+        x = F.narrow(x, 2, 0, stream.local * ranks, fill=True)
+        pieces.append(F.reshape(x, (batch, share, ranks, stream.local, head_dim)))
+    by_peer = F.transpose(pieces[0] if len(pieces) == 1 else F.concat(pieces, 3), 2, 0, 1, 3, 4)
+    mine = F.transpose(F.all_to_all(by_peer, mapping.cp_group), 1, 0, 2, 3, 4)
+    return uncat(F.reshape(mine, (batch, heads, rows, head_dim)), [s.local for s in streams])
+
+
+def split_batch(x: Tensor) -> Tensor:
+    """This cfg rank's half of the batch."""
+    mapping = x.network.mapping
+    if mapping.cfg_size == 1:
+        return x
+    half = F.size(x, 0) // mapping.cfg_size
+    return F.narrow(x, 0, half * mapping.cfg_rank, half)
+
+
+def gather_output(x: Tensor, image: Stream) -> Tensor:
+    """[b, local, c] of every cfg and cp rank, in one all-gather -> [B, length, c] on each of them."""
+    mapping = x.network.mapping
+    group = mapping.output_group
+    if len(group) == 1:
+        return x
+    batch, local, channels = (F.size(x, i) for i in range(3))
+    everyone = F.reshape(F.all_gather(x, group), (mapping.cfg_size, mapping.cp_size, batch, local, channels))
+    everyone = F.transpose(everyone, 0, 2, 1, 3, 4)
+    rows = F.reshape(everyone, (batch * mapping.cfg_size, local * mapping.cp_size, channels))
+    return F.narrow(rows, 1, 0, image.length)

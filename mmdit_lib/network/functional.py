@@ -1,0 +1,189 @@
+"""Operators: one short function each, TensorRT layers in, a `Tensor` out.
+
+Sizes are `int` where they are known and int64 tensors of shape [1] where they are dynamic; both can
+be calculated with. Every operator has its counterpart in `engine/torch_ops.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from .network import Tensor
+from .trt import trt, trt_dtype
+
+Size = int | Tensor
+"""A dimension's size or offset: a number, or an int64 tensor of shape [1]."""
+
+
+def cast(x: Tensor, dtype: str) -> Tensor:
+    if x.dtype == dtype:
+        return x
+    return x.network.add(x.network.definition.add_cast(x.itensor, trt_dtype(dtype)), "cast")
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    layer = x.network.definition.add_activation(x.itensor, getattr(trt.ActivationType, kind))
+    return x.network.add(layer, kind.lower())
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return activation(x, "GELU_TANH")
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * activation(x, "SIGMOID")
+
+
+def clip(x: Tensor, low: float, high: float) -> Tensor:
+    layer = x.network.definition.add_activation(x.itensor, trt.ActivationType.CLIP)
+    layer.alpha, layer.beta = low, high
+    return x.network.add(layer, "clip")
+
+
+def unary(x: Tensor, kind: str) -> Tensor:
+    layer = x.network.definition.add_unary(x.itensor, getattr(trt.UnaryOperation, kind))
+    return x.network.add(layer, kind.lower())
+
+
+def mean(x: Tensor, dim: int) -> Tensor:
+    """Mean over `dim`, which stays with size 1."""
+    layer = x.network.definition.add_reduce(x.itensor, trt.ReduceOperation.AVG, 1 << dim, True)
+    return x.network.add(layer, "mean")
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """Normalise the last dimension; no affine part."""
+    last = len(x.shape) - 1
+    shape = (1,) * last + (x.shape[-1],)
+    one, zero = x.network.values([1.0], x.dtype, shape), x.network.values([0.0], x.dtype, shape)
+    layer = x.network.definition.add_normalization_v2(x.itensor, one.itensor, zero.itensor, 1 << last)
+    layer.epsilon = eps
+    return x.network.add(layer, "layer_norm")
+
+
+def matmul(a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
+    op_b = trt.MatrixOperation.TRANSPOSE if transpose_b else trt.MatrixOperation.NONE
+    layer = a.network.definition.add_matrix_multiply(a.itensor, trt.MatrixOperation.NONE, b.itensor, op_b)
+    return a.network.add(layer, "matmul")
+
+
+def conv2d(x: Tensor, kernel: Tensor, bias: Tensor, stride: int) -> Tensor:
+    """kernel [out, in, size, size] and bias [out] are constants of the network."""
+    out, _, *size = kernel.shape
+    layer = x.network.definition.add_convolution_nd(x.itensor, out, tuple(size), trt.Weights(), trt.Weights())
+    layer.set_input(1, kernel.itensor)
+    layer.set_input(2, bias.itensor)
+    layer.stride_nd = (stride, stride)
+    return x.network.add(layer, "conv2d")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over [batch, heads, tokens, d]; TensorRT's layer itself does not scale."""
+    scaled = q * (q.shape[-1] ** -0.5)
+    layer = q.network.definition.add_attention_v2(
+        scaled.itensor, k.itensor, v.itensor, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
+    )
+    return q.network.add(layer, "attention")
+
+
+def size(x: Tensor, dim: int) -> Size:
+    """The size of a dimension: an int where it is static."""
+    if x.shape[dim] != -1:
+        return x.shape[dim]
+    sizes = x.network.add(x.network.definition.add_shape(x.itensor), "shape")
+    layer = x.network.definition.add_slice(sizes.itensor, (dim % len(x.shape),), (1,), (1,))
+    return x.network.add(layer, "size")
+
+
+def minimum(a: Size, b: Size) -> Size:
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    tensor, other = (a, b) if isinstance(a, Tensor) else (b, a)
+    return tensor.network.elementwise(tensor, other, trt.ElementWiseOperation.MIN)
+
+
+def ceil_div(a: Size, b: int) -> Size:
+    return (a + (b - 1)) // b
+
+
+def _vector(network, sizes: Sequence[Size]) -> Tensor:
+    """Sizes as one int64 tensor."""
+    parts = [x if isinstance(x, Tensor) else network.values([x], "int64", (1,)) for x in sizes]
+    return parts[0] if len(parts) == 1 else concat(parts, 0)
+
+
+def reshape(x: Tensor, shape: Sequence[Size]) -> Tensor:
+    """0 keeps the input's size at that place; -1, once, is what remains."""
+    layer = x.network.definition.add_shuffle(x.itensor)
+    if all(isinstance(s, int) for s in shape):
+        layer.reshape_dims = tuple(shape)
+    else:
+        layer.set_input(1, _vector(x.network, shape).itensor)
+    return x.network.add(layer, "reshape")
+
+
+def transpose(x: Tensor, *order: int) -> Tensor:
+    layer = x.network.definition.add_shuffle(x.itensor)
+    layer.first_transpose = trt.Permutation(order)
+    return x.network.add(layer, "transpose")
+
+
+def concat(parts: Sequence[Tensor], dim: int) -> Tensor:
+    network = parts[0].network
+    layer = network.definition.add_concatenation([x.itensor for x in parts])
+    layer.axis = dim
+    return network.add(layer, "concat")
+
+
+def narrow(x: Tensor, dim: int, start: Size, length: Size, *, fill: bool = False) -> Tensor:
+    """`length` elements of `dim` from `start`; with `fill`, what lies past the end reads as zero."""
+    static = isinstance(start, int) and isinstance(length, int)
+    spans = ((start,), (length,)) if static else ((0,), (0,))
+    layer = x.network.definition.add_slice(x.itensor, *spans, (1,))
+    layer.axes = (dim,)
+    if fill:
+        layer.mode = trt.SampleMode.FILL
+    if not static:
+        layer.set_input(1, _vector(x.network, [start]).itensor)
+        layer.set_input(2, _vector(x.network, [length]).itensor)
+    return x.network.add(layer, "slice")
+
+
+def chunk(x: Tensor, count: int, dim: int) -> tuple[Tensor, ...]:
+    part = x.shape[dim] // count
+    return tuple(narrow(x, dim, i * part, part) for i in range(count))
+
+
+# Collectives. TensorRT gathers and scatters on dimension 0. What it took as operation and group
+# cannot be read back from the layer, so both stand in its metadata too.
+
+
+def _collective(x: Tensor, operation: str, reduce: str, group: Sequence[int]) -> Tensor:
+    import numpy as np
+
+    layer = x.network.definition.add_dist_collective(
+        x.itensor,
+        getattr(trt.CollectiveOperation, operation),
+        getattr(trt.ReduceOperation, reduce),
+        -1,
+        np.asarray(group, dtype=np.int64),
+    )
+    layer.num_ranks = len(group)
+    layer.metadata = json.dumps({"operation": operation, "group": list(group)})
+    return x.network.add(layer, operation.lower())
+
+
+def all_reduce(x: Tensor, group: Sequence[int]) -> Tensor:
+    """The sum over the ranks of `group`."""
+    return x if len(group) == 1 else _collective(x, "ALL_REDUCE", "SUM", group)
+
+
+def all_gather(x: Tensor, group: Sequence[int]) -> Tensor:
+    """[n, ...] of every rank -> [len(group) * n, ...]."""
+    return x if len(group) == 1 else _collective(x, "ALL_GATHER", "NONE", group)
+
+
+def all_to_all(x: Tensor, group: Sequence[int]) -> Tensor:
+    """Dimension 0 in len(group) chunks: chunk i goes to rank i, and rank i's chunk comes to place i."""
+    return x if len(group) == 1 else _collective(x, "ALL_TO_ALL", "NONE", group)

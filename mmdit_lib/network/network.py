@@ -1,0 +1,188 @@
+"""The network being defined: TensorRT's `INetworkDefinition`, its names, its weights.
+
+There is no ambient default network: a `Tensor` knows the network it belongs to, and a module gets
+the network from its inputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping as Weights
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..config import CpMethod, Mapping, TpLayout
+from .plan import rule_for
+from .trt import TORCH_DTYPES, dtype_name, trt, trt_dtype
+
+Shape = tuple[int, ...]
+
+
+class Tensor:
+    """A value in the network: an `ITensor` and the `Network` it belongs to. -1 marks a dynamic size."""
+
+    def __init__(self, network: Network, itensor):
+        self.network = network
+        self.itensor = itensor
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.itensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        return dtype_name(self.itensor.dtype)
+
+    def __add__(self, other):
+        return self.network.elementwise(self, other, trt.ElementWiseOperation.SUM)
+
+    def __sub__(self, other):
+        return self.network.elementwise(self, other, trt.ElementWiseOperation.SUB)
+
+    def __mul__(self, other):
+        return self.network.elementwise(self, other, trt.ElementWiseOperation.PROD)
+
+    def __floordiv__(self, other):
+        return self.network.elementwise(self, other, trt.ElementWiseOperation.FLOOR_DIV)
+
+    def __rsub__(self, other):
+        return self.network.constant(other, self) - self
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+
+class Network:
+    """Defines one rank's network.
+
+    Args:
+        weights: this rank's checkpoint tensors by name. They are handed to TensorRT by address, so
+            this object must outlive the build.
+        dtype: 'float32', 'float16' or 'bfloat16'; the network is strongly typed.
+        mapping: the rank and the parallel sizes.
+    """
+
+    def __init__(
+        self,
+        definition,
+        *,
+        weights: Weights[str, torch.Tensor],
+        dtype: str,
+        mapping: Mapping,
+        tp_layout: TpLayout = "megatron",
+        cp_method: CpMethod = "allgather",
+    ):
+        self.definition = definition
+        self.weights = weights
+        self.dtype = dtype
+        self.mapping = mapping
+        self.tp_layout = tp_layout
+        self.cp_method = cp_method
+        self.modules: dict[str, list[Tensor]] = {}
+        self._arrays: list[torch.Tensor] = []  # what TensorRT reads by address
+        self._scopes: list[str] = []
+        self._names: set[str] = set()
+        self._constants: dict[str, Tensor] = {}
+
+    # Names ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def scope(self, path: str):
+        self._scopes.append(path)
+        try:
+            yield
+        finally:
+            self._scopes.pop()
+
+    def unique_name(self, suffix: str) -> str:
+        """'transformer_blocks.0.attn/concat', with a number where the module has several."""
+        path = self._scopes[-1] if self._scopes else ""
+        stem = name = f"{path}/{suffix}" if path else suffix
+        count = 1
+        while name in self._names:
+            count += 1
+            name = f"{stem}_{count}"
+        self._names.add(name)
+        return name
+
+    def name_outputs(self, path: str, outputs) -> None:
+        """Record what the module at `path` returned, and give each tensor the innermost module's name."""
+        tensors = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(x, Tensor)]
+        known = {x.itensor.name for group in self.modules.values() for x in group}
+        self.modules[path] = tensors
+        for i, tensor in enumerate(tensors):
+            if path and tensor.itensor.name not in known and not tensor.itensor.is_network_input:
+                tensor.itensor.name = path if len(tensors) == 1 else f"{path}:{i}"
+
+    def module_outputs(self) -> dict[str, list[str]]:
+        """The tensor names that each module returned, by module path."""
+        return {path: [x.itensor.name for x in tensors] for path, tensors in self.modules.items() if path}
+
+    def style(self) -> str:
+        """How the plan cuts the module whose `forward` is running."""
+        return rule_for(self._scopes[-1], self.tp_layout).style
+
+    # Layers --------------------------------------------------------------------------------------
+
+    def add(self, layer, suffix: str) -> Tensor:
+        """Name a new layer and its output; returns the output."""
+        if layer is None:
+            raise ValueError(f"TensorRT refused layer '{self.unique_name(suffix)}'; its log says why")
+        layer.name = self.unique_name(suffix)
+        output = layer.get_output(0)
+        output.name = layer.name
+        return Tensor(self, output)
+
+    def input(self, name: str, dtype: str, shape: Shape) -> Tensor:
+        self._names.add(name)
+        return Tensor(self, self.definition.add_input(name, trt_dtype(dtype), shape))
+
+    def output(self, tensor: Tensor, name: str) -> None:
+        tensor.itensor.name = name
+        self.definition.mark_output(tensor.itensor)
+
+    def weight(self, name: str, shape: Shape | None = None, crop: dict[int, tuple[int, int]] | None = None) -> Tensor:
+        """The parameter `name` of the running module as a constant.
+
+        `shape` views it (say, with leading 1s so that it broadcasts); `crop` then keeps `start, size`
+        of some dimensions. The graph file stores these two and the checkpoint tensor's name.
+        """
+        full_name = f"{self._scopes[-1]}.{name}"
+        array = self.weights[full_name]
+        shape = tuple(shape or array.shape)
+        source: dict[str, Any] = {"weight": full_name, "shape": shape}
+        array = array.reshape(shape)
+        for dim, (start, size) in (crop or {}).items():
+            array = array.narrow(dim, start, size)
+        if crop:
+            source["crop"] = {str(dim): span for dim, span in crop.items()}
+        layer = self.definition.add_constant(tuple(array.shape), self.by_address(array))
+        layer.metadata = json.dumps(source)
+        return self.add(layer, name)
+
+    def by_address(self, array: torch.Tensor):
+        """`trt.Weights` over the array's own memory: no copy, so the array is kept until the build has ended."""
+        array = array.contiguous()
+        self._arrays.append(array)
+        return trt.Weights(trt_dtype(dtype_name(array.dtype)), array.data_ptr(), array.numel())
+
+    def values(self, values: list, dtype: str, shape: Shape) -> Tensor:
+        """A small constant of the network's own; its values travel in the graph file."""
+        key = json.dumps([values, dtype, shape])
+        if key not in self._constants:
+            array = torch.tensor(values, dtype=TORCH_DTYPES[dtype]).expand(shape).contiguous()
+            layer = self.definition.add_constant(shape, self.by_address(array))
+            layer.metadata = json.dumps({"values": values, "dtype": dtype, "shape": shape})
+            with self.scope("constants"):
+                self._constants[key] = self.add(layer, "value")
+        return self._constants[key]
+
+    def constant(self, value: float | int, like: Tensor) -> Tensor:
+        """A scalar that broadcasts against `like`."""
+        return self.values([value], like.dtype, (1,) * len(like.shape))
+
+    def elementwise(self, a: Tensor, b: Tensor | float | int, op) -> Tensor:
+        b = b if isinstance(b, Tensor) else self.constant(b, a)
+        return self.add(self.definition.add_elementwise(a.itensor, b.itensor, op), op.name.lower())
