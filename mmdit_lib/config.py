@@ -124,6 +124,10 @@ class Mapping(Config):
         """The ranks that together hold every row of the output: (cfg, cp) in that order, one tp rank."""
         return tuple(range(self.tp_rank, self.world_size, self.tp_size))
 
+    @property
+    def largest_group(self) -> int:
+        return max(len(self.tp_group), len(self.cp_group), len(self.output_group))
+
     def at(self, rank: int) -> Mapping:
         return Mapping(tp_size=self.tp_size, cp_size=self.cp_size, cfg_size=self.cfg_size, rank=rank)
 

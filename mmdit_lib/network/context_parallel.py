@@ -70,8 +70,8 @@ def gathered(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
     mapping = network.mapping
     head_dim = parts[0].q.shape[-1]
     keys_values = F.concat([cat([p.k for p in parts]), cat([p.v for p in parts])], 3)
-    rows = [F.size(keys_values, i) for i in range(4)]
-    everyone = F.reshape(F.all_gather(keys_values, mapping.cp_group), (mapping.cp_size, *rows))
+    mine = F.reshape(keys_values, (1, -1, *[F.size(keys_values, i) for i in (1, 2, 3)]))
+    everyone = F.all_gather(mine, mapping.cp_group)
     everyone = F.transpose(everyone, 1, 2, 0, 3, 4)  # [B, heads, cp, local rows, 2d]
     whole = cat(whole_streams(everyone, streams))
     k, v = F.narrow(whole, 3, 0, head_dim), F.narrow(whole, 3, head_dim, head_dim)
@@ -80,12 +80,11 @@ def gathered(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
 
 def whole_streams(x: Tensor, streams: list[Stream]) -> list[Tensor]:
     """[B, heads, cp, rows of all streams, c] -> per stream [B, heads, length, c], the fill cut off."""
-    batch, heads, _, _, channels = (F.size(x, i) for i in range(5))
-    ranks = x.network.mapping.cp_size
+    _, heads, ranks, _, channels = x.shape
     start, found = 0, []
     for stream in streams:
         rows = F.narrow(x, 3, start, stream.local)
-        rows = F.reshape(rows, (batch, heads, stream.local * ranks, channels))
+        rows = F.reshape(rows, (-1, heads, stream.local * ranks, channels))
         found.append(F.narrow(rows, 2, 0, stream.length))
         start = start + stream.local
     return found
@@ -118,8 +117,9 @@ def split_batch(x: Tensor) -> Tensor:
     mapping = x.network.mapping
     if mapping.cfg_size == 1:
         return x
-    half = F.size(x, 0) // mapping.cfg_size
-    return F.narrow(x, 0, half * mapping.cfg_rank, half)
+    rest = [F.size(x, i) for i in range(1, len(x.shape))]
+    halves = F.reshape(x, (mapping.cfg_size, -1, *rest))
+    return F.reshape(F.narrow(halves, 0, mapping.cfg_rank, 1), (-1, *rest))
 
 
 def gather_output(x: Tensor, image: Stream) -> Tensor:
@@ -128,8 +128,9 @@ def gather_output(x: Tensor, image: Stream) -> Tensor:
     group = mapping.output_group
     if len(group) == 1:
         return x
-    batch, local, channels = (F.size(x, i) for i in range(3))
-    everyone = F.reshape(F.all_gather(x, group), (mapping.cfg_size, mapping.cp_size, batch, local, channels))
+    local, channels = F.size(x, 1), x.shape[2]
+    everyone = F.all_gather(F.reshape(x, (1, -1, local, channels)), group)
+    everyone = F.reshape(everyone, (mapping.cfg_size, mapping.cp_size, -1, local, channels))
     everyone = F.transpose(everyone, 0, 2, 1, 3, 4)
-    rows = F.reshape(everyone, (batch * mapping.cfg_size, local * mapping.cp_size, channels))
+    rows = F.reshape(everyone, (-1, local * mapping.cp_size, channels))
     return F.narrow(rows, 1, 0, image.length)

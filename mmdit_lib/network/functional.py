@@ -84,6 +84,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     layer = q.network.definition.add_attention_v2(
         scaled.itensor, k.itensor, v.itensor, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
     )
+    # Where no fused kernel fits (float32, odd head sizes), TensorRT may use several.
+    layer.decomposable = True
     return q.network.add(layer, "attention")
 
 
@@ -180,8 +182,15 @@ def all_reduce(x: Tensor, group: Sequence[int]) -> Tensor:
 
 
 def all_gather(x: Tensor, group: Sequence[int]) -> Tensor:
-    """[n, ...] of every rank -> [len(group) * n, ...]."""
-    return x if len(group) == 1 else _collective(x, "ALL_GATHER", "NONE", group)
+    """[1, ...] of every rank -> [len(group), ...]."""
+    if len(group) == 1:
+        return x
+    # TensorRT-RTX 1.7 infers the shape of every all-gather from the plan's largest group, whichever
+    # collective that belongs to. Smaller groups gather through an all-to-all of copies: the same
+    # bytes between ranks, and its shape does not depend on the group.
+    if len(group) < x.network.mapping.largest_group:
+        return all_to_all(concat([x] * len(group), 0), group)
+    return _collective(x, "ALL_GATHER", "NONE", group)
 
 
 def all_to_all(x: Tensor, group: Sequence[int]) -> Tensor:

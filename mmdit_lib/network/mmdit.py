@@ -87,7 +87,7 @@ class MMDiT(Module):
         text = Stream.cut(F.size(encoder_hidden_states, 1), network.mapping.cp_size)
 
         x = image.split(self.pos_embed(split_batch(hidden_states), max_patches=max_patches))
-        c = self.context_embedder(text.split(split_batch(encoder_hidden_states)))
+        c = self.context_embedder(split_batch(text.split(encoder_hidden_states)))
         temb = self.time_text_embed(split_batch(timestep), split_batch(pooled_projections))
         for block in self.transformer_blocks:
             c, x = block(x, c, temb, image=image, text=text)

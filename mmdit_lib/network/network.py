@@ -110,10 +110,9 @@ class Network:
     def name_outputs(self, path: str, outputs) -> None:
         """Record what the module at `path` returned, and give each tensor the innermost module's name."""
         tensors = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(x, Tensor)]
-        known = {x.itensor.name for group in self.modules.values() for x in group}
         self.modules[path] = tensors
         for i, tensor in enumerate(tensors):
-            if path and tensor.itensor.name not in known and not tensor.itensor.is_network_input:
+            if path and tensor.itensor.name in self._names and not tensor.itensor.is_network_input:
                 tensor.itensor.name = path if len(tensors) == 1 else f"{path}:{i}"
 
     def module_outputs(self) -> dict[str, list[str]]:
