@@ -117,11 +117,13 @@ def _vector(network, sizes: Sequence[Size]) -> Tensor:
 
 def reshape(x: Tensor, shape: Sequence[Size]) -> Tensor:
     """0 keeps the input's size at that place; -1, once, is what remains."""
+    static = all(isinstance(s, int) for s in shape)
+    target = tuple(shape) if static else _vector(x.network, shape).itensor
     layer = x.network.definition.add_shuffle(x.itensor)
-    if all(isinstance(s, int) for s in shape):
-        layer.reshape_dims = tuple(shape)
+    if static:
+        layer.reshape_dims = target
     else:
-        layer.set_input(1, _vector(x.network, shape).itensor)
+        layer.set_input(1, target)
     return x.network.add(layer, "reshape")
 
 
@@ -141,14 +143,14 @@ def concat(parts: Sequence[Tensor], dim: int) -> Tensor:
 def narrow(x: Tensor, dim: int, start: Size, length: Size, *, fill: bool = False) -> Tensor:
     """`length` elements of `dim` from `start`; with `fill`, what lies past the end reads as zero."""
     static = isinstance(start, int) and isinstance(length, int)
-    spans = ((start,), (length,)) if static else ((0,), (0,))
-    layer = x.network.definition.add_slice(x.itensor, *spans, (1,))
+    spans = ((start,), (length,)) if static else [_vector(x.network, [s]).itensor for s in (start, length)]
+    layer = x.network.definition.add_slice(x.itensor, *(spans if static else ((0,), (0,))), (1,))
     layer.axes = (dim,)
     if fill:
         layer.mode = trt.SampleMode.FILL
     if not static:
-        layer.set_input(1, _vector(x.network, [start]).itensor)
-        layer.set_input(2, _vector(x.network, [length]).itensor)
+        layer.set_input(1, spans[0])
+        layer.set_input(2, spans[1])
     return x.network.add(layer, "slice")
 
 

@@ -1,0 +1,122 @@
+"""A graph file and a checkpoint's tensors -> `torch.fx.GraphModule`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from .graph import Graph, Layer
+from .torch_ops import DTYPES, OPS, SHAPE_OPS
+
+
+def lower(
+    graph: Graph,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    groups: Mapping[tuple[int, ...], str] | None = None,
+) -> fx.GraphModule:
+    """Args:
+        weights: the checkpoint tensors of this rank; on the CPU they are used where they lie.
+        groups: the process group's name for every group of ranks that the collectives name.
+
+    Returns a module that takes the graph's inputs in order; each node's `meta['tensor']` is the name
+    of the TensorRT tensor that it calculates.
+    """
+    root = torch.nn.Module()
+    target = fx.Graph()
+    values: dict[str | None, fx.Node | tuple[int, ...] | None] = {None: None}
+    for value in graph.inputs:
+        values[value.name] = _named(target.placeholder(value.name), value.name)
+    for layer in fuse(graph):
+        if layer.type == "CONSTANT":
+            if layer.output.dtype == "int64":
+                values[layer.output.name] = tuple(layer.attributes["values"])
+                continue
+            name = f"w{len(root._buffers)}"
+            root.register_buffer(name, constant(layer, weights).to(device))
+            node = target.get_attr(name)
+            node.meta["weight"] = layer.attributes.get("weight")
+        else:
+            ops = SHAPE_OPS if layer.output.dtype == "int64" else OPS
+            attributes = dict(layer.attributes)
+            if layer.type == "DIST_COLLECTIVE":
+                attributes["group"] = (groups or {})[tuple(attributes["group"])]
+            node = target.call_function(ops[layer.type], tuple(values[i] for i in layer.inputs), attributes)
+        values[layer.output.name] = _named(node, layer.output.name)
+    target.output(values[graph.outputs[0]])
+    target.eliminate_dead_code()
+    return fx.GraphModule(root, target)
+
+
+def _named(node: fx.Node, name: str) -> fx.Node:
+    node.meta["tensor"] = name
+    return node
+
+
+def constant(layer: Layer, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The value of a CONSTANT layer: a view of a checkpoint tensor, or the network's own numbers."""
+    source = layer.attributes
+    if "values" in source:
+        return torch.tensor(source["values"], dtype=DTYPES[source["dtype"]]).expand(source["shape"])
+    tensor = weights[source["weight"]].reshape(source["shape"])
+    for dim, (start, size) in source.get("crop", {}).items():
+        tensor = tensor.narrow(int(dim), start, size)
+    return tensor
+
+
+# Fusions that also change rounding: TensorRT fuses these pairs too, and so does diffusers, which
+# calls the fused operator in the first place. Only values between the two layers disappear.
+
+
+def fuse(graph: Graph) -> list[Layer]:
+    """The graph's layers with matmul + bias, x * sigmoid(x) and the scale before attention as one each."""
+    made_by = {layer.output.name: layer for layer in graph.layers}
+    uses = Counter(name for layer in graph.layers for name in layer.inputs)
+    fused = (_linear(layer, made_by, uses) or _silu(layer, made_by) or _scale(layer, made_by) or layer
+             for layer in graph.layers)  # fmt: skip
+    return list(fused)
+
+
+def _is(layer: Layer | None, layer_type: str, /, **attributes) -> bool:
+    if layer is None or layer.type != layer_type:
+        return False
+    return all(layer.attributes.get(name) == wanted for name, wanted in attributes.items())
+
+
+def _linear(layer: Layer, made_by: dict[str, Layer], uses: Counter) -> Layer | None:
+    if not _is(layer, "ELEMENTWISE", op="SUM"):
+        return None
+    product, bias = (made_by.get(name) for name in layer.inputs)
+    if not (_is(product, "MATRIX_MULTIPLY", op0="NONE", op1="TRANSPOSE") and _is(bias, "CONSTANT")):
+        return None
+    if not _is(made_by.get(product.inputs[1]), "CONSTANT") or uses[product.output.name] > 1:
+        return None
+    return replace(layer, type="LINEAR", inputs=(*product.inputs, bias.output.name), attributes={})
+
+
+def _silu(layer: Layer, made_by: dict[str, Layer]) -> Layer | None:
+    if not _is(layer, "ELEMENTWISE", op="PROD"):
+        return None
+    x, gate = layer.inputs
+    sigmoid = made_by.get(gate)
+    if not (_is(sigmoid, "ACTIVATION", kind="SIGMOID") and sigmoid.inputs == (x,)):
+        return None
+    return replace(layer, type="SILU", inputs=(x,), attributes={})
+
+
+def _scale(layer: Layer, made_by: dict[str, Layer]) -> Layer | None:
+    if not _is(layer, "ATTENTION"):
+        return None
+    product = made_by.get(layer.inputs[0])
+    if not _is(product, "ELEMENTWISE", op="PROD"):
+        return None
+    scale = made_by.get(product.inputs[1])
+    if not (_is(scale, "CONSTANT") and len(scale.attributes.get("values", [])) == 1):
+        return None
+    attributes = layer.attributes | {"scale": scale.attributes["values"][0]}
+    return replace(layer, inputs=(product.inputs[0], *layer.inputs[1:]), attributes=attributes)

@@ -1,0 +1,129 @@
+"""Reading an `INetworkDefinition` back, layer by layer, into a `Graph`.
+
+`network.get_layer` gives a plain `ILayer`; once its class is set to the one of its type, the
+attributes are there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from ..network.trt import dtype_name, trt
+from .graph import Graph, Layer, Value
+
+
+def read_network(definition, modules: dict[str, list[str]]) -> Graph:
+    """Args: definition: a TensorRT network; modules: the tensor names that each module returned."""
+    layers = []
+    attention_inputs: dict[str, tuple[str, ...]] = {}
+    for index in range(definition.num_layers):
+        layer = definition.get_layer(index)
+        kind = layer.type.name
+        inputs = tuple(
+            tensor.name if (tensor := layer.get_input(i)) else None for i in range(layer.num_inputs)
+        )
+        output = value(layer.get_output(0))
+        if kind == "ATTENTION_INPUT":
+            attention_inputs[output.name] = inputs
+            continue
+        if kind == "ATTENTION_OUTPUT":
+            kind, inputs = "ATTENTION", attention_inputs[inputs[0]]
+        layers.append(Layer(layer.name, kind, inputs, output, attributes(layer, kind)))
+    return Graph(
+        inputs=tuple(value(definition.get_input(i)) for i in range(definition.num_inputs)),
+        outputs=tuple(definition.get_output(i).name for i in range(definition.num_outputs)),
+        layers=tuple(layers),
+        modules={path: tuple(names) for path, names in modules.items()},
+    )
+
+
+def value(tensor) -> Value:
+    return Value(tensor.name, dtype_name(tensor.dtype), tuple(tensor.shape))
+
+
+def attributes(layer, kind: str) -> dict:
+    if kind not in READERS:
+        raise ValueError(f"layer '{layer.name}': the graph file does not know layers of type {kind}")
+    class_name, read = READERS[kind]
+    layer.__class__ = getattr(trt, class_name)
+    return read(layer)
+
+
+def _metadata(layer) -> dict:
+    return json.loads(layer.metadata)
+
+
+def _activation(layer) -> dict:
+    clip = {"alpha": layer.alpha, "beta": layer.beta} if layer.type == trt.ActivationType.CLIP else {}
+    return {"kind": layer.type.name, **clip}
+
+
+def _permutation(order, rank: int) -> list[int] | None:
+    order = list(order)[:rank]
+    return None if order == list(range(rank)) else order
+
+
+def _shuffle(layer) -> dict:
+    static = layer.num_inputs == 1 and layer.reshape_dims
+    rank_in, rank_out = len(layer.get_input(0).shape), len(layer.get_output(0).shape)
+    return {
+        "first_transpose": _permutation(layer.first_transpose, rank_in),
+        "reshape_dims": list(static) if static else None,
+        "second_transpose": _permutation(layer.second_transpose, rank_out),
+        "zero_is_placeholder": layer.zero_is_placeholder,
+    }
+
+
+def _slice(layer) -> dict:
+    dynamic = layer.num_inputs > 1
+    axes = layer.axes
+    return {
+        "axes": list(axes) if axes is not None else list(range(len(layer.stride))),
+        "start": None if dynamic else list(layer.start),
+        "shape": None if dynamic else list(layer.shape),
+        "stride": list(layer.stride),
+        "mode": layer.mode.name,
+    }
+
+
+def _convolution(layer) -> dict:
+    return {
+        "stride_nd": list(layer.stride_nd),
+        "padding_nd": list(layer.padding_nd),
+        "dilation_nd": list(layer.dilation_nd),
+        "num_groups": layer.num_groups,
+    }
+
+
+def _reduce(layer) -> dict:
+    return {"op": layer.op.name, "axes": layer.axes, "keep_dims": layer.keep_dims}
+
+
+def _matrix_multiply(layer) -> dict:
+    return {"op0": layer.op0.name, "op1": layer.op1.name}
+
+
+def _attention(layer) -> dict:
+    attention = layer.attention
+    return {"norm_op": attention.norm_op.name, "causal_kind": attention.causal_kind.name}
+
+
+READERS: dict[str, tuple[str, Callable]] = {
+    "ACTIVATION": ("IActivationLayer", _activation),
+    "ATTENTION": ("IAttentionOutputLayer", _attention),
+    "CAST": ("ICastLayer", lambda layer: {"to_type": dtype_name(layer.to_type)}),
+    "CONCATENATION": ("IConcatenationLayer", lambda layer: {"axis": layer.axis}),
+    "CONSTANT": ("IConstantLayer", _metadata),
+    "CONVOLUTION": ("IConvolutionLayer", _convolution),
+    "DIST_COLLECTIVE": ("IDistCollectiveLayer", _metadata),
+    "ELEMENTWISE": ("IElementWiseLayer", lambda layer: {"op": layer.op.name}),
+    "MATRIX_MULTIPLY": ("IMatrixMultiplyLayer", _matrix_multiply),
+    "NORMALIZATION": ("INormalizationLayer", lambda layer: {"axes": layer.axes, "epsilon": layer.epsilon}),
+    "REDUCE": ("IReduceLayer", _reduce),
+    "SHAPE": ("IShapeLayer", lambda layer: {}),
+    "SHUFFLE": ("IShuffleLayer", _shuffle),
+    "SLICE": ("ISliceLayer", _slice),
+    "UNARY": ("IUnaryLayer", lambda layer: {"op": layer.op.name}),
+}
+"""By layer type: the class to read it as, and its attributes."""

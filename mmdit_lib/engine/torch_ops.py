@@ -1,0 +1,192 @@
+"""TensorRT's layers in PyTorch: one short function per layer type, its attributes as keywords.
+
+int64 tensors are shapes (sizes and offsets that TensorRT keeps on the host); here they are tuples
+of int, so nothing is read back from a GPU and `torch.compile` sees plain sizes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as nn
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def activation(x, *, kind, alpha=0.0, beta=0.0):
+    if kind == "CLIP":
+        return x.clamp(alpha, beta)
+    return ACTIVATIONS[kind](x)
+
+
+def gelu_tanh(x):
+    return nn.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable] = {"SIGMOID": torch.sigmoid, "GELU_TANH": gelu_tanh, "RELU": torch.relu}
+
+
+def attention(q, k, v, *, norm_op, causal_kind, scale=1.0):
+    """softmax(scale * q k^T) v; TensorRT's layer has scale 1."""
+    assert (norm_op, causal_kind) == ("SOFTMAX", "NONE"), (norm_op, causal_kind)
+    return nn.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def cast(x, *, to_type):
+    return x.to(DTYPES[to_type])
+
+
+def concatenation(*parts, axis):
+    return torch.cat(parts, axis)
+
+
+def convolution(x, kernel, bias, *, stride_nd, padding_nd, dilation_nd, num_groups):
+    return nn.conv2d(x, kernel, bias, stride_nd, padding_nd, dilation_nd, num_groups)
+
+
+ELEMENTWISE: dict[str, Callable] = {
+    "SUM": operator.add,
+    "SUB": operator.sub,
+    "PROD": operator.mul,
+    "DIV": operator.truediv,
+    "FLOOR_DIV": operator.floordiv,
+    "MIN": torch.minimum,
+    "MAX": torch.maximum,
+}
+
+
+def elementwise(a, b, *, op):
+    return ELEMENTWISE[op](a, b)
+
+
+def matrix_multiply(a, b, *, op0, op1):
+    a = a.transpose(-1, -2) if op0 == "TRANSPOSE" else a
+    b = b.transpose(-1, -2) if op1 == "TRANSPOSE" else b
+    return a @ b
+
+
+def normalization(x, scale, bias, *, axes, epsilon):
+    assert axes == 1 << (x.dim() - 1), "only the last dimension is normalised"
+    return nn.layer_norm(x, x.shape[-1:], scale.flatten(), bias.flatten(), epsilon)
+
+
+def reduce(x, *, op, axes, keep_dims):
+    dims = [i for i in range(x.dim()) if axes >> i & 1]
+    return {"AVG": torch.mean, "SUM": torch.sum}[op](x, dims, keepdim=keep_dims)
+
+
+def shuffle(x, shape=None, *, first_transpose, reshape_dims, second_transpose, zero_is_placeholder):
+    if first_transpose:
+        x = x.permute(first_transpose)
+    shape = reshape_dims if shape is None else shape
+    if shape is not None:
+        if zero_is_placeholder:
+            shape = [x.shape[i] if size == 0 else size for i, size in enumerate(shape)]
+        x = x.reshape(shape)
+    return x.permute(second_transpose) if second_transpose else x
+
+
+def slice_(x, starts=None, sizes=None, *, axes, start, shape, stride, mode):
+    assert set(stride) == {1}, stride
+    starts = start if starts is None else starts
+    sizes = shape if sizes is None else sizes
+    for dim, first, length in zip(axes, starts, sizes, strict=True):
+        beyond = first + length - x.shape[dim]
+        if mode == "FILL" and beyond > 0:
+            x = nn.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, beyond])
+        x = x.narrow(dim, first, length)
+    return x
+
+
+UNARY: dict[str, Callable] = {
+    "SQRT": torch.sqrt, "RECIP": torch.reciprocal, "SIN": torch.sin, "COS": torch.cos, "EXP": torch.exp,
+}  # fmt: skip
+
+
+def unary(x, *, op):
+    return UNARY[op](x)
+
+
+def dist_collective(x, *, operation, group):
+    """`group` is the name of a process group of `torch.distributed`; see `parallel.py`."""
+    collective = torch.ops._c10d_functional
+    size = torch.distributed.distributed_c10d._resolve_process_group(group).size()
+    x = x.contiguous()
+    if operation == "ALL_REDUCE":
+        y = collective.all_reduce(x, "sum", group)
+    elif operation == "ALL_GATHER":
+        y = collective.all_gather_into_tensor(x, size, group)
+    else:
+        rows = [x.shape[0] // size] * size
+        y = collective.all_to_all_single(x, rows, rows, group)
+    return collective.wait_tensor(y)
+
+
+# What the fusions of `lowering.py` put in.
+
+
+def linear(x, weight, bias):
+    """A matrix multiply by a transposed constant, and its bias: one rounding instead of two."""
+    return nn.linear(x, weight.reshape(weight.shape[-2:]), bias.flatten())
+
+
+def silu(x):
+    return nn.silu(x)
+
+
+OPS: dict[str, Callable] = {
+    "ACTIVATION": activation,
+    "ATTENTION": attention,
+    "CAST": cast,
+    "CONCATENATION": concatenation,
+    "CONVOLUTION": convolution,
+    "DIST_COLLECTIVE": dist_collective,
+    "ELEMENTWISE": elementwise,
+    "LINEAR": linear,
+    "MATRIX_MULTIPLY": matrix_multiply,
+    "NORMALIZATION": normalization,
+    "REDUCE": reduce,
+    "SHUFFLE": shuffle,
+    "SILU": silu,
+    "SLICE": slice_,
+    "UNARY": unary,
+}
+
+
+# Shapes: tuples of int.
+
+
+def shape_of(x) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def shape_slice(x: Sequence[int], *, axes, start, shape, stride, mode) -> tuple[int, ...]:
+    return tuple(x[start[0] : start[0] + shape[0]])
+
+
+def shape_concatenation(*parts: Sequence[int], axis) -> tuple[int, ...]:
+    return tuple(size for part in parts for size in part)
+
+
+def shape_elementwise(a: Sequence[int], b: Sequence[int], *, op) -> tuple[int, ...]:
+    function = {"MIN": min, "MAX": max}.get(op) or ELEMENTWISE[op]
+    length = max(len(a), len(b))
+    a, b = (tuple(x) * length if len(x) == 1 else tuple(x) for x in (a, b))
+    return tuple(function(i, j) for i, j in zip(a, b, strict=True))
+
+
+def shape_reduce(x: Sequence[int], *, op, axes, keep_dims) -> tuple[int, ...]:
+    assert op == "PROD" and axes == 1, (op, axes)
+    return (math.prod(x),)
+
+
+SHAPE_OPS: dict[str, Callable] = {
+    "CONCATENATION": shape_concatenation,
+    "ELEMENTWISE": shape_elementwise,
+    "REDUCE": shape_reduce,
+    "SHAPE": shape_of,
+    "SLICE": shape_slice,
+}
