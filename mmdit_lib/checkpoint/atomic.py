@@ -1,0 +1,107 @@
+"""Folders that appear under their final name only when complete."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def complete_folder(folder: Path, kind: str, is_kind: Callable[[Path], bool]) -> Iterator[Path]:
+    """A temporary sibling to write in; renamed to `folder` at the end, removed if anything is raised.
+
+    What a killed process left behind is removed by the next call. An older `folder` stays until the
+    new one is complete.
+
+    Args:
+        folder: must not exist, or be empty, or be of the same kind.
+        kind: what the folder is, for messages: "checkpoint".
+        is_kind: tells whether an existing folder is one, so that nothing else is ever deleted.
+
+    Raises:
+        ValueError: if `folder` holds something else, or the disk is full.
+    """
+    folder = folder.resolve()
+    _refuse_foreign(folder, kind, is_kind)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up(folder)
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        _sync(partial)
+        _refuse_foreign(folder, kind, is_kind)
+        _swap(partial, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        written = size_of(partial)
+        raise ValueError(f"disk full: no room for {folder.name} in {folder.parent} after {written} bytes") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_space(folder: Path, nbytes: int) -> None:
+    """Raises `ValueError` unless `nbytes` fit on the disk of `folder`, which exists."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise ValueError(f"disk full: {nbytes} bytes are needed in {folder.parent}, {free} are free")
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _refuse_foreign(folder: Path, kind: str, is_kind: Callable[[Path], bool]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} exists and is a file; give the name of a folder")
+    if folder.exists() and any(folder.iterdir()) and not is_kind(folder):
+        raise ValueError(f"{folder} holds something other than a {kind}; nothing there is overwritten")
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.rename(partial, folder)
+        return
+    old = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
+    os.rename(folder, old)
+    os.rename(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clean_up(folder: Path) -> None:
+    """Remove what dead processes left; one that died between the renames of `_swap` left the only copy."""
+    name = re.compile(re.escape(f".{folder.name}.") + r"(partial|replaced)-(\d+)")
+    for path in folder.parent.iterdir():
+        match = name.fullmatch(path.name)
+        if match is None or _alive(int(match[2])):
+            continue
+        if match[1] == "replaced" and not folder.exists():
+            os.rename(path, folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return pid != os.getpid()
+
+
+def _sync(folder: Path) -> None:
+    """Bring the entries of `folder` to disk, so that a power cut too leaves all or nothing."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+"""`convert`: a diffusers transformer becomes the rank files and `config.json` of a checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from ..config import Dtype, Mapping, TpLayout
+from ..network.plan import PLANS, local_shape, shard
+from .atomic import complete_folder, require_space
+from .keys import to_diffusers
+from .manifest import CONFIG_FILE, FORMAT_VERSION, checkpoint_config, is_checkpoint, rank_file, versions
+from .shapes import expected_shapes
+from .source import Source, find_source
+from .tensor_file import CODES, TensorFileWriter
+
+CAST_BLOCK = 1 << 24
+"""Elements cast and checked at a time: bounds the memory of the check."""
+
+
+def convert(
+    model_path: str,
+    output_dir: str = "tllm_checkpoint",
+    *,
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto",
+    tp_size: int = 1,
+    cp_size: int = 1,
+    cfg_size: int = 1,
+    tp_layout: TpLayout = "megatron",
+    variant: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Convert the transformer of a Stable Diffusion 3 or 3.5 checkpoint to a rank-sharded checkpoint folder.
+
+    Weights pass through memory one tensor at a time. The folder appears only when complete; an older
+    checkpoint there is replaced then.
+
+    Args:
+        model_path: a diffusers pipeline folder, a `transformer` folder, a safetensors file in diffusers' or in
+            Stability AI's original layout, or a hub id.
+        output_dir: the folder to write.
+        dtype: of the weights; auto keeps the source's.
+        tp_size: over how many ranks tensor parallelism cuts the weights.
+        cp_size: ranks of context parallelism. They share their tp rank's file.
+        cfg_size: 2 where the two halves of classifier-free guidance run on ranks of their own.
+        tp_layout: megatron, or trtllm for files as TensorRT-LLM cuts them; the same where tp_size is 1.
+        variant: of the files in the folder, for instance fp16.
+        revision: branch, tag or commit of a hub id.
+        progress: show a progress bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: in one line, before anything is written, where source, config and options do not fit together;
+            or while writing, if the disk is full or a weight is too large for `dtype`. Nothing is left behind then.
+    """
+    if dtype not in ("auto", *CODES):
+        raise ValueError(f"dtype {dtype}: use auto, {', '.join(CODES)}")
+    if tp_layout not in PLANS:
+        raise ValueError(f"tp_layout {tp_layout}: use {' or '.join(PLANS)}")
+    mapping = Mapping.parse({"tp_size": tp_size, "cp_size": cp_size, "cfg_size": cfg_size}, "parallel layout")
+    source = find_source(model_path, variant, revision)
+    mapping.check(source.model, tp_layout=tp_layout)
+    output = Path(output_dir).expanduser()
+    dtype = source.dtype if dtype == "auto" else dtype
+    with complete_folder(output, "checkpoint", is_checkpoint) as partial:
+        files = _write_ranks(source, partial, dtype, tp_size, tp_layout, progress)
+        own = {
+            "format_version": FORMAT_VERSION,
+            "tp_layout": tp_layout,
+            "cfg_size": cfg_size,
+            "source": str(model_path),
+            "revision": source.revision,
+            "variant": variant,
+            "source_dtype": source.dtype,
+            "vae_scale_factor": source.vae_scale_factor,
+            "versions": versions(),
+            "files": files,
+        }
+        config = checkpoint_config(source.model, dtype, mapping, str(model_path), own)
+        _write_synced(partial / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    return output
+
+
+def _write_ranks(source: Source, folder: Path, dtype: Dtype, tp_size: int, layout: TpLayout, progress: bool) -> dict:
+    """Every tensor is read once and dealt to all tp ranks; returns {file: {sha256, bytes}}."""
+    shapes = expected_shapes(source.model)
+    local = {name: local_shape(name, shape, layout, tp_size) for name, shape in shapes.items()}
+    tensors = source.tensors
+    buffer = torch.empty(max(t.nbytes for t in tensors.values()), dtype=torch.uint8)
+    total = sum(t.nbytes for t in tensors.values())
+    with ExitStack() as stack:
+        names = [rank_file(rank) for rank in range(tp_size)]
+        writers = [stack.enter_context(TensorFileWriter(folder / name, dtype, local)) for name in names]
+        require_space(folder, sum(w.nbytes for w in writers))
+        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not progress))
+        for name in shapes:
+            tensor = cast(tensors[name].read_into(buffer), dtype, to_diffusers(name))
+            for rank, writer in enumerate(writers):
+                writer.write(name, shard(name, tensor, layout, tp_size, rank))
+            bar.update(tensors[name].nbytes)
+        return {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
+
+
+def cast(tensor: torch.Tensor, dtype: Dtype, name: str) -> torch.Tensor:
+    """`tensor` in `dtype`; raises `ValueError` if a value does not fit it."""
+    target = getattr(torch, dtype)
+    if tensor.dtype == target:
+        return tensor
+    result = torch.empty(tensor.shape, dtype=target)
+    for block, out in zip(tensor.view(-1).split(CAST_BLOCK), result.view(-1).split(CAST_BLOCK), strict=True):
+        out.copy_(block)
+        if not out.isfinite().all():
+            raise ValueError(_overflow(block, dtype, name))
+    return result
+
+
+def _overflow(block: torch.Tensor, dtype: Dtype, name: str) -> str:
+    if not block.isfinite().all():
+        return f"tensor '{name}' holds values that are not finite"
+    most = torch.finfo(getattr(torch, dtype)).max
+    advice = "bfloat16 or float32" if dtype == "float16" else "float32"
+    return f"tensor '{name}' reaches {block.abs().max():.6g}, beyond {dtype}'s {most:.6g}: use --dtype {advice}"
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,44 @@
+"""Fetching a model's transformer, and nothing else, from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def download(repository: str, variant: str | None, revision: str | None) -> tuple[Path, str]:
+    """The local folder and the commit of a hub id; only what is missing in the cache is fetched.
+
+    Raises:
+        ValueError: if there is no such path or repository, or it cannot be fetched.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"{repository} does not exist, and is no hub id either (owner/name)")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError(f"{repository} does not exist here; for hub ids: pip install huggingface_hub") from None
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_patterns(variant)))
+    except huggingface_hub.errors.GatedRepoError:
+        raise ValueError(
+            f"{repository} asks for its licence to be accepted: do so on its page at huggingface.co, then `hf auth login`"
+        ) from None
+    except Exception as error:  # the client's errors have no common class of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{repository} does not exist here and cannot be fetched from the hub: {reason}") from None
+    return folder, folder.name
+
+
+def _patterns(variant: str | None) -> list[str]:
+    infix = f".{variant}" if variant else ""
+    stem = "transformer/diffusion_pytorch_model"
+    return [
+        "model_index.json",
+        "vae/config.json",
+        "transformer/config.json",
+        f"{stem}.safetensors.index{infix}.json",
+        f"{stem}{infix}.safetensors",
+        f"{stem}{infix}-?????-of-?????.safetensors",
+        f"{stem}-?????-of-?????{infix}.safetensors",
+    ]

@@ -1,0 +1,157 @@
+"""Safetensors files, one tensor at a time: plain reads and writes at known offsets.
+
+Not through the safetensors package, because its memory maps count as resident memory while a file
+is read through, and its writer wants every tensor at once.
+Format: https://huggingface.co/docs/safetensors/index#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+MAX_HEADER = 100_000_000
+"""The format's own limit, in bytes."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes are: `spans` of (offset, length) in one file, to be read one after the other."""
+
+    path: Path
+    code: str
+    """Its dtype in the format's letters, for instance 'BF16'."""
+    shape: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(length for _, length in self.spans)
+
+    @property
+    def dtype(self) -> str | None:
+        """As a config names it; None where it is not one that can be converted."""
+        return DTYPES.get(self.code)
+
+    def read_into(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Read the bytes to the start of `buffer` (uint8); returns it as a tensor of the right dtype and shape."""
+        view = memoryview(buffer.numpy())
+        end = 0
+        with open(self.path, "rb", buffering=0) as file:
+            for offset, length in self.spans:
+                file.seek(offset)
+                first, end = end, end + length
+                while first < end:
+                    count = file.readinto(view[first:end])
+                    if not count:
+                        raise ValueError(f"{self.path} became shorter while it was read")
+                    first += count
+        return buffer[: self.nbytes].view(getattr(torch, self.dtype)).view(self.shape)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file. Raises `ValueError` if it is truncated or no such file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > MAX_HEADER:
+            raise ValueError(f"{path} is not a safetensors file ({size} bytes)")
+        if size < 8 + length:
+            raise ValueError(f"{path} is truncated: its header alone takes {8 + length} bytes, found {size}")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a safetensors file: its header does not parse ({error})") from None
+    expected = max((offset + count for t in tensors.values() for offset, count in t.spans), default=8 + length)
+    if size != expected:
+        fault = "is truncated" if size < expected else "has bytes after its last tensor"
+        raise ValueError(f"{path} {fault}: expected {expected} bytes, found {size}")
+    return tensors
+
+
+def _stored(path: Path, data: int, entry: dict) -> StoredTensor:
+    (first, last), shape, code = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    item = ITEM_SIZES.get(code)  # others (8-bit floats, for instance) are refused later, by name
+    if first < 0 or last < first or item and last - first != item * math.prod(shape):
+        raise ValueError(f"{last - first} bytes for {code} of shape {list(shape)}")
+    return StoredTensor(path, code, shape, ((data + first, last - first),))
+
+
+class TensorFileWriter:
+    """Writes a safetensors file whose tensors come one by one, in the order declared, and checksums it."""
+
+    def __init__(self, path: Path, dtype: str, shapes: dict[str, tuple[int, ...]]):
+        item = getattr(torch, dtype).itemsize
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name, shape in shapes.items():
+            first, end = end, end + item * math.prod(shape)
+            header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [first, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+        self.nbytes = 8 + len(text) + end
+        self._awaited = iter(shapes.items())
+        self._dtype = getattr(torch, dtype)
+        self._sha256 = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)
+        self._file = open(path, "wb", buffering=0)
+        self._put(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        assert (name, tuple(tensor.shape)) == next(self._awaited), f"{name} {tuple(tensor.shape)} is out of order"
+        assert tensor.dtype == self._dtype, f"{name} is {tensor.dtype}"
+        self._put(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+
+    def _put(self, data: bytes | memoryview) -> None:
+        hashed = self._hasher.submit(self._sha256.update, data)  # beside the write: neither holds the interpreter
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        finally:
+            hashed.result()  # the caller reuses the memory
+
+    def finish(self) -> dict[str, int | str]:
+        """Bring the file to disk; returns its {sha256, bytes}."""
+        assert next(self._awaited, None) is None, "tensors are missing"
+        os.fsync(self._file.fileno())
+        return {"sha256": self._sha256.hexdigest(), "bytes": self.nbytes}
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._hasher.shutdown()
+        self._file.close()
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file) -> str:
+    """Python 3.10 has no `file_digest`."""
+    digest = hashlib.sha256()
+    for block in iter(lambda: file.read(1 << 20), b""):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def refuse_pickles(paths: Iterable[Path]) -> None:
+    """Raises `ValueError` for the first file that only `pickle` could read: loading one runs code."""
+    for path in paths:
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+            raise ValueError(f"{path} is a pickle, which can run code when loaded: convert it to safetensors first")
