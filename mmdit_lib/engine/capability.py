@@ -1,0 +1,27 @@
+"""On which GPUs a plan runs (measured and documented facts of TensorRT and TensorRT-RTX)."""
+
+from __future__ import annotations
+
+import torch
+
+RTX_CAPABILITIES = {(7, 5), (8, 0), (8, 6), (8, 9)}
+"""Besides these TensorRT-RTX runs on every compute capability 12.x; it refuses 9.0."""
+
+
+def refused_capability(package: str, capability: tuple[int, int]) -> str | None:
+    """Why `package` ('tensorrt' or 'tensorrt_rtx') runs no plan on this compute capability; None if it does."""
+    if package == "tensorrt_rtx":
+        fine = capability in RTX_CAPABILITIES or capability[0] == 12
+        legal = "7.5, 8.0, 8.6, 8.9 and 12.x"
+    else:
+        fine = (7, 5) <= capability
+        legal = "7.5 and later"
+    major, minor = capability
+    return None if fine else f"{package} runs on compute capability {legal}, and this GPU has {major}.{minor}"
+
+
+def plan_runs_here(package: str) -> str | None:
+    """Why a plan of `package` cannot run on this machine's current GPU, in one line; None if it can."""
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA GPU"
+    return refused_capability(package, torch.cuda.get_device_capability())

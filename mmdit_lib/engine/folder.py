@@ -1,0 +1,147 @@
+"""The engine folder: `rank{r}.engine`, `rank{r}.graph.json` and `config.json`, as TensorRT-LLM lays it out."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.tensor_file import sha256_of
+from ..config import BuildConfig, Dtype, Mapping, ModelConfig, TpLayout
+from .graph import Graph
+
+CONFIG_FILE = "config.json"
+OWN_KEY = "mmdit_lib"
+FORMAT_VERSION = 1
+
+
+def plan_file(rank: int) -> str:
+    return f"rank{rank}.engine"
+
+
+def graph_file(rank: int) -> str:
+    return f"rank{rank}.graph.json"
+
+
+def is_engine_folder(folder: Path) -> bool:
+    """Whether `folder` holds an engine folder and nothing else."""
+    names = {path.name for path in folder.iterdir()}
+    others = {name for name in names if not (name.startswith("rank") and name.endswith((".engine", ".graph.json")))}
+    return others == {CONFIG_FILE}
+
+
+@dataclass(frozen=True)
+class EngineFolder:
+    """What `build` wrote, checked against its config."""
+
+    folder: Path
+    model: ModelConfig
+    dtype: Dtype
+    mapping: Mapping
+    """At rank 0; `mapping.at(rank)` is another rank's."""
+    tp_layout: TpLayout
+    build: BuildConfig
+    tensorrt: str | None
+    """Package and version that made the plans, for instance 'tensorrt_rtx 1.7.1.116'; None: no plans."""
+    files: dict[str, dict[str, Any]]
+    """{file: {sha256, bytes}}."""
+    checkpoint: dict[str, Any]
+    """Where the weights lay, relative to the folder and by name, and the checksums of their files."""
+    config: dict[str, Any]
+    """`config.json` as it stands."""
+
+    @classmethod
+    def open(cls, folder: str | Path) -> EngineFolder:
+        """Read the config. Raises `ValueError`, in one line, where this is no engine folder."""
+        folder = Path(folder).expanduser()
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} is not an engine folder: it has no {CONFIG_FILE}; `mmdit build` writes one")
+        try:
+            return _interpret(folder, json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the config of an engine folder of mmdit_lib: no valid {error}") from None
+
+    def verify(self, *names: str) -> None:
+        """Compare sizes and checksums of the named files, or of all. Raises `ValueError` naming the first that changed."""
+        for name in names or self.files:
+            path, written = self.folder / name, self.files.get(name)
+            if written is None or not path.is_file():
+                raise ValueError(f"{path} is missing")
+            found = path.stat().st_size
+            if found != written["bytes"]:
+                raise ValueError(f"{path} has changed: expected {written['bytes']} bytes, found {found}")
+            digest = sha256_of(path)
+            if digest != written["sha256"]:
+                raise ValueError(f"{path} has changed: its sha256 is {digest}, {CONFIG_FILE} says {written['sha256']}")
+
+    def graph(self, rank: int) -> Graph:
+        self.verify(graph_file(rank))
+        return Graph.load(self.folder / graph_file(rank))
+
+    def has_plan(self, rank: int) -> bool:
+        return plan_file(rank) in self.files
+
+    def open_checkpoint(self, checkpoint_dir: str | Path | None = None, *, verify: bool = True) -> Checkpoint:
+        """The checkpoint that the folder was built from.
+
+        Looked for in `checkpoint_dir`, then where it lay relative to this folder, then beside this
+        folder under its name.
+
+        Raises:
+            ValueError: if it is not there, or (with `verify`, which reads it through) is another one.
+        """
+        places = [checkpoint_dir] if checkpoint_dir else [
+            self.folder / self.checkpoint["path"], self.folder.resolve().parent / self.checkpoint["name"],
+        ]  # fmt: skip
+        found = next((Path(place) for place in places if (Path(place) / CONFIG_FILE).is_file()), None)
+        if found is None:
+            tried = " and ".join(str(Path(place)) for place in places)
+            raise ValueError(
+                f"the pytorch backend reads the weights from the checkpoint '{self.checkpoint['name']}', which is not "
+                f"at {tried}; say where it is with --checkpoint_dir"
+            )
+        checkpoint = Checkpoint.open(found)
+        # What TensorRT-LLM wrote has no checksums of its own: those of the build are compared.
+        for name, built_from in self.checkpoint["files"].items():
+            written = checkpoint.files.get(name, built_from)
+            if written != built_from:
+                raise ValueError(f"{found / name} is not the file that {self.folder} was built from; build again")
+            if verify and sha256_of(found / name) != built_from["sha256"]:
+                raise ValueError(f"{found / name} has changed since {self.folder} was built from it")
+        return checkpoint
+
+
+def _interpret(folder: Path, config: dict[str, Any]) -> EngineFolder:
+    own, pretrained = config[OWN_KEY], config["pretrained_config"]
+    if own["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"{folder} has format {own['format_version']}; this version reads up to {FORMAT_VERSION}")
+    where = str(folder / CONFIG_FILE)
+    sizes = {key: pretrained["mapping"][key] for key in ("tp_size", "cp_size")} | {"cfg_size": own["cfg_size"]}
+    return EngineFolder(
+        folder=folder,
+        model=ModelConfig.parse({key: pretrained[key] for key in ModelConfig.model_fields}, where),
+        dtype=pretrained["dtype"],
+        mapping=Mapping.parse(sizes, where),
+        tp_layout=own["tp_layout"],
+        build=BuildConfig.parse({k: v for k, v in config["build_config"].items() if k in BuildConfig.model_fields}, where),
+        tensorrt=own["tensorrt"],
+        files=own["files"],
+        checkpoint=own["checkpoint"],
+        config=config,
+    )
+
+
+def checkpoint_reference(checkpoint: Checkpoint, engine_dir: Path) -> dict[str, Any]:
+    """What an engine folder says of the checkpoint that it was built from."""
+    files = checkpoint.files or {
+        path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+        for path in sorted(checkpoint.folder.glob("rank*.safetensors"))
+    }
+    folder = checkpoint.folder.resolve()
+    return {"name": folder.name, "path": os.path.relpath(folder, engine_dir.resolve()), "files": files}

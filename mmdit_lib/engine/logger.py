@@ -1,0 +1,82 @@
+"""What TensorRT says while it works: its log through Python's `logging`, its progress as a bar."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from tqdm.auto import tqdm
+
+from ..network.trt import trt
+
+log = logging.getLogger("tensorrt")
+
+
+@cache
+def logger():
+    """The process's TensorRT logger: TensorRT keeps the first that it is given."""
+
+    class Logger(trt.ILogger):
+        def __init__(self):
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+                log.debug(message)  # it comes back in the exception
+            elif severity == trt.ILogger.Severity.WARNING:
+                log.info(message)
+            else:
+                log.debug(message)
+
+        def last_error(self) -> str:
+            """The last error on one line."""
+            return " ".join(self.errors[-1].split()) if self.errors else "its log says nothing"
+
+    return Logger()
+
+
+class Progress:
+    """An `IProgressMonitor` for the length of a `with` block. Ctrl-C stops the build at its next step."""
+
+    def __init__(self, title: str, show: bool):
+        self.title = title
+        self.show = show
+
+    def __enter__(self):
+        self.monitor = _monitor(self.title, self.show)
+        return self.monitor
+
+    def __exit__(self, *exception) -> None:
+        self.monitor.close()
+        if self.monitor.interrupted:
+            raise KeyboardInterrupt
+
+
+def _monitor(title: str, show: bool):
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self):
+            trt.IProgressMonitor.__init__(self)
+            self.interrupted = False
+            self.bar = tqdm(desc=title, unit="step", disable=not show, total=0)
+
+        def phase_start(self, phase_name, parent_phase, num_steps):
+            self.bar.total += num_steps
+            self.bar.set_postfix_str(phase_name)
+
+        def phase_finish(self, phase_name):
+            self.bar.refresh()
+
+        def step_complete(self, phase_name, step):
+            try:
+                self.bar.update(1)
+            except KeyboardInterrupt:
+                self.interrupted = True
+            return not self.interrupted
+
+        def close(self):
+            self.bar.total = self.bar.n
+            self.bar.close()
+
+    return Monitor()

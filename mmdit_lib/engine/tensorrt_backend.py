@@ -1,0 +1,134 @@
+"""The `tensorrt` backend: runs a plan. Written against TensorRT 11's API; not yet run on a GPU."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..network.trt import TORCH_DTYPES, dtype_name, installed, trt
+from .capability import plan_runs_here
+from .logger import logger
+
+
+@dataclass
+class Bound:
+    """The buffers of one set of input shapes, and the CUDA graph over them."""
+
+    inputs: dict[str, torch.Tensor]
+    output: torch.Tensor
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class TensorRTBackend:
+    """Deserialises one rank's plan and runs it on torch's current stream.
+
+    Args:
+        plan: the `rank{r}.engine` file.
+        built_with: package and version that built it, for instance 'tensorrt_rtx 1.7.1.116'.
+        device: the CUDA device to run on.
+        communicator: the `ncclComm_t` of all ranks as a capsule, for a plan with collectives. Setting
+            it is collective: every rank must construct its backend at the same time.
+        cuda_graph: capture one CUDA graph per set of input shapes and replay it.
+
+    Raises:
+        ValueError: in one line, where the plan cannot run here.
+    """
+
+    name = "tensorrt"
+
+    def __init__(
+        self, plan: Path, built_with: str, *, device: torch.device | str = "cuda", communicator=None, cuda_graph=False
+    ):
+        why_not = refusal(built_with)
+        if why_not:
+            raise ValueError(f"{plan.name} cannot run here: {why_not}")
+        self.device = torch.device(device)
+        self.cuda_graph = cuda_graph
+        self.bound: dict[tuple, Bound] = {}
+        with torch.cuda.device(self.device):
+            self.engine = self._deserialize(plan)
+            self.context = self.engine.create_execution_context()
+            if self.context is None:
+                raise ValueError(f"no execution context for {plan.name}: {logger().last_error()}")
+            if communicator is not None:
+                self.context.set_communicator(communicator)
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        (self.output,) = set(names) - set(self.inputs)
+        self.dtypes = {name: TORCH_DTYPES[dtype_name(self.engine.get_tensor_dtype(name))] for name in names}
+
+    def _deserialize(self, plan: Path):
+        self.runtime = trt.Runtime(logger())
+        with open(plan, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            engine = self.runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise ValueError(f"{plan.name} cannot run here: {logger().last_error()}")
+        return engine
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`inputs` by name, on this device. Returns the output in a buffer of its own."""
+        shapes = tuple(tuple(inputs[name].shape) for name in self.inputs)
+        if shapes not in self.bound:
+            self.bound[shapes] = self._bind(inputs)
+        bound = self.bound[shapes]
+        for name, buffer in bound.inputs.items():
+            buffer.copy_(inputs[name])  # also makes an expanded timestep contiguous
+        if bound.graph is not None:
+            bound.graph.replay()
+        else:
+            self._attach(bound)
+            self._execute()
+            if self.cuda_graph:
+                bound.graph = self._capture(bound)
+        return bound.output.clone()
+
+    def _bind(self, inputs: Mapping[str, torch.Tensor]) -> Bound:
+        buffers = {
+            name: torch.empty(inputs[name].shape, dtype=self.dtypes[name], device=self.device) for name in self.inputs
+        }
+        for name, buffer in buffers.items():
+            if not self.context.set_input_shape(name, tuple(buffer.shape)):
+                raise ValueError(f"{name} {tuple(buffer.shape)} lies outside the profile: {logger().last_error()}")
+        shape = tuple(self.context.get_tensor_shape(self.output))
+        return Bound(buffers, torch.empty(shape, dtype=self.dtypes[self.output], device=self.device))
+
+    def _attach(self, bound: Bound) -> None:
+        """Shapes and addresses of this set of inputs; another set may have been attached since."""
+        for name, buffer in bound.inputs.items():
+            self.context.set_input_shape(name, tuple(buffer.shape))
+            self.context.set_tensor_address(name, buffer.data_ptr())
+        self.context.set_tensor_address(self.output, bound.output.data_ptr())
+
+    def _execute(self) -> None:
+        if not self.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+            raise RuntimeError(f"TensorRT failed to run the plan: {logger().last_error()}")
+
+    def _capture(self, bound: Bound) -> torch.cuda.CUDAGraph:
+        """Warm up and capture on one stream: NCCL hangs where the two differ."""
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._attach(bound)
+            self._execute()
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            self._execute()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        return graph
+
+
+def refusal(built_with: str | None) -> str | None:
+    """Why a plan made by `built_with` cannot run in this process, in one line; None if it can be tried."""
+    if built_with is None:
+        return "the engine folder holds no plan (it was built with --no-plan)"
+    here = installed()
+    if here is None:
+        return f"the plan was built with {built_with}, and no TensorRT is installed"
+    if here != built_with:
+        return f"the plan was built with {built_with}, and {here} is installed: build again, or install that version"
+    return plan_runs_here(here.split()[0])
