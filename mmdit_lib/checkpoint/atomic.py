@@ -28,12 +28,11 @@ def complete_folder(folder: Path, kind: str, is_kind: Callable[[Path], bool]) ->
     """
     folder = folder.resolve()
     _refuse_foreign(folder, kind, is_kind)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _clean_up(folder)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _clean_up(folder)
+        partial.mkdir()
         yield partial
         _sync(partial)
         _refuse_foreign(folder, kind, is_kind)
@@ -41,8 +40,7 @@ def complete_folder(folder: Path, kind: str, is_kind: Callable[[Path], bool]) ->
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        written = size_of(partial)
-        raise ValueError(f"disk full: no room for {folder.name} in {folder.parent} after {written} bytes") from None
+        raise ValueError(f"disk full: no room for {folder.name} in {folder.parent}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -52,10 +50,6 @@ def require_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise ValueError(f"disk full: {nbytes} bytes are needed in {folder.parent}, {free} are free")
-
-
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _refuse_foreign(folder: Path, kind: str, is_kind: Callable[[Path], bool]) -> None:

@@ -56,7 +56,9 @@ class Checkpoint:
         try:
             checkpoint = _interpret(folder, config)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / CONFIG_FILE} is not a checkpoint's config ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{folder / CONFIG_FILE} is not a checkpoint's config ({type(error).__name__}: {error})"
+            ) from None
         checkpoint._check_files()
         if verify:
             checkpoint.verify()
@@ -67,7 +69,7 @@ class Checkpoint:
         if not 0 <= tp_rank < self.tp_size:
             raise ValueError(f"tp rank {tp_rank} does not exist: the checkpoint is cut for tp {self.tp_size}")
         with safe_open(self.folder / rank_file(tp_rank), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def verify(self) -> None:
         """Raises `ValueError` naming the first file that is not the one that was written."""

@@ -19,10 +19,13 @@ def download(repository: str, variant: str | None, revision: str | None) -> tupl
     except ImportError:
         raise ValueError(f"{repository} does not exist here; for hub ids: pip install huggingface_hub") from None
     try:
-        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_patterns(variant)))
+        folder = Path(
+            huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_patterns(variant))
+        )
     except huggingface_hub.errors.GatedRepoError:
         raise ValueError(
-            f"{repository} asks for its licence to be accepted: do so on its page at huggingface.co, then `hf auth login`"
+            f"{repository} asks for its licence to be accepted: do so at huggingface.co/{repository}, "
+            "then `hf auth login`"
         ) from None
     except Exception as error:  # the client's errors have no common class of their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -44,7 +44,9 @@ def _diffusers_conversion():
     try:
         from diffusers.loaders import single_file_utils
     except ImportError:
-        raise ValueError("a checkpoint in the original single-file layout needs diffusers: pip install diffusers") from None
+        raise ValueError(
+            "a checkpoint in the original single-file layout needs diffusers: pip install diffusers"
+        ) from None
     return single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers
 
 

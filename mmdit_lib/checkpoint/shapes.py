@@ -84,19 +84,19 @@ def deduce_model(found: Shapes, head_dim: int = HEAD_DIM) -> ModelConfig:
         (head_dim,) = shape(norm, 1)
     blocks = {int(m[1]) for name in found if (m := re.match(r"transformer_blocks\.(\d+)\.", name))}
     dual = {int(m[1]) for name in found if (m := re.match(r"transformer_blocks\.(\d+)\.attn2\.", name))}
-    values = dict(
-        sample_size=LATENT_SIDE,
-        patch_size=patch,
-        in_channels=channels,
-        out_channels=shape("proj_out.weight", 2)[0] // patch**2,
-        num_layers=max(blocks, default=-1) + 1,
-        attention_head_dim=head_dim,
-        num_attention_heads=dim // head_dim,
-        joint_attention_dim=shape("context_embedder.weight", 2)[1],
-        caption_projection_dim=dim,
-        pooled_projection_dim=shape("time_text_embed.text_embedder.linear_1.weight", 2)[1],
-        pos_embed_max_size=math.isqrt(shape("pos_embed.pos_embed", 3)[1]),
-        dual_attention_layers=tuple(sorted(dual)),
-        qk_norm="rms_norm" if norm in found else None,
-    )
+    values = {
+        "sample_size": LATENT_SIDE,
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": shape("proj_out.weight", 2)[0] // patch**2,
+        "num_layers": max(blocks, default=-1) + 1,
+        "attention_head_dim": head_dim,
+        "num_attention_heads": dim // head_dim,
+        "joint_attention_dim": shape("context_embedder.weight", 2)[1],
+        "caption_projection_dim": dim,
+        "pooled_projection_dim": shape("time_text_embed.text_embedder.linear_1.weight", 2)[1],
+        "pos_embed_max_size": math.isqrt(shape("pos_embed.pos_embed", 3)[1]),
+        "dual_attention_layers": tuple(sorted(dual)),
+        "qk_norm": "rms_norm" if norm in found else None,
+    }
     return ModelConfig.parse(values, "config deduced from the weights")

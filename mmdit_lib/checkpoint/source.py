@@ -12,7 +12,7 @@ from ..config import ARCHITECTURE, ModelConfig
 from . import hub, original
 from .keys import from_diffusers, to_diffusers
 from .shapes import check_shapes, deduce_model
-from .tensor_file import DTYPES, StoredTensor, read_header, refuse_pickles
+from .tensor_file import CODES, StoredTensor, read_header, refuse_pickles
 
 STEM = "diffusion_pytorch_model"
 
@@ -55,7 +55,9 @@ def _from_folder(folder: Path, variant: str | None, revision: str | None) -> Sou
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is neither a pipeline folder (with transformer/) nor a transformer (with config.json)")
+        raise ValueError(
+            f"{folder} is neither a pipeline folder (with transformer/) nor a transformer (with config.json)"
+        )
     tensors = _read_headers(_weight_files(folder, variant))
     return _source(folder, tensors, _read_config(folder / "config.json"), _vae_scale_factor(folder), revision)
 
@@ -83,7 +85,9 @@ def _source(
     check_shapes(shapes, model, str(where), to_diffusers)
     for name, tensor in tensors.items():
         if tensor.dtype is None:
-            raise ValueError(f"{where}: tensor '{to_diffusers(name)}' is {tensor.code}; {', '.join(DTYPES)} can be converted")
+            raise ValueError(
+                f"{where}: tensor '{to_diffusers(name)}' is {tensor.code}; {', '.join(CODES)} can be converted"
+            )
     return Source(model, tensors, scale, revision)
 
 
@@ -120,7 +124,8 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     if not there:
         refuse_pickles(sorted(folder.iterdir()))
     raise ValueError(
-        f"{folder} has neither {index.name} nor {single.name}" + (f"; variants there: {', '.join(there)}" if there else "")
+        f"{folder} has neither {index.name} nor {single.name}"
+        + (f"; variants there: {', '.join(there)}" if there else "")
     )
 
 

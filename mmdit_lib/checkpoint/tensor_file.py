@@ -85,7 +85,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _stored(path: Path, data: int, entry: dict) -> StoredTensor:
     (first, last), shape, code = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
     item = ITEM_SIZES.get(code)  # others (8-bit floats, for instance) are refused later, by name
-    if first < 0 or last < first or item and last - first != item * math.prod(shape):
+    if first < 0 or last < first or (item and last - first != item * math.prod(shape)):
         raise ValueError(f"{last - first} bytes for {code} of shape {list(shape)}")
     return StoredTensor(path, code, shape, ((data + first, last - first),))
 
@@ -106,7 +106,7 @@ class TensorFileWriter:
         self._dtype = getattr(torch, dtype)
         self._sha256 = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)
-        self._file = open(path, "wb", buffering=0)
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 closed in __exit__
         self._put(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -138,15 +138,10 @@ class TensorFileWriter:
 
 
 def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:
-    """Python 3.10 has no `file_digest`."""
     digest = hashlib.sha256()
-    for block in iter(lambda: file.read(1 << 20), b""):
-        digest.update(block)
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
     return digest.hexdigest()
 
 
