@@ -61,7 +61,7 @@ class MMDiTRunner:
             checkpoint_dir: where the checkpoint is, if it was moved away from the engine folder.
             device: a CUDA device where there is one, else the CPU, if not given.
             compile: pytorch: compile the graph with `torch.compile`.
-            cuda_graph: tensorrt: capture and replay a CUDA graph per input shape.
+            cuda_graph: capture and replay a CUDA graph per set of input shapes.
             check_finite: look for NaN and infinity in every input and output.
             verify: compare the checksums of the files that are read.
 
@@ -95,7 +95,9 @@ class MMDiTRunner:
             checkpoint = folder.open_checkpoint(checkpoint_dir, verify=verify)
             weights = checkpoint.weights(folder.mapping.at(rank).tp_rank)
             groups = team.groups if team else None
-            made = PyTorchBackend(folder.graph(rank), weights, device=device, groups=groups, compile=compile)
+            made = PyTorchBackend(
+                folder.graph(rank), weights, device=device, groups=groups, compile=compile, cuda_graph=cuda_graph
+            )
         return cls(folder, made, reason, check_finite=check_finite)
 
     def __call__(

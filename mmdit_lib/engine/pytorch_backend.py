@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from .cuda_graph import GraphedStep
 from .graph import Graph
 from .lowering import lower
+from .outline import outline_blocks
 
 
 class PyTorchBackend:
@@ -18,7 +20,8 @@ class PyTorchBackend:
         graph: what TensorRT was given.
         weights: this rank's checkpoint tensors; on a CPU they stay mapped from disk.
         groups: names of process groups, by ranks, for a graph with collectives.
-        compile: compile with `torch.compile`, one compilation per kind of transformer block.
+        compile: compile with `torch.compile`, once per kind of transformer block.
+        cuda_graph: capture and replay a CUDA graph per set of input shapes.
     """
 
     name = "pytorch"
@@ -31,20 +34,21 @@ class PyTorchBackend:
         device: torch.device | str = "cpu",
         groups: Mapping[tuple[int, ...], str] | None = None,
         compile: bool = False,
+        cuda_graph: bool = False,
     ):
         self.graph = graph
         self.device = torch.device(device)
         self.module = lower(graph, weights, device=self.device, groups=groups)
         self.inputs = {value.name: value for value in graph.inputs}
-        self._run = self.module
-        if compile:
-            from .outline import outline_blocks
-
-            self._run = outline_blocks(self.module, torch.compile)
+        self._module = outline_blocks(self.module, torch.compile) if compile else self.module
+        self._step = GraphedStep(self._run) if cuda_graph else self._run
 
     @torch.inference_mode()
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self._run(*(inputs[name] for name in self.inputs))
+        return self._step(inputs)
+
+    def _run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self._module(*(inputs[name] for name in self.inputs))
 
     @torch.inference_mode()
     def intermediates(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..network.trt import TORCH_DTYPES, dtype_name, installed, trt
 from .capability import plan_runs_here
+from .cuda_graph import GraphedStep
 from .logger import logger
-
-
-@dataclass
-class Bound:
-    """The buffers of one set of input shapes, and the CUDA graph over them."""
-
-    inputs: dict[str, torch.Tensor]
-    output: torch.Tensor
-    graph: torch.cuda.CUDAGraph | None = None
 
 
 class TensorRTBackend:
@@ -47,8 +38,8 @@ class TensorRTBackend:
         if why_not:
             raise ValueError(f"{plan.name} cannot run here: {why_not}")
         self.device = torch.device(device)
-        self.cuda_graph = cuda_graph
-        self.bound: dict[tuple, Bound] = {}
+        self._buffers: dict[tuple, dict[str, torch.Tensor]] = {}
+        self._step = GraphedStep(self._run) if cuda_graph else self._run
         with torch.cuda.device(self.device):
             self.engine = self._deserialize(plan)
             self.context = self.engine.create_execution_context()
@@ -70,56 +61,31 @@ class TensorRTBackend:
         return engine
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """`inputs` by name, on this device. Returns the output in a buffer of its own."""
+        """`inputs` by name, on this device -> the output."""
+        return self._step(inputs)
+
+    def _run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One execution on the current stream, in buffers that are this backend's own."""
         shapes = tuple(tuple(inputs[name].shape) for name in self.inputs)
-        if shapes not in self.bound:
-            self.bound[shapes] = self._bind(inputs)
-        bound = self.bound[shapes]
-        for name, buffer in bound.inputs.items():
-            buffer.copy_(inputs[name])  # also makes an expanded timestep contiguous
-        if bound.graph is not None:
-            bound.graph.replay()
-        else:
-            self._attach(bound)
-            self._execute()
-            if self.cuda_graph:
-                bound.graph = self._capture(bound)
-        return bound.output.clone()
-
-    def _bind(self, inputs: Mapping[str, torch.Tensor]) -> Bound:
-        buffers = {
-            name: torch.empty(inputs[name].shape, dtype=self.dtypes[name], device=self.device) for name in self.inputs
-        }
+        for name, shape in zip(self.inputs, shapes, strict=True):
+            if not self.context.set_input_shape(name, shape):
+                raise ValueError(f"{name} {shape} lies outside the profile: {logger().last_error()}")
+        if shapes not in self._buffers:
+            self._buffers[shapes] = self._allocate(inputs)
+        buffers = self._buffers[shapes]
+        for name in self.inputs:
+            buffers[name].copy_(inputs[name])  # diffusers' timestep has stride 0: its address alone would not do
         for name, buffer in buffers.items():
-            if not self.context.set_input_shape(name, tuple(buffer.shape)):
-                raise ValueError(f"{name} {tuple(buffer.shape)} lies outside the profile: {logger().last_error()}")
-        shape = tuple(self.context.get_tensor_shape(self.output))
-        return Bound(buffers, torch.empty(shape, dtype=self.dtypes[self.output], device=self.device))
-
-    def _attach(self, bound: Bound) -> None:
-        """Shapes and addresses of this set of inputs; another set may have been attached since."""
-        for name, buffer in bound.inputs.items():
-            self.context.set_input_shape(name, tuple(buffer.shape))
             self.context.set_tensor_address(name, buffer.data_ptr())
-        self.context.set_tensor_address(self.output, bound.output.data_ptr())
-
-    def _execute(self) -> None:
         if not self.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
             raise RuntimeError(f"TensorRT failed to run the plan: {logger().last_error()}")
+        return buffers[self.output].clone()
 
-    def _capture(self, bound: Bound) -> torch.cuda.CUDAGraph:
-        """Warm up and capture on one stream: NCCL hangs where the two differ."""
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._attach(bound)
-            self._execute()
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            self._execute()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        return graph
+    def _allocate(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Buffers for inputs of these shapes and, as the context infers it from them, for the output."""
+        shapes = {name: tuple(inputs[name].shape) for name in self.inputs}
+        shapes[self.output] = tuple(self.context.get_tensor_shape(self.output))
+        return {name: torch.empty(s, dtype=self.dtypes[name], device=self.device) for name, s in shapes.items()}
 
 
 def refusal(built_with: str | None) -> str | None:
