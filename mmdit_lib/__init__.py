@@ -1,1 +1,25 @@
-"""Stable Diffusion 3 / 3.5's transformer (the MMDiT) as TensorRT engines, on one GPU or many."""
+"""Stable Diffusion 3 / 3.5's transformer (the MMDiT) as TensorRT engines, on one GPU or many.
+
+The way through the library: `convert` a checkpoint, `build` an engine folder, `load_pipeline` with it,
+`compare_layers` with diffusers. Each name is imported when first asked for.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "convert": "checkpoint",
+    "Checkpoint": "checkpoint",
+    "build": "engine.build",
+    "EngineFolder": "engine.folder",
+    "MMDiTRunner": "pipeline",
+    "install": "pipeline",
+    "load_pipeline": "pipeline",
+    "compare_layers": "parity",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -26,14 +26,16 @@ class MMDiTRunner:
         config: diffusers' fields, by attribute and by key.
         backend: the backend at work; `backend.name` is 'tensorrt' or 'pytorch'.
         reason: why that backend, in words.
+        rank: which rank of the engine folder's mapping this is.
     """
 
-    def __init__(self, folder: EngineFolder, backend, reason: str, *, check_finite: bool = True):
+    def __init__(self, folder: EngineFolder, backend, reason: str, *, rank: int = 0, check_finite: bool = True):
         from diffusers.configuration_utils import FrozenDict
 
         self.folder = folder
         self.backend = backend
         self.reason = reason
+        self.rank = rank
         self.check_finite = check_finite
         self.config = FrozenDict(folder.model.to_diffusers())
         self.dtype = DTYPES[folder.dtype]
@@ -98,7 +100,7 @@ class MMDiTRunner:
             made = PyTorchBackend(
                 folder.graph(rank), weights, device=device, groups=groups, compile=compile, cuda_graph=cuda_graph
             )
-        return cls(folder, made, reason, check_finite=check_finite)
+        return cls(folder, made, reason, rank=rank, check_finite=check_finite)
 
     def __call__(
         self,
@@ -268,10 +270,15 @@ def load_pipeline(
         runner_options: passed to `MMDiTRunner.from_engine`.
         options: passed to `from_pretrained`.
     """
-    if pipeline_class is None:
-        from diffusers import StableDiffusion3Pipeline as pipeline_class
+    import diffusers
+    from packaging import version
+
+    pipeline_class = pipeline_class or diffusers.StableDiffusion3Pipeline
     runner = MMDiTRunner.from_engine(engine_dir, device=device, **(runner_options or {}))
-    pipe = pipeline_class.from_pretrained(model, transformer=None, dtype=dtype or runner.dtype, **options)
+    # diffusers 0.42 renamed the option.
+    keyword = "dtype" if version.parse(diffusers.__version__) >= version.parse("0.42") else "torch_dtype"
+    options[keyword] = dtype or runner.dtype
+    pipe = pipeline_class.from_pretrained(model, transformer=None, **options)
     return install(pipe.to(runner.device), runner)
 
 

@@ -1,0 +1,248 @@
+"""The `mmdit` command. Every option is an argument of the function behind its subcommand."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from .checkpoint import convert
+from .config import Dtype, Resolution
+from .demo import demo
+from .engine.build import build
+from .pipeline import BackendName
+
+console = Console()
+
+
+def doctor_command() -> None:
+    """What is installed, which GPUs there are, whether a plan can run on them, and what is missing for what."""
+    from .doctor import print_doctor
+
+    print_doctor()
+
+
+def inspect_command(folder: Annotated[str, tyro.conf.Positional]) -> None:
+    """Show what an engine folder or a checkpoint folder holds: inputs, profile, layers, sizes, origin.
+
+    Args:
+        folder: as `mmdit build` or `mmdit convert` wrote it.
+    """
+    from .inspection import print_inspection
+
+    print_inspection(folder)
+
+
+def parity_command(
+    model_path: str,
+    engine_dir: str = "engine_outputs",
+    *,
+    checkpoint_dir: str | None = None,
+    resolution: str | None = None,
+    text_tokens: int = 333,
+    batch: int = 2,
+    seed: int = 0,
+    full: bool = False,
+    plot: str | None = None,
+) -> None:
+    """Compare every module of an engine's network with diffusers' transformer, on the same inputs.
+
+    Exits with 1 where a module differs.
+
+    Args:
+        model_path: the diffusers checkpoint that was converted; tiny is the one that ships with the package.
+        engine_dir: as `mmdit build` wrote it.
+        checkpoint_dir: where the converted checkpoint is, if it was moved away from the engine folder.
+        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimised for if not given.
+        text_tokens: length of the text.
+        batch: rows.
+        seed: of the random inputs.
+        full: show every module, not only the worst of each block.
+        plot: a PNG file for the error against depth.
+    """
+    from .parity import all_ok, compare_layers, parity_report
+
+    result = compare_layers(
+        resolve_model(model_path),
+        engine_dir,
+        checkpoint_dir=checkpoint_dir,
+        resolution=resolution,
+        text_tokens=text_tokens,
+        batch=batch,
+        seed=seed,
+    )
+    console.print(parity_report(result, full=full))
+    if plot:
+        from .plots import error_by_depth
+
+        error_by_depth({engine_dir: result}).savefig(plot, dpi=120)
+        console.print(f"plot: {plot}")
+    if not all_ok(result):
+        sys.exit(1)
+
+
+def generate_command(
+    prompt: Annotated[str, tyro.conf.Positional],
+    *,
+    model_path: str = "tiny",
+    engine_dir: str = "engine_outputs",
+    checkpoint_dir: str | None = None,
+    output: str = "sd3.5-mmdit.png",
+    negative_prompt: str = "",
+    resolution: str | None = None,
+    num_inference_steps: int = 28,
+    guidance_scale: float = 7.0,
+    seed: int = 0,
+    backend: BackendName = "auto",
+    device: str | None = None,
+    compile: bool = False,
+    cuda_graph: bool = False,
+) -> None:
+    """Paint a prompt, with an engine in place of the transformer. Under mpirun all ranks paint one picture.
+
+    Args:
+        prompt: what to paint.
+        model_path: the pipeline with text encoders and VAE: a folder, a hub id, or tiny.
+        engine_dir: as `mmdit build` wrote it.
+        checkpoint_dir: where the converted checkpoint is, if it was moved away from the engine folder.
+        output: the PNG file to write.
+        negative_prompt: what not to paint.
+        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimised for if not given.
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance; 1 turns it off.
+        seed: of the noise.
+        backend: tensorrt, pytorch, or auto: tensorrt where the plan can run.
+        device: a CUDA device or cpu; CUDA where there is one, if not given.
+        compile: pytorch backend: compile with `torch.compile`.
+        cuda_graph: replay each step as a CUDA graph.
+    """
+    from .generate import generate
+
+    report = generate(
+        prompt,
+        resolve_model(model_path),
+        engine_dir,
+        negative_prompt=negative_prompt,
+        resolution=resolution,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        device=device,
+        runner_options={
+            "checkpoint_dir": checkpoint_dir, "backend": backend, "compile": compile, "cuda_graph": cuda_graph,
+        },
+    )  # fmt: skip
+    if report.image is not None:  # rank 0
+        report.image.save(output)
+        console.print(f"backend {report.backend} ({report.reason}); {report.seconds:.1f} s; picture: {output}")
+
+
+def bench_command(
+    engine_dir: str = "engine_outputs",
+    *,
+    model_path: str | None = None,
+    checkpoint_dir: str | None = None,
+    resolution: str | None = None,
+    batch: int = 2,
+    text_tokens: int = 333,
+    repeats: int = 20,
+    backend: BackendName = "auto",
+    device: str | None = None,
+    compile: bool = False,
+    cuda_graph: bool = False,
+) -> None:
+    """Time one denoising step of an engine and, where --model_path is given, of diffusers' transformer.
+
+    Args:
+        engine_dir: as `mmdit build` wrote it.
+        model_path: the diffusers checkpoint to time beside it, or tiny.
+        checkpoint_dir: where the converted checkpoint is, if it was moved away from the engine folder.
+        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimised for if not given.
+        batch: rows; guidance takes two per image.
+        text_tokens: length of the text.
+        repeats: timed steps; the median is shown.
+        backend: tensorrt, pytorch or auto.
+        device: a CUDA device or cpu.
+        compile: pytorch backend: compile with `torch.compile`.
+        cuda_graph: replay each step as a CUDA graph.
+    """
+    from .bench import bench_step
+    from .pipeline import MMDiTRunner
+
+    runner = MMDiTRunner.from_engine(
+        engine_dir, checkpoint_dir=checkpoint_dir, backend=backend, device=device, compile=compile, cuda_graph=cuda_graph
+    )
+    size = Resolution.read(resolution or runner.folder.build.opt_resolution)
+    reference = resolve_model(model_path) if model_path else None
+    times = bench_step(
+        runner, resolution=size, batch=batch, text_tokens=text_tokens, repeats=repeats, model_path=reference
+    )
+    if runner.rank == 0:
+        title = f"one step, {size}, batch {batch}, {text_tokens} text tokens, {runner.folder.dtype}, {runner.device}"
+        table = Table("", "ms (median)", "times faster than the last row", title=title)
+        slowest = list(times.values())[-1]
+        for name, ms in times.items():
+            table.add_row(name, f"{ms:.2f}", f"{slowest / ms:.2f}")
+        console.print(table)
+
+
+def traffic_command(
+    *, resolution: str = "1024x1024", text_tokens: int = 333, batch: int = 2, dtype: Dtype = "bfloat16"
+) -> None:
+    """Bytes that each collective moves per step, counted from the networks of the published models.
+
+    Args:
+        resolution: HEIGHTxWIDTH in pixels.
+        text_tokens: length of the text.
+        batch: rows.
+        dtype: of the network.
+    """
+    from .traffic import print_traffic
+
+    print_traffic(resolution=Resolution.read(resolution), text_tokens=text_tokens, batch=batch, dtype=dtype)
+
+
+def resolve_model(model_path: str) -> str:
+    """'tiny' is the trained model that ships with the package."""
+    if model_path != "tiny" or Path(model_path).exists():
+        return model_path
+    from .tiny import model_path as packaged
+
+    return str(packaged())
+
+
+@functools.wraps(convert)
+def convert_command(model_path: str, *arguments, **options) -> Path:
+    return convert(resolve_model(model_path), *arguments, **options)
+
+
+COMMANDS = {
+    "doctor": doctor_command,
+    "convert": convert_command,
+    "build": build,
+    "inspect": inspect_command,
+    "parity": parity_command,
+    "generate": generate_command,
+    "bench": bench_command,
+    "traffic": traffic_command,
+    "demo": demo,
+}
+
+
+def main() -> None:
+    """Entry point: errors of the user's making come as one line and exit code 1."""
+    try:
+        result = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit")
+        if isinstance(result, Path):
+            console.print(f"written: {result}")
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"mmdit: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("mmdit: interrupted; nothing half-written was left", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,129 @@
+"""`mmdit demo`: the whole way on the small model that ships with the package, on a CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from .checkpoint import convert
+from .config import Dtype
+from .engine.build import build
+from .engine.folder import EngineFolder, plan_file
+
+PROMPT = "a small red circle to the left of a large blue triangle on a yellow background"
+
+
+def demo(
+    output_dir: str = "demo_output",
+    *,
+    prompt: str = PROMPT,
+    dtype: Dtype = "float32",
+    num_inference_steps: int = 28,
+    seed: int = 0,
+) -> None:
+    """Convert the small model, build its engine, prove it layer by layer, and paint a picture beside diffusers.
+
+    Args:
+        output_dir: where checkpoint, engine folder and pictures go.
+        prompt: what to paint.
+        dtype: of the engine.
+        num_inference_steps: denoising steps.
+        seed: of the noise.
+
+    Raises:
+        ValueError: if a module differs from diffusers', or the pictures do.
+    """
+    from .tiny import model_path
+
+    console, stages = Console(), Stages()
+    model, out = str(model_path()), Path(output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint, engine = out / "tllm_checkpoint", out / "engine_outputs"
+
+    stages.run("convert", lambda: convert(model, str(checkpoint), dtype=dtype), lambda _: size_of(checkpoint), "checkpoint")
+    stages.run("build", lambda: build(str(checkpoint), str(engine)), lambda _: size_of(engine), plan_of(engine))
+    worst = stages.run("parity", lambda: parity(model, engine), None, lambda worst: f"worst relative error {worst:.1e}")
+    options = {"num_inference_steps": num_inference_steps, "seed": seed}
+    ours = stages.run("paint with the engine", lambda: paint(prompt, model, engine, **options), None, lambda p: p.backend)
+    theirs = stages.run("paint with diffusers", lambda: paint(prompt, model, None, **options), None, "reference")
+
+    picture, side_by_side = out / "picture.png", out / "beside_diffusers.png"
+    ours.image.save(picture)
+    difference = grey_levels(ours.image, theirs.image)
+    compare_pictures(ours.image, theirs.image, prompt).savefig(side_by_side, dpi=110)
+    console.print(stages.table())
+    console.print(f"backend {ours.backend}: {ours.reason}")
+    console.print(f"parity: every module agrees with diffusers; worst relative error {worst:.1e} in {dtype}")
+    console.print(f"largest difference to diffusers' picture: {difference} of 255 grey levels ({side_by_side})")
+    console.print(f"picture: {picture}")
+    if dtype == "float32" and difference > 1:
+        raise ValueError(f"the two pictures differ by {difference} grey levels; float32 should leave 1 at most")
+
+
+class Stages:
+    """Runs the steps of the demo and remembers what each took and gave."""
+
+    def __init__(self):
+        self.rows: list[tuple[str, ...]] = []
+
+    def run(self, name: str, work: Callable, size: Callable | None, result):
+        start = time.perf_counter()
+        value = work()
+        seconds = time.perf_counter() - start
+        said = result(value) if callable(result) else result
+        self.rows.append((name, f"{seconds:.1f} s", size(value) if size else "", said))
+        return value
+
+    def table(self) -> Table:
+        table = Table("stage", "time", "size", "result")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def size_of(folder: Path) -> str:
+    return f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
+
+
+def plan_of(engine: Path) -> Callable:
+    def say(_) -> str:
+        folder = EngineFolder.open(engine)
+        return f"{plan_file(0)} by {folder.tensorrt}, {len(folder.graph(0).layers)} layers"
+
+    return say
+
+
+def parity(model: str, engine: Path) -> float:
+    """Every module against diffusers; the worst relative error."""
+    from .parity import all_ok, compare_layers, parity_report
+
+    result = compare_layers(model, str(engine))
+    if not all_ok(result):
+        Console().print(parity_report(result))
+        raise ValueError("parity: the network differs from diffusers' transformer; the table above says where")
+    return float(result["relative_error"].max())
+
+
+def paint(prompt: str, model: str, engine: Path | None, *, seed: int, num_inference_steps: int):
+    """A picture at the model's own resolution, by the engine or, without one, by diffusers."""
+    from .generate import generate, generate_by_diffusers
+
+    if engine is None:
+        return generate_by_diffusers(prompt, model, seed=seed, num_inference_steps=num_inference_steps)
+    return generate(prompt, model, engine, seed=seed, num_inference_steps=num_inference_steps)
+
+
+def grey_levels(a, b) -> int:
+    """The largest difference of two images in any channel of any pixel."""
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
+
+
+def compare_pictures(ours, theirs, prompt: str):
+    from .plots import images_side_by_side
+
+    return images_side_by_side([theirs, ours], ["diffusers", "engine"])

@@ -1,0 +1,68 @@
+"""From a prompt to a picture through an engine, in one process or over MPI."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from .config import Resolution
+from .engine.folder import EngineFolder
+from .pipeline import load_pipeline
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a run of a pipeline gave.
+
+    Attributes:
+        image: None on every rank but the first.
+        seconds: of the pipeline's call, loading excluded.
+        backend: 'tensorrt' or 'pytorch'.
+        reason: why that backend.
+    """
+
+    image: Image | None
+    seconds: float
+    backend: str
+    reason: str
+
+
+def generate(
+    prompt: str,
+    model: str | Path,
+    engine_dir: str | Path,
+    *,
+    resolution: str | Resolution | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    runner_options: dict[str, Any] | None = None,
+    **call_options,
+) -> Picture:
+    """Paint `prompt`.
+
+    Args:
+        model: the diffusers pipeline folder or hub id with text encoders, VAE and scheduler.
+        engine_dir: as `build` wrote it; one for several ranks must be run by as many MPI processes.
+        resolution: of the image in pixels; the one that the engine is optimised for if not given.
+        seed: of the noise, drawn on the CPU, so that it is the same on every device.
+        device: CUDA where there is one, if not given.
+        runner_options: passed to `MMDiTRunner.from_engine`.
+        call_options: passed to the pipeline's call, for instance `num_inference_steps`.
+    """
+    folder = EngineFolder.open(engine_dir)
+    size = Resolution.read(resolution or folder.build.opt_resolution)
+    call_options |= {"height": size.height, "width": size.width, "generator": torch.Generator().manual_seed(seed)}
+    if folder.mapping.world_size > 1:
+        from .parallel import generate_together
+
+        return generate_together(prompt, model, engine_dir, device, runner_options or {}, call_options)
+    pipe = load_pipeline(model, engine_dir, device=device, runner_options=runner_options)
+    start = time.perf_counter()
+    image = pipe(prompt, **call_options).images[0]
+    runner = pipe.transformer
+    return Picture(image, time.perf_counter() - start, runner.backend.name, runner.reason)
