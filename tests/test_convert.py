@@ -258,7 +258,7 @@ def test_only_the_transformer_is_fetched(folder, tmp_path, monkeypatch):
 
 
 def test_memory_stays_below_two_of_the_largest_tensor(tmp_path):
-    """Of a checkpoint more than 20 times its largest tensor, two of those (25 MB) and a little are in memory at a time."""
+    """The checkpoint is more than 20 times its largest tensor; two of those (25 MB) and a little are in memory."""
     code = """
 import sys, torch
 from mmdit_lib.checkpoint import convert
