@@ -1,0 +1,32 @@
+"""Several ranks: MPI starts and numbers them, `torch.distributed` or TensorRT's NCCL moves the tensors.
+
+    mpirun -n 2 python script.py       # the same script on every rank; `join` makes them a team
+    with parallel.cluster(2) as view:  # the same from a notebook, over ipyparallel
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "Team": "team",
+    "current": "team",
+    "join": "team",
+    "leave": "team",
+    "check_launch": "launch",
+    "launched_rank": "launch",
+    "launched_size": "launch",
+    "mpi_environment": "launch",
+    "guard": "faults",
+    "generate": "generation",
+    "load_pipeline": "generation",
+    "sample": "generation",
+    "cluster": "clusters",
+    "run": "clusters",
+    "stop_clusters": "clusters",
+}  # name: the file it comes from, imported when first asked for
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

