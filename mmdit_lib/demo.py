@@ -14,6 +14,8 @@ from .checkpoint import convert
 from .config import Dtype
 from .engine.build import build
 from .engine.folder import EngineFolder, plan_file
+from .engine.torch_ops import DTYPES
+from .generate import Picture, generate, generate_by_diffusers
 
 PROMPT = "a small red circle to the left of a large blue triangle on a yellow background"
 
@@ -38,6 +40,7 @@ def demo(
     Raises:
         ValueError: if a module differs from diffusers', or the pictures do.
     """
+    from .plots import images_side_by_side
     from .tiny import model_path
 
     console, stages = Console(), Stages()
@@ -49,13 +52,16 @@ def demo(
     stages.run("build", lambda: build(str(checkpoint), str(engine)), lambda _: size_of(engine), plan_of(engine))
     worst = stages.run("parity", lambda: parity(model, engine), None, lambda worst: f"worst relative error {worst:.1e}")
     options = {"num_inference_steps": num_inference_steps, "seed": seed}
-    ours = stages.run("paint with the engine", lambda: paint(prompt, model, engine, **options), None, lambda p: p.backend)
-    theirs = stages.run("paint with diffusers", lambda: paint(prompt, model, None, **options), None, "reference")
+    resolution = EngineFolder.open(engine).build.opt_resolution
+    options |= {"resolution": resolution}
+    ours = stages.run("paint with the engine", lambda: generate(prompt, model, engine, **options), None, said)
+    options |= {"dtype": DTYPES[dtype]}
+    theirs = stages.run("paint with diffusers", lambda: generate_by_diffusers(prompt, model, **options), None, said)
 
     picture, side_by_side = out / "picture.png", out / "beside_diffusers.png"
     ours.image.save(picture)
     difference = grey_levels(ours.image, theirs.image)
-    compare_pictures(ours.image, theirs.image, prompt).savefig(side_by_side, dpi=110)
+    images_side_by_side([theirs.image, ours.image], ["diffusers", "engine"]).savefig(side_by_side, dpi=110)
     console.print(stages.table())
     console.print(f"backend {ours.backend}: {ours.reason}")
     console.print(f"parity: every module agrees with diffusers; worst relative error {worst:.1e} in {dtype}")
@@ -109,21 +115,10 @@ def parity(model: str, engine: Path) -> float:
     return float(result["relative_error"].max())
 
 
-def paint(prompt: str, model: str, engine: Path | None, *, seed: int, num_inference_steps: int):
-    """A picture at the model's own resolution, by the engine or, without one, by diffusers."""
-    from .generate import generate, generate_by_diffusers
-
-    if engine is None:
-        return generate_by_diffusers(prompt, model, seed=seed, num_inference_steps=num_inference_steps)
-    return generate(prompt, model, engine, seed=seed, num_inference_steps=num_inference_steps)
+def said(picture: Picture) -> str:
+    return f"{picture.image.width}x{picture.image.height} by {picture.backend}, {picture.seconds:.1f} s without loading"
 
 
 def grey_levels(a, b) -> int:
     """The largest difference of two images in any channel of any pixel."""
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
-
-
-def compare_pictures(ours, theirs, prompt: str):
-    from .plots import images_side_by_side
-
-    return images_side_by_side([theirs, ours], ["diffusers", "engine"])

@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from .config import Resolution
 from .engine.folder import EngineFolder
-from .pipeline import load_pipeline
+from .pipeline import dtype_option, load_pipeline
 
 
 @dataclass(frozen=True)
@@ -66,3 +66,21 @@ def generate(
     image = pipe(prompt, **call_options).images[0]
     runner = pipe.transformer
     return Picture(image, time.perf_counter() - start, runner.backend.name, runner.reason)
+
+
+def generate_by_diffusers(
+    prompt: str, model: str | Path, *, dtype: torch.dtype, resolution: Resolution, seed: int = 0, **call_options
+) -> Picture:
+    """Paint `prompt` with diffusers' own transformer: what `generate` is compared with."""
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, **dtype_option(dtype))
+    start = time.perf_counter()
+    image = pipe(
+        prompt,
+        height=resolution.height,
+        width=resolution.width,
+        generator=torch.Generator().manual_seed(seed),
+        **call_options,
+    ).images[0]
+    return Picture(image, time.perf_counter() - start, "diffusers", "the reference")

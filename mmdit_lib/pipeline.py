@@ -271,14 +271,10 @@ def load_pipeline(
         options: passed to `from_pretrained`.
     """
     import diffusers
-    from packaging import version
 
     pipeline_class = pipeline_class or diffusers.StableDiffusion3Pipeline
     runner = MMDiTRunner.from_engine(engine_dir, device=device, **(runner_options or {}))
-    # diffusers 0.42 renamed the option.
-    keyword = "dtype" if version.parse(diffusers.__version__) >= version.parse("0.42") else "torch_dtype"
-    options[keyword] = dtype or runner.dtype
-    pipe = pipeline_class.from_pretrained(model, transformer=None, **options)
+    pipe = pipeline_class.from_pretrained(model, transformer=None, **dtype_option(dtype or runner.dtype), **options)
     return install(pipe.to(runner.device), runner)
 
 
@@ -289,3 +285,11 @@ def install(pipe, runner: MMDiTRunner):
     pipe.patch_size = runner.config.patch_size
     pipe.default_sample_size = runner.config.sample_size
     return pipe
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """`from_pretrained`'s option for the dtype, which diffusers 0.42 renamed."""
+    import diffusers
+    from packaging import version
+
+    return {"dtype" if version.parse(diffusers.__version__) >= version.parse("0.42") else "torch_dtype": dtype}
