@@ -45,7 +45,8 @@ def lower(
             ops = SHAPE_OPS if layer.output.dtype == "int64" else OPS
             attributes = dict(layer.attributes)
             if layer.type == "DIST_COLLECTIVE":
-                attributes["group"] = (groups or {})[tuple(attributes["group"])]
+                ranks = tuple(attributes["group"])
+                attributes |= {"group": (groups or {})[ranks], "size": len(ranks)}
             node = target.call_function(ops[layer.type], tuple(values[i] for i in layer.inputs), attributes)
         values[layer.output.name] = _named(node, layer.output.name)
     target.output(values[graph.outputs[0]])

@@ -110,10 +110,9 @@ def unary(x, *, op):
     return UNARY[op](x)
 
 
-def dist_collective(x, *, operation, group):
-    """`group` is the name of a process group of `torch.distributed`; see `parallel.py`."""
+def dist_collective(x, *, operation, group, size):
+    """`group` is the name of a process group of `torch.distributed`, `size` its number of ranks."""
     collective = torch.ops._c10d_functional
-    size = torch.distributed.distributed_c10d._resolve_process_group(group).size()
     x = x.contiguous()
     if operation == "ALL_REDUCE":
         y = collective.all_reduce(x, "sum", group)

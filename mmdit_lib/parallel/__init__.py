@@ -16,7 +16,7 @@ _HOMES = {
     "launched_size": "launch",
     "mpi_environment": "launch",
     "guard": "faults",
-    "generate": "generation",
+    "generate_together": "generation",
     "load_pipeline": "generation",
     "sample": "generation",
     "cluster": "clusters",
