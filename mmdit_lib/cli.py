@@ -246,3 +246,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("mmdit: interrupted; nothing half-written was left", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

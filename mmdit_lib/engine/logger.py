@@ -63,10 +63,10 @@ def _monitor(title: str, show: bool):
 
         def phase_start(self, phase_name, parent_phase, num_steps):
             self.bar.total += num_steps
-            self.bar.set_postfix_str(phase_name)
+            self.bar.set_postfix_str(phase_name, refresh=False)
 
         def phase_finish(self, phase_name):
-            self.bar.refresh()
+            pass
 
         def step_complete(self, phase_name, step):
             try:
