@@ -1,0 +1,358 @@
+"""Layer parity: diffusers' transformer and our network, module by module, on the same inputs.
+
+The two share their module paths (`checkpoint.keys` has the one family that differs), and the graph
+file tells which tensors each module returned. So every row of the comparison is found by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from .checkpoint.keys import from_diffusers
+from .config import Dtype, Mapping, ModelConfig, Resolution
+from .engine.folder import EngineFolder
+from .engine.torch_ops import DTYPES
+from .pipeline import MMDiTRunner, dtype_option
+
+TOLERANCES: dict[str, float] = {"float32": 5e-6, "float16": 1e-2, "bfloat16": 8e-2}
+"""Largest relative error (norm of the difference over norm) that counts as rounding.
+
+float32: forty units in the last place (1.2e-7), for long sums that are added up in another order, through
+all blocks. float16 and bfloat16: ten units (9.8e-4, 7.8e-3); both runs round every value that they store,
+and a difference of one unit spreads through the blocks after it. A swapped, missing or wrongly cut weight
+shows as an error of order one.
+"""
+
+OUTPUT = "output"
+"""The row of the whole transformer."""
+
+FAILING_SHOWN = 20
+"""One wrong module spoils all that come after it: the first rows tell, not the next thousand."""
+
+COLUMNS = ["module", "output", "status", "max_abs_error", "relative_error", "tolerance", "depth", "dtype", "shape", "note"]
+
+
+def compare_layers(
+    model_path: str | Path,
+    engine_dir: str | Path,
+    *,
+    resolution: str | int | Resolution | None = None,
+    text_tokens: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    reference_dtype: Dtype | None = None,
+    tolerance: float | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    checkpoint_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> pd.DataFrame:
+    """Run diffusers' transformer and the engine's network (`pytorch` backend) on the same random inputs.
+
+    Both keep every module's outputs in memory. For a large model choose a small resolution: the
+    arithmetic is the same.
+
+    Args:
+        model_path: what `convert` was given.
+        engine_dir: as `build` wrote it.
+        resolution: HEIGHTxWIDTH in pixels; what the engine is optimised for, if not given.
+        text_tokens: the same.
+        batch: rows; the same.
+        seed: of the inputs.
+        reference_dtype: diffusers' dtype; the engine's if not given, float32 to see all rounding.
+        tolerance: largest relative error that is ok; `TOLERANCES` of the coarser dtype if not given.
+        variant: of the files in `model_path`.
+        revision: of a hub id.
+        checkpoint_dir: where the checkpoint is, if it was moved away from the engine folder.
+        device: CUDA where there is one, if not given.
+
+    Returns:
+        One row per output of each module, in the order in which diffusers finishes them: module,
+        output (its number), status (ok, mismatch, shape, missing), max_abs_error, relative_error,
+        tolerance, depth, dtype, shape, note. `attrs` tells the inputs and what was left out, and why.
+
+    Raises:
+        ValueError: where model and engine do not belong together, or the sizes lie outside the profile.
+    """
+    runner = MMDiTRunner.from_engine(engine_dir, backend="pytorch", checkpoint_dir=checkpoint_dir, device=device)
+    folder = runner.folder
+    dtype = DTYPES[reference_dtype or folder.dtype]
+    reference = load_reference(model_path, dtype, runner.device, variant=variant, revision=revision)
+    inputs = sample_inputs(folder, resolution=resolution, text_tokens=text_tokens, batch=batch, seed=seed)
+    found = compare(reference, runner, inputs, tolerance=tolerance)
+    found.attrs |= {"model": str(model_path), "engine": str(engine_dir), "seed": seed}
+    return found
+
+
+def load_reference(
+    model_path: str | Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+):
+    """diffusers' transformer of a pipeline folder, a transformer folder, a single file or a hub id."""
+    from diffusers import SD3Transformer2DModel
+
+    path = Path(model_path).expanduser()
+    options: dict = dtype_option(dtype)
+    if path.is_file():
+        return SD3Transformer2DModel.from_single_file(str(path), torch_dtype=dtype).eval().to(device)
+    if not path.is_dir():
+        options |= {"revision": revision}
+    if not path.is_dir() or (path / "transformer").is_dir():
+        options |= {"subfolder": "transformer"}
+    where = str(path) if path.is_dir() else str(model_path)
+    return SD3Transformer2DModel.from_pretrained(where, variant=variant, **options).eval().to(device)
+
+
+def sample_inputs(
+    folder: EngineFolder,
+    *,
+    resolution: str | int | Resolution | None = None,
+    text_tokens: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Seeded inputs in the engine's dtype, on the CPU; fractional timesteps between 0 and 1000 in float32."""
+    model, build = folder.model, folder.build
+    size = Resolution.read(resolution or build.opt_resolution)
+    step = model.patch_size * build.vae_scale_factor
+    if size.height % step or size.width % step:
+        raise ValueError(f"resolution {size}: height and width must be multiples of {step} pixels")
+    tokens = text_tokens or build.opt_text_tokens
+    batch = batch or build.batches(folder.mapping.cfg_size)[1]
+    if batch % folder.mapping.cfg_size:
+        raise ValueError(f"batch {batch}: cfg {folder.mapping.cfg_size} needs an even one")
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(DTYPES[folder.dtype])
+
+    scale = build.vae_scale_factor
+    return {
+        "hidden_states": draw(batch, model.in_channels, size.height // scale, size.width // scale),
+        "encoder_hidden_states": draw(batch, tokens, model.joint_attention_dim),
+        "pooled_projections": draw(batch, model.pooled_projection_dim),
+        "timestep": 1000 * torch.rand(batch, generator=generator),
+    }
+
+
+def compare(
+    reference: torch.nn.Module,
+    runner: MMDiTRunner,
+    inputs: dict[str, torch.Tensor],
+    *,
+    tolerance: float | None = None,
+) -> pd.DataFrame:
+    """As `compare_layers`, with both sides already loaded. Under `mpirun`, every rank compares its own part."""
+    folder = runner.folder
+    check_same_model(ModelConfig.from_diffusers(dict(reference.config)), folder.model)
+    mapping = folder.mapping.at(runner.rank)
+    ours = runner.intermediates(inputs)
+    theirs, left_out = reference_outputs(reference, inputs)
+    reference_dtype = str(reference.dtype).removeprefix("torch.")
+    if tolerance is None:
+        tolerance = max(TOLERANCES[folder.dtype], TOLERANCES[reference_dtype])
+    modules = {**runner.backend.graph.modules, OUTPUT: runner.backend.graph.outputs}
+
+    rows = []
+    for depth, (path, outputs) in enumerate(theirs.items()):
+        names = modules.get(path, ())
+        for number in range(max(len(outputs), len(names))):
+            tensor = ours.get(names[number]) if number < len(names) else None
+            expected = outputs[number] if number < len(outputs) else None
+            row = {"module": path, "output": number, "depth": depth, "tolerance": tolerance}
+            rows.append(row | _compare(tensor, expected, mapping, tolerance))
+    for path in modules.keys() - theirs.keys():
+        rows.append({"module": path, "output": 0, "status": "missing", "note": "diffusers ran no such module"})
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table.attrs = {
+        "dtype": folder.dtype,
+        "reference_dtype": reference_dtype,
+        "rank": mapping.rank,
+        "inputs": {name: tuple(value.shape) for name, value in inputs.items()},
+        "left_out": left_out,
+    }
+    return table
+
+
+def check_same_model(theirs: ModelConfig, ours: ModelConfig) -> None:
+    """Raises `ValueError` naming the fields in which the two differ."""
+    differ = [name for name in ModelConfig.model_fields if getattr(theirs, name) != getattr(ours, name)]
+    if differ:
+        says = "; ".join(f"{name} {getattr(theirs, name)} and {getattr(ours, name)}" for name in differ)
+        raise ValueError(f"model and engine do not belong together: {says}")
+
+
+def reference_outputs(
+    reference: torch.nn.Module, inputs: dict[str, torch.Tensor]
+) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
+    """Every module's outputs by our path, in the order in which the modules finish; and what is left out, and why."""
+    found: dict[str, list[torch.Tensor]] = {}
+    left_out: dict[str, str] = {}
+    handles = []
+
+    def keep(path: str, unread: int | None):
+        def hook(module, args, output):
+            outputs = list(output) if isinstance(output, tuple) else [output]
+            found[path] = [x for i, x in enumerate(outputs) if x is not None and i != unread]
+
+        return hook
+
+    for path, module in reference.named_modules():
+        reason = _no_counterpart(module)
+        if reason:
+            left_out[path] = reason
+            continue
+        # The last block's attention also returns the text's part, which nothing reads: we do not calculate it.
+        unread = 1 if getattr(module, "context_pre_only", None) and hasattr(module, "to_q") else None
+        if unread:
+            left_out[f"{path}:1"] = "the last block drops the text stream"
+        handles.append(module.register_forward_hook(keep(from_diffusers(path) if path else OUTPUT, unread)))
+    device, dtype = reference.device, reference.dtype
+    moved = {k: v.to(device, torch.float32 if k == "timestep" else dtype) for k, v in inputs.items()}
+    try:
+        with torch.inference_mode():
+            reference(**moved, return_dict=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found, left_out
+
+
+def _no_counterpart(module: torch.nn.Module) -> str | None:
+    """Why this module of diffusers is nothing to compare; None for every module that calculates."""
+    if isinstance(module, torch.nn.ModuleList):
+        return "a list of modules is not itself called"
+    if isinstance(module, torch.nn.Dropout):  # ff.net.1 and attn.to_out.1
+        return "dropout does nothing at inference"
+    return None
+
+
+def _compare(ours: torch.Tensor | None, theirs: torch.Tensor | None, mapping: Mapping, tolerance: float) -> dict:
+    if ours is None or theirs is None:
+        side = "our network" if ours is None else "diffusers"
+        return {"status": "missing", "note": f"{side} has no such value"}
+    row = {"dtype": str(ours.dtype).removeprefix("torch."), "shape": tuple(ours.shape), "note": ""}
+    expected = align(theirs, tuple(ours.shape), mapping)
+    if expected is None:
+        return row | {"status": "shape", "note": f"diffusers has {tuple(theirs.shape)}"}
+    ours = ours[tuple(slice(size) for size in expected.shape)].double()  # without the fill of the last cp rank
+    difference = ours - expected.double()
+    if difference.numel() == 0:
+        return row | {"status": "ok", "max_abs_error": 0.0, "relative_error": 0.0, "note": "no rows on this rank"}
+    most = difference.abs().max().item()
+    scale = expected.double().norm().item()
+    relative = difference.norm().item() / scale if scale else (0.0 if most == 0 else float("inf"))
+    status = "ok" if relative <= tolerance else "mismatch"  # NaN is a mismatch
+    return row | {"status": status, "max_abs_error": most, "relative_error": relative}
+
+
+def align(reference: torch.Tensor, shape: Sequence[int], mapping: Mapping) -> torch.Tensor | None:
+    """The part of a whole reference tensor that a rank holds, given the shape of the rank's own tensor.
+
+    A dimension is cut only where the two sizes differ: dim 0 over cfg; tokens (dim 1 of [B, N, C], dim 2
+    of [B, heads, N, d]) over cp; features or heads (the last dim, or dim 1 of [B, heads, N, d]) over tp.
+    The rows that fill up the last cp ranks are in `shape` but not in the result.
+
+    Returns None where no cut makes the shapes agree.
+    """
+    if reference.dim() == len(shape) - 1 and shape[1] == 1:
+        reference = reference.unsqueeze(1)  # modulation vectors: [B, D] there, [B, 1, D] here
+    rank = reference.dim()
+    if rank != len(shape):
+        return None
+    if shape[0] != reference.shape[0] == shape[0] * mapping.cfg_size:
+        reference = reference.chunk(mapping.cfg_size, 0)[mapping.cfg_rank]
+    features = 1 if rank == 4 else rank - 1
+    if shape[features] != reference.shape[features] == shape[features] * mapping.tp_size:
+        reference = reference.chunk(mapping.tp_size, features)[mapping.tp_rank]
+    tokens = {3: 1, 4: 2}.get(rank)
+    wanted = list(shape)
+    if tokens is not None and shape[tokens] != reference.shape[tokens]:
+        length, local = reference.shape[tokens], shape[tokens]
+        if local != -(-length // mapping.cp_size):
+            return None
+        first = min(local * mapping.cp_rank, length)
+        reference = reference.narrow(tokens, first, min(local, length - first))
+        wanted[tokens] = reference.shape[tokens]
+    return reference if list(reference.shape) == wanted else None
+
+
+# What it says ----------------------------------------------------------------------------------------
+
+
+def all_ok(table: pd.DataFrame) -> bool:
+    return bool(len(table)) and bool((table.status == "ok").all())
+
+
+def first_bad(table: pd.DataFrame) -> pd.Series | None:
+    """The first row that is not ok, in order of execution: what comes after it only inherits its error."""
+    bad = table[table.status != "ok"].sort_values("depth", kind="stable", na_position="last")
+    return None if bad.empty else bad.iloc[0]
+
+
+def verdict(table: pd.DataFrame) -> str:
+    """One line."""
+    modules, values = table.module.nunique(), len(table)
+    bad = first_bad(table)
+    if bad is None:
+        worst = table.loc[table.relative_error.idxmax()]
+        return (
+            f"all {values} values of {modules} modules agree: worst relative error {worst.relative_error:.2g} "
+            f"in {worst.module} (tolerance {worst.tolerance:.2g})"
+        )
+    count = int((table.status != "ok").sum())
+    how = bad.note or f"relative error {bad.relative_error:.2g}, tolerance {bad.tolerance:.2g}"
+    return (
+        f"{count} of {values} values are not ok. The first in order of execution is {bad.module} "
+        f"({bad.status}: {how}): look there first, the modules after it inherit its error"
+    )
+
+
+def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
+    """A table for a terminal (`rich.print(...)`): all rows, or the worst of each block and the first that are not ok."""
+    failing = table.index[table.status != "ok"][:FAILING_SHOWN]
+    shown = table if full else table.loc[sorted(_worst_per_block(table) | set(failing))]
+    left_out = table.attrs.get("left_out", {})
+    grid = Table(title=_title(table), title_justify="left", caption_justify="left")
+    which = "all" if full else f"the worst of each block, and the first {FAILING_SHOWN} that are not ok, of"
+    grid.caption = f"{which} {len(table)} values; {len(left_out)} lists, dropouts and unread values have no counterpart"
+    for name in ("module", "depth", "status", "relative error", "max error", "shape"):
+        left = name in ("module", "status")
+        grid.add_column(name, justify="left" if left else "right", no_wrap=name != "shape", overflow="fold" if name == "module" else "ellipsis")
+    for row in shown.itertuples():
+        several = (table.module == row.module).sum() > 1
+        colour = "green" if row.status == "ok" else "bold red"
+        numbers = [f"{x:.2e}" if pd.notna(x) else "" for x in (row.relative_error, row.max_abs_error)]
+        shape = "x".join(map(str, row.shape)) if isinstance(row.shape, tuple) else row.note
+        depth = str(int(row.depth)) if pd.notna(row.depth) else ""
+        name = f"{row.module} ({row.output})" if several else row.module
+        grid.add_row(name, depth, Text(row.status, style=colour), *numbers, row.note if row.status == "shape" else shape)
+    return Group(grid, Text(verdict(table), style="green" if all_ok(table) else "bold red"))
+
+
+def _title(table: pd.DataFrame) -> str:
+    about = table.attrs
+    sizes = ", ".join("x".join(map(str, shape)) for shape in about["inputs"].values())
+    return f"{about['dtype']} engine against diffusers in {about['reference_dtype']}; inputs {sizes}"
+
+
+def block_of(path: str) -> str:
+    """'transformer_blocks.3.attn.to_q' -> 'transformer_blocks.3'; 'norm_out.linear' -> 'norm_out'."""
+    parts = path.split(".")
+    return ".".join(parts[:2]) if parts[0] == "transformer_blocks" else parts[0]
+
+
+def _worst_per_block(table: pd.DataFrame) -> set[int]:
+    known = table[table.relative_error.notna()]
+    return set(known.groupby(known.module.map(block_of)).relative_error.idxmax())

@@ -1,0 +1,175 @@
+"""`compare_layers` sees every module of diffusers, says ok where it is, and points at the culprit where not."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+
+import helpers
+from helpers import Case
+from mmdit_lib.config import Mapping
+from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.network.mmdit import MMDiT
+from mmdit_lib.parity import (
+    TOLERANCES,
+    align,
+    all_ok,
+    compare,
+    compare_layers,
+    first_bad,
+    parity_report,
+    verdict,
+)
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return helpers.case("sd3.5-medium")
+
+
+@pytest.fixture(scope="module")
+def table(case) -> pd.DataFrame:
+    return compare_layers(case.transformer, case.engine(), resolution="128x192", text_tokens=154, batch=2, device="cpu")
+
+
+def text_of(renderable, width: int = 160) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(renderable)
+    return " ".join(console.export_text().split())  # however it is wrapped
+
+
+def test_every_module_that_calculates_is_there(table, case):
+    assert all_ok(table) and verdict(table).startswith(f"all {len(table)} values of {table.module.nunique()} modules agree")
+    ours = {path for path, _ in MMDiT(case.config).named_modules() if path}
+    called = {path for path in ours if not path.endswith((".net", ".to_out", "transformer_blocks"))}
+    assert set(table.module) == called | {"output"}
+    reasons = table.attrs["left_out"]
+    left = {name for name, _ in case.reference.named_modules()} - {"", *(p.replace(".net.1", ".net.2") for p in called)}
+    assert set(reasons) == left | {"transformer_blocks.2.attn:1"}
+    # Several outputs have a row each: x, four vectors; then the second x and its gate.
+    assert list(table[table.module == "transformer_blocks.0.norm1"].output) == list(range(7))
+    assert table.attrs["inputs"]["hidden_states"] == (2, 16, 16, 24)
+
+
+def test_depth_is_the_order_of_execution(table):
+    depth = table.set_index("module").depth.groupby(level=0).first()
+    order = ["pos_embed.proj", "context_embedder", "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn",
+             "transformer_blocks.0", "transformer_blocks.1.norm1.linear", "proj_out", "output"]  # fmt: skip
+    assert list(depth[order]) == sorted(depth[order])
+
+
+def test_errors_are_those_of_numpy(case):
+    inputs = case.inputs()
+    table = compare(case.reference, case.runner(), inputs)
+    row = table[table.module == "output"].iloc[0]
+    with torch.inference_mode():
+        expected = case.reference(**inputs).sample.double().numpy()
+    ours = case.runner().run(inputs).double().numpy()
+    assert row.max_abs_error == np.abs(ours - expected).max() > 0
+    assert row.relative_error == pytest.approx(np.linalg.norm(ours - expected) / np.linalg.norm(expected), rel=1e-9)
+
+
+def runner_with(case: Case, weights: dict, graph=None):
+    runner = case.runner()
+    backend = PyTorchBackend(graph or runner.backend.graph, weights)
+    return type(runner)(runner.folder, backend, "changed")
+
+
+def test_swapped_weights_are_the_first_bad_module(case):
+    weights = dict(case.runner().folder.open_checkpoint().weights())
+    block = "transformer_blocks.1.attn"
+    weights[f"{block}.to_q.weight"], weights[f"{block}.to_k.weight"] = weights[f"{block}.to_k.weight"], weights[f"{block}.to_q.weight"]
+    table = compare(case.reference, runner_with(case, weights), case.inputs())
+    assert not all_ok(table)
+    assert first_bad(table).module == f"{block}.to_q"
+    assert not (table[table.module.str.startswith("transformer_blocks.0")].status != "ok").any()
+    assert f"The first in order of execution is {block}.to_q (mismatch" in verdict(table)
+    report = text_of(parity_report(table))
+    assert f"{block}.to_k" in report and "look there first" in report and "transformer_blocks.0.norm1.linear" not in report
+    assert "transformer_blocks.0.norm1.linear" in text_of(parity_report(table, full=True))
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.0.norm1_context.linear.bias", "pos_embed.pos_embed", "norm_out.linear.weight"])
+def test_a_single_changed_tensor_is_found(case, name):
+    weights = dict(case.runner().folder.open_checkpoint().weights())
+    weights[name] = weights[name] * 1.001
+    table = compare(case.reference, runner_with(case, weights), case.inputs())
+    assert first_bad(table).module == name.rpartition(".")[0]
+
+
+def test_shape_missing_and_nan(case):
+    runner = case.runner()
+    graph, weights = runner.backend.graph, runner.folder.open_checkpoint().weights()
+    modules = dict(graph.modules)
+    del modules["context_embedder"]
+    modules["transformer_blocks.0.attn.to_v"] = modules["transformer_blocks.0.attn.add_v_proj"]
+    modules["transformer_blocks.0.norm1"] = modules["transformer_blocks.0.norm1"][:-1]
+    modules["of_our_own"] = modules["norm_out"]
+    table = compare(case.reference, runner_with(case, weights, replace(graph, modules=modules)), case.inputs())
+    status = table.set_index(["module", "output"]).status
+    assert status[("context_embedder", 0)] == "missing" and status[("of_our_own", 0)] == "missing"
+    assert status[("transformer_blocks.0.attn.to_v", 0)] == "shape"
+    assert status[("transformer_blocks.0.norm1", 6)] == "missing"
+    assert (table.status != "ok").sum() == 4 and first_bad(table).module == "context_embedder"
+    assert "diffusers has (2, 64, 64)" in text_of(parity_report(table))
+
+    weights["proj_out.bias"] = weights["proj_out.bias"] * float("nan")
+    table = compare(case.reference, runner_with(case, weights), case.inputs())
+    assert list(table[table.status != "ok"].module) == ["proj_out", "output"]
+
+
+def test_tolerance_is_that_of_the_coarser_dtype(case):
+    inputs = case.inputs(dtype="float16")
+    assert set(compare(case.reference, case.runner("float16"), inputs).tolerance) == {TOLERANCES["float16"]}
+    exact = compare(case.reference, case.runner("float16"), inputs, tolerance=TOLERANCES["float32"])
+    assert not all_ok(exact) and exact.attrs["reference_dtype"] == "float32"
+    assert not all_ok(exact.iloc[:0]), "an empty table proves nothing"
+
+
+def test_other_models_and_sizes_are_refused(case):
+    with pytest.raises(ValueError, match="do not belong together: num_layers 4 and 3; attention_head_dim 24 and 16"):
+        compare_layers(helpers.case("sd3.5-large").transformer, case.engine(), device="cpu")
+    with pytest.raises(ValueError, match="resolution 100x100: height and width must be multiples of 16 pixels"):
+        compare_layers(case.transformer, case.engine(), resolution=100, device="cpu")
+    with pytest.raises(ValueError, match="9 lies outside the engine's 1 to 3"):
+        compare_layers(case.transformer, case.engine(), batch=9, device="cpu")
+
+
+LAYOUT = Mapping(tp_size=2, cp_size=3, cfg_size=2)
+
+
+@pytest.mark.parametrize("rank", range(12))
+def test_align_takes_the_part_that_a_rank_holds(rank):
+    """Stated a second time, in NumPy: cfg cuts the batch, cp the tokens (10 in parts of 4), tp the features or heads."""
+    mapping = LAYOUT.at(rank)
+    rng = np.random.default_rng(0)
+    tokens = slice(4 * mapping.cp_rank, 4 * mapping.cp_rank + 4)
+    rows = slice(2 * mapping.cfg_rank, 2 * mapping.cfg_rank + 2)
+    tp = mapping.tp_rank
+
+    def check(whole: np.ndarray, shape: tuple, part: np.ndarray | None):
+        found = align(torch.from_numpy(whole), shape, mapping)
+        assert (found is None) if part is None else np.array_equal(found.numpy(), part)
+
+    stream = rng.normal(size=(4, 10, 6))
+    check(stream, (2, 4, 6), stream[rows, tokens])  # a stream's rows; the last cp rank has 2 of 4
+    check(stream, (2, 4, 3), stream[rows, tokens, 3 * tp : 3 * tp + 3])  # a colwise layer's output
+    check(stream, (4, 10, 6), stream)  # gathered
+    heads = rng.normal(size=(4, 8, 10, 5))
+    check(heads, (2, 4, 4, 5), heads[rows, 4 * tp : 4 * tp + 4, tokens])
+    vectors = rng.normal(size=(4, 6))
+    check(vectors, (2, 1, 6), vectors[rows, None])  # a gate, which diffusers returns without the token dim
+    check(vectors, (2, 6), vectors[rows])
+    check(vectors, (2, 3), vectors[rows, 3 * tp : 3 * tp + 3])
+    check(stream, (2, 5, 6), None)
+    check(stream, (2, 4, 5), None)
+    check(stream, (2, 4, 6, 1), None)
+
+
+def test_align_on_a_rank_without_rows():
+    mapping = Mapping(cp_size=4, rank=3)  # 5 tokens in parts of 2: the last rank has none
+    assert align(torch.zeros(1, 5, 3), (1, 2, 3), mapping).shape == (1, 0, 3)
