@@ -1,0 +1,383 @@
+"""Every layout of two GPUs: parity with one GPU, and milliseconds per step. Full-size models, random weights.
+
+    python benchmarks/parallel.py graphs --folder graphs     # where TensorRT (tensorrt_rtx) is installed; no GPU
+    mpirun -n 2 python benchmarks/parallel.py run --folder graphs --output parallel.json     # two GPUs, NCCL
+    python benchmarks/parallel.py table --output parallel.json                               # Markdown
+
+`run` needs no TensorRT and no checkpoint: the graph files name the weights, which are drawn on each
+GPU from one seed. Under `torchrun --nproc-per-node 2` it works too. Every row is measured in the same
+way, on all GPUs at once, also the rows of one GPU; the slowest rank counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mmdit_lib.config import KNOWN_MODELS, Mapping, ModelConfig, Resolution
+from mmdit_lib.engine.folder import EngineFolder, graph_file
+from mmdit_lib.engine.graph import Graph
+from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.network.mmdit import MMDiT
+from mmdit_lib.network.plan import shard
+
+MODELS = {
+    "medium": KNOWN_MODELS["stable-diffusion-3.5-medium"],
+    "large": KNOWN_MODELS["stable-diffusion-3.5-large"],
+    "rehearsal": KNOWN_MODELS["stable-diffusion-3.5-medium"].model_copy(
+        update=dict(num_layers=3, num_attention_heads=2, caption_projection_dim=128, joint_attention_dim=64,
+                    pooled_projection_dim=48, pos_embed_max_size=96, dual_attention_layers=(0,))
+    ),
+}  # fmt: skip
+LAYOUTS = {
+    "1 GPU": (Mapping(), "allgather"),
+    "cfg 2": (Mapping(cfg_size=2), "allgather"),
+    "cp 2 allgather": (Mapping(cp_size=2), "allgather"),
+    "cp 2 ulysses": (Mapping(cp_size=2), "ulysses"),
+    "tp 2": (Mapping(tp_size=2), "allgather"),
+}
+REFERENCE = "1 GPU, float32"
+BATCH, TEXT_TOKENS = 2, 333
+
+
+def folder_of(root: Path, model: str, layout: str) -> Path:
+    return root / model / layout.replace(" ", "_").replace(",", "")
+
+
+def write_graphs(root: Path, models: list[str], resolution: Resolution) -> None:
+    from mmdit_lib.engine.dry_graph import dry_graph, one_size
+
+    for model in models:
+        for layout, (mapping, method) in (LAYOUTS | {REFERENCE: LAYOUTS["1 GPU"]}).items():
+            dtype = "float32" if layout == REFERENCE else "bfloat16"
+            folder = folder_of(root, model, layout)
+            folder.mkdir(parents=True, exist_ok=True)
+            config = one_size(resolution, BATCH, TEXT_TOKENS, cp_method=method)
+            for at in mapping.ranks():
+                dry_graph(MODELS[model], at, config, dtype).save(folder / graph_file(at.rank))
+    (root / "resolution").write_text(str(resolution))
+
+
+def draw_weights(model: ModelConfig, device: torch.device) -> dict[str, torch.Tensor]:
+    """bf16, the same on every GPU of one kind; activations stay near unit size."""
+    generator = torch.Generator(device).manual_seed(0)
+    weights = {}
+    for name, shape in MMDiT(model).named_parameters().items():
+        if name == "pos_embed.pos_embed":
+            mean, deviation = 0.0, 0.7
+        elif name.endswith("bias"):
+            mean, deviation = 0.0, 0.02
+        elif len(shape) == 1:
+            mean, deviation = 1.0, 0.02
+        else:
+            mean, deviation = 0.0, 1 / math.sqrt(math.prod(shape[1:]))
+        tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        weights[name] = tensor.normal_(mean, deviation, generator=generator)
+    return weights
+
+
+def draw_inputs(model: ModelConfig, resolution: Resolution, device: torch.device, dtype: torch.dtype) -> dict:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        # Rounded to bf16 first, so that the float32 reference sees the same inputs.
+        return torch.randn(shape, generator=generator).to(torch.bfloat16).to(device, dtype)
+
+    return {
+        "hidden_states": draw(BATCH, model.in_channels, resolution.height // 8, resolution.width // 8),
+        "encoder_hidden_states": draw(BATCH, TEXT_TOKENS, model.joint_attention_dim),
+        "pooled_projections": draw(BATCH, model.pooled_projection_dim),
+        "timestep": torch.full((BATCH,), 500.0, device=device),
+    }
+
+
+class Ranks:
+    """This process among the ranks: by `mmdit_lib.parallel` under mpirun, else from torchrun's environment."""
+
+    def __init__(self, device_type: str):
+        self.device_type = device_type
+        self.by_mpi = "RANK" not in os.environ
+        if not self.by_mpi:
+            self.device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
+            if device_type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
+
+    def join(self, model: ModelConfig, mapping: Mapping) -> dict[tuple[int, ...], str]:
+        from mmdit_lib.parallel import team
+
+        if not self.by_mpi:
+            return team.make_groups(mapping.at(dist.get_rank()))
+        from mmdit_lib.engine.dry_graph import one_size
+
+        folder = EngineFolder(
+            folder=Path("-"), model=model, dtype="bfloat16", mapping=mapping, tp_layout="megatron",
+            build=one_size(Resolution.read(1024), BATCH, TEXT_TOKENS), tensorrt=None, files={},
+            checkpoint={"files": {}}, config={},
+        )  # fmt: skip
+        joined = team.join(folder, self.device_type, seconds=60)
+        self.device = joined.device
+        return joined.groups
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def slowest(self, value: float) -> float:
+        everyone = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(everyone, dist.ReduceOp.MAX)
+        return everyone.item()
+
+    def all_well(self, well: bool) -> bool:
+        """Whether all ranks are; what one rank cannot do, none of them does."""
+        return self.slowest(0.0 if well else 1.0) == 0.0
+
+
+def milliseconds(step, device: torch.device, repeats: int) -> list[float]:
+    """One time per step, by CUDA events (by the clock on a CPU), after five steps of warming up."""
+    times = []
+    for i in range(repeats + 5):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            elapsed = start.elapsed_time(end)
+        else:
+            begin = time.perf_counter()
+            step()
+            elapsed = 1000 * (time.perf_counter() - begin)
+        if i >= 5:
+            times.append(elapsed)
+    return times
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.double()
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+class Bench:
+    def __init__(self, ranks: Ranks, root: Path, output: Path, repeats: int, budget: float):
+        self.ranks, self.root, self.output, self.repeats = ranks, root, output, repeats
+        self.deadline = time.monotonic() + budget
+        self.resolution = Resolution.read((root / "resolution").read_text())
+        self.device = ranks.device
+        cuda = self.device.type == "cuda"
+        self.result = {
+            "hardware": f"{dist.get_world_size()} x {torch.cuda.get_device_name(self.device)}" if cuda else platform.machine(),
+            "torch": torch.__version__,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+            "driver": _driver() if cuda else None,
+            "date": time.strftime("%Y-%m-%d"),
+            "conditions": f"{self.resolution}, batch {BATCH}, {TEXT_TOKENS} text tokens, bf16, random weights",
+            "repeats": repeats,
+            "started_by": "mpirun" if ranks.by_mpi else "torchrun",
+            "nccl_communicator_for_tensorrt": self.communicator() if cuda else None,
+            "rows": [],
+        }
+
+    def communicator(self) -> str:
+        """Whether this torch gives out what TensorRT's collectives would be handed."""
+        from mmdit_lib.parallel.team import Team
+
+        try:
+            return type(Team(self.ranks.rank, Mapping(), self.device).nccl_communicator()).__name__
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    def late(self) -> bool:
+        return not self.ranks.all_well(time.monotonic() < self.deadline)
+
+    def save(self, row: dict) -> None:
+        self.result["rows"].append(row)
+        if self.ranks.rank == 0:
+            self.output.write_text(json.dumps(self.result, indent=1) + "\n")
+            print(json.dumps({k: v for k, v in row.items() if k != "times"}), flush=True)
+
+    def model(self, name: str) -> None:
+        model, device = MODELS[name], self.device
+        weights = draw_weights(model, device)
+        self.check_weights(weights)
+        inputs = draw_inputs(model, self.resolution, device, torch.bfloat16)
+        wide = PyTorchBackend(
+            Graph.load(folder_of(self.root, name, REFERENCE) / graph_file(0)),
+            Float32(weights), device=device,
+        )  # fmt: skip
+        exact = wide(draw_inputs(model, self.resolution, device, torch.float32)).cpu()
+        del wide
+        self.free()
+        alone = None
+        for layout in LAYOUTS:
+            if self.late():
+                return
+            output = self.layout(name, layout, weights, inputs, exact, alone)
+            alone = output if alone is None else alone
+            self.free()
+        if not self.late():
+            self.diffusers(name, weights, inputs, exact)
+            self.free()
+
+    def check_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """All ranks must have drawn the same: compare a sum over all of them."""
+        total = sum(float(w.double().sum()) for w in list(weights.values())[::50])
+        assert self.ranks.slowest(total) == -self.ranks.slowest(-total), "the ranks drew different weights"
+
+    def layout(self, name, layout, weights, inputs, exact, alone) -> torch.Tensor:
+        mapping, _ = LAYOUTS[layout]
+        begin = time.monotonic()
+        several = mapping.world_size > 1
+        rank = self.ranks.rank if several else 0
+        groups = self.ranks.join(MODELS[name], mapping) if several else None
+        local = weights
+        if mapping.tp_size > 1:
+            local = {n: shard(n, w, "megatron", mapping.tp_size, mapping.at(rank).tp_rank).contiguous() for n, w in weights.items()}
+        graph = Graph.load(folder_of(self.root, name, layout) / graph_file(rank))
+        eager = PyTorchBackend(graph, local, device=self.device, groups=groups)
+        output = eager(inputs).cpu()
+        row = {"model": name, "layout": layout, "error_to_float32": relative_error(output, exact)}
+        if alone is not None:
+            row["error_to_1_gpu"] = relative_error(output, alone)
+        self.time(row, "eager", lambda: eager(inputs), output)
+        if self.device.type == "cuda":
+            self.compiled(row, graph, local, groups, inputs, output)
+        row["seconds"] = time.monotonic() - begin
+        self.save(row)
+        return output
+
+    def compiled(self, row, graph, local, groups, inputs, output) -> None:
+        torch._dynamo.reset()
+        made = None
+        for way, options in {"compiled": {"compile": True}, "compiled + CUDA graph": {"compile": True, "cuda_graph": True}}.items():
+            if self.late():
+                return
+            fault = None
+            try:
+                if made is None:
+                    made = PyTorchBackend(graph, local, device=self.device, groups=groups, compile=True)
+                    backend = made
+                else:
+                    from mmdit_lib.engine.cuda_graph import GraphedStep
+
+                    graphed = GraphedStep(made._run)
+                    backend = torch.inference_mode()(graphed)
+                found = backend(inputs).cpu()
+            except Exception as error:
+                fault = f"{type(error).__name__}: {str(error)[:300]}"
+            if not self.ranks.all_well(fault is None):
+                row[f"fault {way}"] = fault or "on another rank"
+                return
+            row[f"error_to_eager {way}"] = relative_error(found, output)
+            self.time(row, way, lambda: backend(inputs), output)
+
+    def time(self, row, way, step, output) -> None:
+        times = milliseconds(step, self.device, self.repeats)
+        row[f"ms {way}"] = self.ranks.slowest(statistics.median(times))
+        row.setdefault("times", {})[way] = times
+
+    def diffusers(self, name, weights, inputs, exact) -> None:
+        try:
+            from diffusers import SD3Transformer2DModel
+        except ImportError as error:
+            self.result["no_diffusers"] = str(error)
+            return
+        from mmdit_lib.checkpoint.keys import to_diffusers
+
+        with torch.device("meta"):
+            reference = SD3Transformer2DModel(**MODELS[name].to_diffusers()).eval()
+        reference.load_state_dict({to_diffusers(n): w for n, w in weights.items()}, strict=False, assign=True)
+        step = torch.inference_mode()(lambda: reference(**inputs, return_dict=False)[0])
+        row = {"model": name, "layout": "diffusers, 1 GPU", "error_to_float32": relative_error(step().cpu(), exact)}
+        self.time(row, "eager", step, None)
+        self.save(row)
+
+    def free(self) -> None:
+        import gc
+
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class Float32(dict):
+    """Weights widened one at a time."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return super().__getitem__(name).float()
+
+
+def _driver() -> str:
+    import subprocess
+
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(ask, capture_output=True, text=True).stdout.split("\n")[0]
+
+
+def run(root: Path, output: Path, models: list[str], repeats: int, budget: float, device: str) -> None:
+    faulthandler.dump_traceback_later(budget + 60, exit=True)  # a hang says where
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    ranks = Ranks(device)
+    ranks.join(MODELS[models[0]], Mapping(cfg_size=2))
+    bench = Bench(ranks, root, output, repeats, budget)
+    for name in models:
+        if not bench.late():
+            bench.model(name)
+    dist.destroy_process_group()
+
+
+WAYS = ("eager", "compiled", "compiled + CUDA graph")
+
+
+def table(output: Path) -> str:
+    """The result as Markdown."""
+    result = json.loads(output.read_text())
+    lines = [f"{result['hardware']}, torch {result['torch']}, NCCL {result['nccl']}, driver {result['driver']}, {result['date']}.",
+             f"{result['conditions']}; median of {result['repeats']} steps, the slowest rank.", ""]  # fmt: skip
+    for model in dict.fromkeys(row["model"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["model"] == model]
+        lines += [f"## SD3.5-{model}", "", "| | " + " | ".join(f"ms {way} | speed-up" for way in WAYS) + " | error to 1 GPU | error to float32 |",
+                  "|---" + "|---:" * (2 * len(WAYS) + 2) + "|"]  # fmt: skip
+        for row in rows:
+            cells = []
+            for way in WAYS:
+                ms, alone = row.get(f"ms {way}"), rows[0].get(f"ms {way}")
+                cells += [f"{ms:.2f}", f"{alone / ms:.2f}"] if ms and alone else ["-", "-"]
+            cells += [f"{row[key]:.1e}" if key in row else "-" for key in ("error_to_1_gpu", "error_to_float32")]
+            lines.append(f"| {row['layout']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("graphs", "run", "table"))
+    parser.add_argument("--folder", type=Path, default=Path("graphs"))
+    parser.add_argument("--output", type=Path, default=Path("parallel.json"))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["medium", "large"])
+    parser.add_argument("--resolution", default="1024x1024")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--budget", type=float, default=3600, help="seconds after which no further layout is begun")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    if options.what == "graphs":
+        write_graphs(options.folder, options.models, Resolution.read(options.resolution))
+    elif options.what == "run":
+        run(options.folder, options.output, options.models, options.repeats, options.budget, options.device)
+    else:
+        print(table(options.output))
+
+
+if __name__ == "__main__":
+    main()
