@@ -198,7 +198,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
         numeric = column in ("count", "size", "plan", "defined in", "built in", "peak memory", "layers")
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=column == "name")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=column == "name", overflow="fold")
     return table
 
 

@@ -76,8 +76,7 @@ class Case:
     def reference_in(self, dtype: str) -> SD3Transformer2DModel:
         if dtype == "float32":
             return self.reference
-        copy = SD3Transformer2DModel(**self.config.to_diffusers()).eval()
-    
+        return self._once(("reference", dtype), lambda: random_transformer(self.config).to(getattr(torch, dtype)))
 
     @cached_property
     def transformer(self) -> Path:
