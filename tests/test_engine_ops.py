@@ -1,0 +1,159 @@
+"""Every operator of the pytorch backend against a second statement of it, in NumPy's float64.
+
+One list of cases: operator, inputs, attributes, the statement. float32 results may differ from it by a
+few units in the last place (eps 1.2e-7) times the length of the sums; float16 (9.8e-4) and bfloat16
+(7.8e-3) by one rounding of the result and one of what was rounded on the way.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmdit_lib.engine.torch_ops import ELEMENTWISE, OPS, SHAPE_OPS, UNARY
+
+TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
+DTYPES = {name: getattr(torch, name) for name in TOLERANCE}
+
+
+@dataclass(frozen=True)
+class OpCase:
+    op: str
+    shapes: tuple
+    """Of the inputs; () stands for a tuple that is passed as it is (`fixed`)."""
+    expected: Any
+    attributes: dict = field(default_factory=dict)
+    fixed: tuple = ()
+    positive: bool = False
+    label: str = ""
+
+    def __str__(self):
+        return f"{self.op}-{self.label}" if self.label else self.op
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax_attention(q, k, v, scale=1.0):
+    scores = scale * np.einsum("bhqd,bhkd->bhqk", q, k)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def patches(x, kernel, bias):
+    """A convolution whose stride is its size: every patch times the kernel."""
+    size = kernel.shape[-1]
+    b, c, h, w = x.shape
+    cut = x.reshape(b, c, h // size, size, w // size, size)
+    return np.einsum("bchiwj,ocij->bohw", cut, kernel) + bias[:, None, None]
+
+
+def layer_norm(x, scale, bias):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
+
+
+def fill_slice(x):
+    """Rows 3 to 8 of five: the last three are zero."""
+    return np.concatenate([x[:, 3:5], np.zeros_like(x[:, :3])], 1)
+
+
+SHUFFLE = dict(first_transpose=None, reshape_dims=None, second_transpose=None, zero_is_placeholder=True)
+SLICE = dict(axes=[1], start=None, shape=None, stride=[1], mode="STRICT_BOUNDS")
+ATTENTION = dict(norm_op="SOFTMAX", causal_kind="NONE")
+QKV = ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8))
+TWO = {"SUM": np.add, "SUB": np.subtract, "PROD": np.multiply, "DIV": np.divide, "MIN": np.minimum, "MAX": np.maximum,
+       "FLOOR_DIV": np.floor_divide}  # fmt: skip
+ONE = {"SQRT": np.sqrt, "RECIP": np.reciprocal, "SIN": np.sin, "COS": np.cos, "EXP": np.exp}
+
+CASES = [
+    OpCase("ACTIVATION", ((3, 7),), sigmoid, dict(kind="SIGMOID"), label="sigmoid"),
+    OpCase("ACTIVATION", ((3, 7),), gelu_tanh, dict(kind="GELU_TANH"), label="gelu_tanh"),
+    OpCase("ACTIVATION", ((3, 7),), lambda x: np.maximum(x, 0), dict(kind="RELU"), label="relu"),
+    OpCase("ACTIVATION", ((3, 7),), lambda x: np.clip(x, -0.5, 0.25), dict(kind="CLIP", alpha=-0.5, beta=0.25), label="clip"),
+    OpCase("ATTENTION", QKV, softmax_attention, ATTENTION, label="unscaled"),
+    OpCase("ATTENTION", QKV, lambda q, k, v: softmax_attention(q, k, v, 0.25), dict(ATTENTION, scale=0.25), label="scaled"),
+    OpCase("CAST", ((4,),), lambda x: x, dict(to_type="float32")),
+    OpCase("CONCATENATION", ((2, 3), (2, 4)), lambda a, b: np.concatenate([a, b], 1), dict(axis=1)),
+    OpCase("CONVOLUTION", ((2, 4, 6, 9), (5, 4, 3, 3), (5,)), patches,
+           dict(stride_nd=[3, 3], padding_nd=[0, 0], dilation_nd=[1, 1], num_groups=1)),
+    *[OpCase("ELEMENTWISE", ((2, 3, 4), (1, 1, 4)), f, dict(op=name), positive=name in ("DIV", "FLOOR_DIV"), label=name)
+      for name, f in TWO.items()],
+    OpCase("LINEAR", ((2, 3, 8), (1, 5, 8), (1, 1, 5)), lambda x, w, b: x @ w[0].T + b[0, 0]),
+    OpCase("MATRIX_MULTIPLY", ((2, 3, 8), (1, 5, 8)), lambda a, b: a @ b.transpose(0, 2, 1), dict(op0="NONE", op1="TRANSPOSE"), label="bt"),
+    OpCase("MATRIX_MULTIPLY", ((8, 3), (8, 5)), lambda a, b: a.T @ b, dict(op0="TRANSPOSE", op1="NONE"), label="at"),
+    OpCase("NORMALIZATION", ((2, 3, 8), (1, 1, 8), (1, 1, 8)), layer_norm, dict(axes=4, epsilon=1e-6)),
+    OpCase("REDUCE", ((2, 3, 8),), lambda x: x.mean(2, keepdims=True), dict(op="AVG", axes=4, keep_dims=True), label="avg"),
+    OpCase("REDUCE", ((2, 3, 8),), lambda x: x.sum((0, 1)), dict(op="SUM", axes=3, keep_dims=False), label="sum"),
+    OpCase("SHUFFLE", ((2, 3, 8),), lambda x: x.reshape(2, 3, 2, 4), dict(SHUFFLE, reshape_dims=[0, 0, 2, 4]), label="zeros"),
+    OpCase("SHUFFLE", ((2, 3, 8),), lambda x: x.reshape(6, 8), dict(SHUFFLE, reshape_dims=[-1, 8]), label="rest"),
+    OpCase("SHUFFLE", ((2, 3, 8),), lambda x: x.transpose(2, 0, 1).reshape(8, 6).T,
+           dict(SHUFFLE, first_transpose=[2, 0, 1], reshape_dims=[8, 6], second_transpose=[1, 0]), label="all"),
+    OpCase("SHUFFLE", ((2, 3, 8),), lambda x: x.reshape(3, 16), SHUFFLE, fixed=((3, 16),), label="dynamic"),
+    OpCase("SILU", ((3, 7),), lambda x: x * sigmoid(x)),
+    OpCase("SLICE", ((2, 5, 3),), lambda x: x[:, 1:4], dict(SLICE, start=[1], shape=[3]), fixed=(None, None), label="static"),
+    OpCase("SLICE", ((2, 5, 3),), lambda x: x[:, 1:4], SLICE, fixed=((1,), (3,)), label="dynamic"),
+    OpCase("SLICE", ((2, 5, 3),), fill_slice, dict(SLICE, mode="FILL"), fixed=((3,), (5,)), label="fill"),
+    *[OpCase("UNARY", ((3, 7),), f, dict(op=name), positive=name in ("SQRT", "RECIP"), label=name) for name, f in ONE.items()],
+]  # fmt: skip
+
+NEEDS_PROCESSES = {"DIST_COLLECTIVE"}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operator(case, dtype):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator) for shape in case.shapes]
+    inputs = [(x.abs() + 0.5 if case.positive else x).to(DTYPES[dtype]) for x in inputs]
+    wanted = case.expected(*(x.double().numpy() for x in inputs))
+    found = OPS[case.op](*inputs, *case.fixed, **case.attributes)
+    assert found.dtype == (torch.float32 if case.op == "CAST" else DTYPES[dtype])
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found.double().numpy(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_no_operator_is_without_a_case():
+    assert {case.op for case in CASES} | NEEDS_PROCESSES == set(OPS)
+    assert {case.attributes["op"] for case in CASES if case.op == "ELEMENTWISE"} == set(ELEMENTWISE)
+    assert {case.attributes["op"] for case in CASES if case.op == "UNARY"} == set(UNARY)
+
+
+SHAPE_CASES = [
+    ("SHAPE", (torch.zeros(2, 3, 4),), {}, (2, 3, 4)),
+    ("SLICE", ((2, 3, 4),), dict(axes=[0], start=[1], shape=[2], stride=[1], mode="STRICT_BOUNDS"), (3, 4)),
+    ("CONCATENATION", ((2,), (3, 4)), dict(axis=0), (2, 3, 4)),
+    ("ELEMENTWISE", ((7, 9), (2,)), dict(op="FLOOR_DIV"), (3, 4)),
+    ("ELEMENTWISE", ((7,), (2,)), dict(op="MIN"), (2,)),
+    ("ELEMENTWISE", ((7,), (2,)), dict(op="MAX"), (7,)),
+    ("ELEMENTWISE", ((7,), (2, 3)), dict(op="SUB"), (5, 4)),
+    ("REDUCE", ((2, 3, 4),), dict(op="PROD", axes=1, keep_dims=True), (24,)),
+]
+
+
+@pytest.mark.parametrize(("op", "inputs", "attributes", "wanted"), SHAPE_CASES)
+def test_shape_operator(op, inputs, attributes, wanted):
+    found = SHAPE_OPS[op](*inputs, **attributes)
+    assert found == wanted and all(type(n) is int for n in found)
+    assert {case[0] for case in SHAPE_CASES} == set(SHAPE_OPS)
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "attributes"),
+    [
+        ("ATTENTION", [torch.zeros(1, 1, 2, 2)] * 3, dict(norm_op="SOFTMAX", causal_kind="LOWER_RIGHT")),
+        ("NORMALIZATION", [torch.zeros(2, 3)] * 3, dict(axes=1, epsilon=1e-6)),
+        ("SLICE", [torch.zeros(4), None, None], dict(axes=[0], start=[0], shape=[2], stride=[2], mode="STRICT_BOUNDS")),
+    ],
+)
+def test_what_no_network_of_ours_contains_is_not_guessed(op, inputs, attributes):
+    with pytest.raises(AssertionError):
+        OPS[op](*inputs, **attributes)
