@@ -1,0 +1,157 @@
+"""Which backend runs, where, and from what: moved folders, no TensorRT, no GPU, a checkpoint that changed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import helpers
+from mmdit_lib.checkpoint import convert
+from mmdit_lib.engine import tensorrt_backend
+from mmdit_lib.engine.build import build
+from mmdit_lib.engine.capability import refused_capability
+from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.engine.tensorrt_backend import TensorRTBackend, refusal
+from mmdit_lib.network.trt import installed
+from mmdit_lib.pipeline import MMDiTRunner
+
+REPOSITORY = Path(__file__).parents[1]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is refused without a GPU")
+
+
+@pytest.fixture(scope="module")
+def case() -> helpers.Case:
+    return helpers.case("sd3.5-medium")
+
+
+@pytest.fixture
+def moved(case, tmp_path) -> Path:
+    """Engine folder and checkpoint, side by side, somewhere else."""
+    shutil.copytree(case.checkpoint(), tmp_path / "elsewhere" / "checkpoint-float32")
+    shutil.copytree(case.engine(), tmp_path / "elsewhere" / "engine")
+    return tmp_path / "elsewhere"
+
+
+@NO_GPU
+def test_without_a_gpu(case):
+    runner = MMDiTRunner.from_engine(case.engine())
+    assert runner.backend.name == "pytorch" and runner.reason == "this machine has no CUDA GPU"
+    with pytest.raises(ValueError) as error:
+        MMDiTRunner.from_engine(case.engine(), backend="tensorrt")
+    assert str(error.value) == "backend tensorrt: this machine has no CUDA GPU"
+    with pytest.raises(ValueError, match=r"rank0\.engine cannot run here: this machine has no CUDA GPU"):
+        TensorRTBackend(case.engine() / "rank0.engine", installed())
+
+
+def test_refusals_name_what_is_there(monkeypatch):
+    assert "built with --no-plan" in refusal(None)
+    other = refusal("tensorrt 10.13.3")
+    assert "built with tensorrt 10.13.3" in other and f"{installed()} is installed" in other
+    monkeypatch.setattr(tensorrt_backend, "installed", lambda: None)
+    assert refusal("tensorrt 11.4.0") == "the plan was built with tensorrt 11.4.0, and no TensorRT is installed"
+    assert refused_capability("tensorrt_rtx", (9, 0)).endswith("and this GPU has 9.0")
+    assert refused_capability("tensorrt_rtx", (12, 1)) is None and refused_capability("tensorrt", (9, 0)) is None
+
+
+def test_unknown_backend(case):
+    with pytest.raises(ValueError, match="backend 'onnx': use auto, tensorrt or pytorch"):
+        MMDiTRunner.from_engine(case.engine(), backend="onnx")
+
+
+ONLY_TORCH = """
+import sys
+
+BLOCKED = sys.argv[4].split(",")
+class Block:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is not installed here")
+sys.meta_path.insert(0, Block())
+
+import torch
+from safetensors.torch import load_file, save_file
+inputs = load_file(sys.argv[2])
+if "diffusers" in BLOCKED:  # the network alone
+    from mmdit_lib.engine.folder import EngineFolder
+    from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+    folder = EngineFolder.open(sys.argv[1])
+    output = PyTorchBackend(folder.graph(0), folder.open_checkpoint().weights())(inputs)
+else:
+    from mmdit_lib.pipeline import MMDiTRunner
+    runner = MMDiTRunner.from_engine(sys.argv[1], device="cpu")
+    print(runner.reason)
+    output = runner.run(inputs)
+save_file({"output": output}, sys.argv[3])
+assert not {name.split(".")[0] for name in sys.modules} & set(BLOCKED)
+"""
+
+
+@pytest.mark.parametrize("blocked", ["tensorrt,tensorrt_rtx,tensorrt_bindings", "tensorrt,tensorrt_rtx,diffusers,transformers,matplotlib"])
+def test_a_moved_folder_runs_where_there_is_no_tensorrt(case, moved, tmp_path, blocked):
+    inputs = case.inputs()
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    command = [sys.executable, "-c", ONLY_TORCH, moved / "engine", tmp_path / "inputs.safetensors", tmp_path / "out.safetensors", blocked]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    if "diffusers" not in blocked:
+        assert "no TensorRT is installed" in run.stdout
+    # Another process may lay out its memory otherwise and pick other kernels: float32 rounding, as in test_network.
+    assert helpers.relative_error(load_file(tmp_path / "out.safetensors")["output"], case.runner().run(inputs)) <= 5e-6
+
+
+def test_checkpoint_elsewhere(case, moved, tmp_path):
+    os.rename(moved / "checkpoint-float32", tmp_path / "renamed")
+    with pytest.raises(ValueError, match="'checkpoint-float32', which is not at .*say where it is with --checkpoint_dir"):
+        MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
+    runner = MMDiTRunner.from_engine(moved / "engine", backend="pytorch", checkpoint_dir=tmp_path / "renamed", device="cpu")
+    assert torch.equal(runner.run(case.inputs()), case.runner().run(case.inputs()))
+
+
+def test_checkpoint_changed_after_the_build(case, moved):
+    path = moved / "checkpoint-float32" / "rank0.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rank0\.safetensors has changed since .*engine was built from it"):
+        MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
+    MMDiTRunner.from_engine(moved / "engine", backend="pytorch", verify=False)
+    path.write_bytes(content[:-4])
+    with pytest.raises(ValueError, match="truncated|has changed: expected"):
+        MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
+
+
+def test_checkpoint_converted_anew(case, moved):
+    other = helpers.random_transformer(case.config, seed=1)
+    other.save_pretrained(moved / "other")
+    convert(str(moved / "other"), str(moved / "checkpoint-float32"), progress=False)
+    with pytest.raises(ValueError, match=r"is not the file that .*engine was built from; build again"):
+        MMDiTRunner.from_engine(moved / "engine", backend="pytorch", verify=False)
+
+
+def test_damaged_engine_is_refused(moved):
+    path = moved / "engine" / "rank0.graph.json"
+    path.write_text(path.read_text().replace('"SUM"', '"MAX"', 1))
+    with pytest.raises(ValueError, match=r"rank0\.graph\.json has changed: its sha256 is"):
+        MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
+
+
+def test_graph_only_folder(case, tmp_path):
+    build(str(case.checkpoint()), str(tmp_path / "engine"), plan=False, progress=False)
+    runner = MMDiTRunner.from_engine(tmp_path / "engine", device="cpu")
+    assert "--no-plan" in runner.reason
+    assert torch.equal(runner.run(case.inputs()), case.runner().run(case.inputs()))
+
+
+def test_weights_stay_mapped_from_disk(case):
+    """The pytorch backend holds no copy of a weight on the CPU, save the crop of the position table."""
+    weights = case.runner().folder.open_checkpoint().weights()
+    module = PyTorchBackend(case.runner().backend.graph, weights).module
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
+    ours = {node.meta["weight"]: getattr(module, node.target) for node in module.graph.nodes if node.meta.get("weight")}
+    assert all(tensor.untyped_storage().data_ptr() in addresses for tensor in ours.values())
