@@ -2,7 +2,7 @@
 
     python benchmarks/parallel.py graphs --folder graphs     # where TensorRT (tensorrt_rtx) is installed; no GPU
     mpirun -n 2 python benchmarks/parallel.py run --folder graphs --output parallel.json     # two GPUs, NCCL
-    python benchmarks/parallel.py table --output parallel.json                               # Markdown
+    python benchmarks/parallel.py table --results parallel.json                              # Markdown
 
 `run` needs no TensorRT and no checkpoint: the graph files name the weights, which are drawn on each
 GPU from one seed. Under `torchrun --nproc-per-node 2` it works too. Every row is measured in the same
@@ -340,24 +340,37 @@ def run(root: Path, output: Path, models: list[str], repeats: int, budget: float
 WAYS = ("eager", "compiled", "compiled + CUDA graph")
 
 
-def table(output: Path) -> str:
-    """The result as Markdown."""
-    result = json.loads(output.read_text())
-    lines = [f"{result['hardware']}, torch {result['torch']}, NCCL {result['nccl']}, driver {result['driver']}, {result['date']}.",
-             f"{result['conditions']}; median of {result['repeats']} steps, the slowest rank.", ""]  # fmt: skip
+def table(results: list[Path]) -> str:
+    """Results as Markdown."""
+    lines = ["# Two GPUs", ""]
+    for path in results:
+        lines += _table(json.loads(path.read_text()))
+    return "\n".join(lines)
+
+
+def _table(result: dict) -> list[str]:
+    lines = []
     for model in dict.fromkeys(row["model"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["model"] == model]
-        lines += [f"## SD3.5-{model}", "", "| | " + " | ".join(f"ms {way} | speed-up" for way in WAYS) + " | error to 1 GPU | error to float32 |",
-                  "|---" + "|---:" * (2 * len(WAYS) + 2) + "|"]  # fmt: skip
+        alone = rows[0]
+        lines += [
+            f"## SD3.5-{model}",
+            "",
+            f"{result['hardware']}, torch {result['torch']}, NCCL {result['nccl']}, driver {result['driver']}, {result['date']}. "
+            f"One step of the `pytorch` backend, {result['conditions']}; median of {result['repeats']}, the slowest rank.",
+            "",
+            "| | " + " | ".join(f"ms, {way} | speed-up" for way in WAYS) + " | error to 1 GPU | error to float32 |",
+            "|---" + "|---:" * (2 * len(WAYS) + 2) + "|",
+        ]
         for row in rows:
             cells = []
             for way in WAYS:
-                ms, alone = row.get(f"ms {way}"), rows[0].get(f"ms {way}")
-                cells += [f"{ms:.2f}", f"{alone / ms:.2f}"] if ms and alone else ["-", "-"]
-            cells += [f"{row[key]:.1e}" if key in row else "-" for key in ("error_to_1_gpu", "error_to_float32")]
+                ms, base = row.get(f"ms {way}"), alone.get(f"ms {way}")
+                cells += [f"{ms:.1f}", f"{base / ms:.2f}"] if ms and base else ["-", "-"]
+            cells += [f"{row[key]:.2e}" if key in row else "-" for key in ("error_to_1_gpu", "error_to_float32")]
             lines.append(f"| {row['layout']} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
@@ -365,6 +378,7 @@ def main() -> None:
     parser.add_argument("what", choices=("graphs", "run", "table"))
     parser.add_argument("--folder", type=Path, default=Path("graphs"))
     parser.add_argument("--output", type=Path, default=Path("parallel.json"))
+    parser.add_argument("--results", type=Path, nargs="+", default=[Path("parallel.json")])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["medium", "large"])
     parser.add_argument("--resolution", default="1024x1024")
     parser.add_argument("--repeats", type=int, default=20)
@@ -376,7 +390,7 @@ def main() -> None:
     elif options.what == "run":
         run(options.folder, options.output, options.models, options.repeats, options.budget, options.device)
     else:
-        print(table(options.output))
+        print(table(options.results))
 
 
 if __name__ == "__main__":
