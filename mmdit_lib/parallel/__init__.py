@@ -1,7 +1,7 @@
 """Several ranks: MPI starts and numbers them, `torch.distributed` or TensorRT's NCCL moves the tensors.
 
     mpirun -n 2 python script.py       # the same script on every rank; `join` makes them a team
-    with parallel.cluster(2) as view:  # the same from a notebook, over ipyparallel
+    with parallel.cluster(2) as ranks: # the same from a notebook, over ipyparallel
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ _HOMES = {
     "load_pipeline": "generation",
     "sample": "generation",
     "cluster": "clusters",
-    "run": "clusters",
+    "Ranks": "clusters",
     "stop_clusters": "clusters",
 }  # name: the file it comes from, imported when first asked for
 __all__ = sorted(_HOMES)

@@ -35,17 +35,17 @@ def check_launch(mapping: Mapping, size: int, folder: object = "this engine fold
     raise ValueError(f"{folder} is for {layout}, {wanted} ranks, and {ranks} running: start it with mpirun -n {wanted}")
 
 
-def mpi_environment() -> dict[str, str]:
+def mpi_environment(ranks: int) -> dict[str, str]:
     """Variables for OpenMPI that let it start any number of ranks on any machine.
 
-    Also as root, as in a container, and with more ranks than cores; where ranks outnumber cores, one
-    thread each is the fastest. Variables that are set already keep their value.
+    Also as root, as in a container, and with more ranks than cores. The ranks of a machine share its
+    cores. Variables that are set already keep their value.
     """
     wanted = {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",  # OpenMPI 4
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # OpenMPI 5
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
     }
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
