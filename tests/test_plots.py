@@ -1,0 +1,97 @@
+"""The figures say what the data says: labels, numbers and colours are looked up in the drawn figure."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from helpers import MODELS
+from mmdit_lib import plots
+from mmdit_lib.config import KNOWN_MODELS
+
+MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
+
+
+def texts(figure: Figure) -> str:
+    """All that is written in a figure; drawing it must raise no warning (a missing glyph, no room)."""
+    figure.savefig(io.BytesIO(), format="png", dpi=50)
+    found = [t.get_text() for axes in figure.axes for t in (*axes.texts, axes.title, axes._left_title, axes.xaxis.label)]
+    legends = [axes.get_legend() for axes in figure.axes] + figure.legends
+    found += [t.get_text() for legend in legends if legend for t in legend.get_texts()]
+    return "\n".join([*found, figure._suptitle.get_text() if figure._suptitle else ""])
+
+
+def table(errors, statuses=None) -> pd.DataFrame:
+    modules = [f"transformer_blocks.{i}" for i in range(len(errors))]
+    return pd.DataFrame(
+        dict(module=modules, relative_error=errors, depth=range(len(errors)), status=statuses or ["ok"] * len(errors), tolerance=5e-6)
+    )
+
+
+def test_error_by_depth():
+    figure = plots.error_by_depth({"float32": table([0.0, 1e-7, 2e-7]), "float16": table([1e-3, np.nan, 0.5], ["ok", "missing", "mismatch"])})
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log" and [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "2"]
+    said = texts(figure)
+    assert "float32" in said and "float16" in said and "tolerance" in said
+    points = np.concatenate([c.get_offsets() for c in axes.collections])
+    assert len(points) == 5 and (points[:, 1] > 0).all()
+    assert texts(plots.error_by_depth({"exact": table([0.0, 0.0])}))
+
+
+def test_many_blocks_get_few_ticks():
+    assert len(plots.error_by_depth({"a": table([1e-7] * 38)}).axes[0].get_xticks()) <= 14
+
+
+@pytest.mark.parametrize(("gap", "words"), [(0, "equal in every pixel"), (1, "255 times\nat most 1 grey level of"), (5, "51 times\nat most 5 grey levels")])
+def test_images_side_by_side(gap, words):
+    a = Image.new("RGB", (32, 24), (100, 100, 100))
+    b = Image.new("RGB", (32, 24), (100 - gap, 100, 100))
+    figure = plots.images_side_by_side([a, b], ["diffusers", "engine"])
+    assert len(figure.axes) == 3 and words in texts(figure) and "diffusers" in texts(figure)
+    assert figure.axes[2].images[0].get_array().max() == (255 if gap else 0)
+    assert len(plots.images_side_by_side([a, b, a], list("abc"), difference=False).axes) == 3
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_shard_map_gives_every_rank_its_share(tp_size):
+    figure = plots.shard_map(MEDIUM, tp_size)
+    said = texts(figure)
+    for label in ("attn.to_q\ncolwise\n1536 x 1536", "ff.net.1\nrowwise\n1536 x 6144", "norm1.linear\nreplicated\n13824 x 1536", f"rank {tp_size - 1}"):
+        assert label in said, label
+    parts = [p for p in figure.axes[0].patches if isinstance(p, Rectangle) and p.get_fill()]
+    area = {c: sum(p.get_width() * p.get_height() for p in parts if to_hex(p.get_facecolor()) == c) for c in plots.COLOURS[:tp_size]}
+    assert max(area.values()) == pytest.approx(min(area.values())) and min(area.values()) > 0
+
+
+def test_shard_map_refuses_and_knows_both_layouts():
+    assert "colwise_gather" in texts(plots.shard_map(MEDIUM, 2, tp_layout="trtllm"))
+    with pytest.raises(ValueError, match="38 heads do not divide by tp 4; use 1, 2, 19 or 38"):
+        plots.shard_map(KNOWN_MODELS["stable-diffusion-3.5-large"], 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "there", "absent"),
+    [
+        (MEDIUM, 0, ["attn2", "with dual attention", "RMS norm", "1536 to 6144", "to_add_out"], ["only reads"]),
+        (MEDIUM, 13, ["ff_context", "the next block"], ["attn2", "only reads"]),
+        (MEDIUM, 23, ["only reads the text", "norm_out"], ["attn2", "ff_context", "to_add_out"]),
+        (MODELS["sd3-medium"], 0, ["4 heads of 16"], ["RMS norm", "attn2"]),
+    ],
+)
+def test_block_diagram_is_drawn_from_the_model(model, block, there, absent):
+    said = texts(plots.block_diagram(model, block))
+    assert all(word in said for word in there), said
+    assert not any(word in said for word in absent), said
+
+
+def test_bars_carry_numbers_and_ratios():
+    said = texts(plots.time_bars({"diffusers": 101.2, "engine": 61.5}))
+    assert "101 ms" in said and "61.5 ms, 1.65 times faster" in said and "101 ms," not in said
+    said = texts(plots.traffic_bars({"megatron": 310e6, "trtllm": 775e6, "none": 0}))
+    assert "310 MB\n" in said and "775 MB, 2.5 times the least" in said
