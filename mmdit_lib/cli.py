@@ -15,6 +15,7 @@ from .checkpoint import convert
 from .config import Dtype, Resolution
 from .demo import demo
 from .engine.build import build
+from .parallel import guard
 from .pipeline import BackendName
 
 console = Console()
@@ -235,17 +236,17 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Entry point: errors of the user's making come as one line and exit code 1."""
-    try:
-        result = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit")
-        if isinstance(result, Path):
-            console.print(f"written: {result}")
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"mmdit: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("mmdit: interrupted; nothing half-written was left", file=sys.stderr)
-        sys.exit(130)
+    """Entry point: errors of the user's making come as one line and exit code 1. Under mpirun one rank's error ends all."""
+    with guard():
+        try:
+            result = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit")
+            if isinstance(result, Path):
+                console.print(f"written: {result}")
+        except (ValueError, FileNotFoundError, ImportError) as error:
+            sys.exit(f"mmdit: {error}")
+        except KeyboardInterrupt:
+            print("mmdit: interrupted; nothing half-written was left", file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the others sit in a collective, so that rank aborts all, its error first.
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 import time
 import traceback
@@ -84,13 +85,10 @@ def end_all(error: BaseException) -> None:
         code = 1
     if text:
         last = text.strip().splitlines()[-1]
-        sys.stderr.write(f"rank {rank} failed: {last}\n{text if last != text.strip() else ''}")
+        sys.stderr.write(f"rank {rank}: {last}\n{text if last != text.strip() else ''}")
     sys.stdout.flush()
     sys.stderr.flush()
     MPI = sys.modules.get("mpi4py.MPI")
     if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
         MPI.COMM_WORLD.Abort(code)
-    # Before MPI has started, mpirun ends the others because this rank ends with an error.
-    import os
-
-    os._exit(code)
+    os._exit(code)  # MPI has not started: mpirun ends the others because this rank ends with an error
