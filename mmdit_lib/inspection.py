@@ -1,4 +1,4 @@
-"""What an engine folder or a checkpoint folder holds, read from its small files: nothing is run, no TensorRT is needed."""
+"""What an engine folder or a checkpoint folder holds, read from its small files; TensorRT is not needed."""
 
 from __future__ import annotations
 

@@ -36,7 +36,18 @@ OUTPUT = "output"
 FAILING_SHOWN = 20
 """One wrong module spoils all that come after it: the first rows tell, not the next thousand."""
 
-COLUMNS = ["module", "output", "status", "max_abs_error", "relative_error", "tolerance", "depth", "dtype", "shape", "note"]
+COLUMNS = [
+    "module",
+    "output",
+    "status",
+    "max_abs_error",
+    "relative_error",
+    "tolerance",
+    "depth",
+    "dtype",
+    "shape",
+    "note",
+]
 
 
 def compare_layers(
@@ -320,7 +331,7 @@ def verdict(table: pd.DataFrame) -> str:
 
 
 def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
-    """A table for a terminal (`rich.print(...)`): all rows, or the worst of each block and the first that are not ok."""
+    """A table for a terminal (`rich.print(...)`): all rows, or the worst of each block and the first not ok."""
     failing = table.index[table.status != "ok"][:FAILING_SHOWN]
     shown = table if full else table.loc[sorted(_worst_per_block(table) | set(failing))]
     left_out = table.attrs.get("left_out", {})
@@ -329,7 +340,12 @@ def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
     grid.caption = f"{which} {len(table)} values; {len(left_out)} lists, dropouts and unread values have no counterpart"
     for name in ("module", "depth", "status", "relative error", "max error", "shape"):
         left = name in ("module", "status")
-        grid.add_column(name, justify="left" if left else "right", no_wrap=name != "shape", overflow="fold" if name == "module" else "ellipsis")
+        grid.add_column(
+            name,
+            justify="left" if left else "right",
+            no_wrap=name != "shape",
+            overflow="fold" if name == "module" else "ellipsis",
+        )
     for row in shown.itertuples():
         several = (table.module == row.module).sum() > 1
         colour = "green" if row.status == "ok" else "bold red"
@@ -337,7 +353,9 @@ def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
         shape = "x".join(map(str, row.shape)) if isinstance(row.shape, tuple) else row.note
         depth = str(int(row.depth)) if pd.notna(row.depth) else ""
         name = f"{row.module} ({row.output})" if several else row.module
-        grid.add_row(name, depth, Text(row.status, style=colour), *numbers, row.note if row.status == "shape" else shape)
+        grid.add_row(
+            name, depth, Text(row.status, style=colour), *numbers, row.note if row.status == "shape" else shape
+        )
     return Group(grid, Text(verdict(table), style="green" if all_ok(table) else "bold red"))
 
 

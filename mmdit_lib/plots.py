@@ -107,7 +107,14 @@ def shard_map(model: ModelConfig, tp_size: int, *, tp_layout: TpLayout = "megatr
         for label, (name, shape) in matrices.items():
             height, width = (np.sqrt(n / model.hidden_size) for n in shape)
             style = rule_for(name.removesuffix(".weight"), tp_layout).style
-            axes.text(left, top + 0.42, f"{label}\n{style}\n{shape[0]} x {shape[1]}", fontsize=8.5, va="bottom", linespacing=1.25)
+            axes.text(
+                left,
+                top + 0.42,
+                f"{label}\n{style}\n{shape[0]} x {shape[1]}",
+                fontsize=8.5,
+                va="bottom",
+                linespacing=1.25,
+            )
             _matrix(axes, (left, top + 0.5), (width, height), cut_dim(name, tp_layout), colours)
             left += max(width, 1.0) + 0.62
         widest = max(widest, left)
@@ -120,7 +127,9 @@ def shard_map(model: ModelConfig, tp_size: int, *, tp_layout: TpLayout = "megatr
         handles=[Patch(color=colour, label=f"rank {rank}") for rank, colour in enumerate(colours)],
         loc="outside lower left", ncols=min(tp_size, 8), frameon=False,
     )  # fmt: skip
-    figure.suptitle(f"Weights of block {block} over {tp_size} tensor-parallel ranks, layout {tp_layout}", x=0.01, ha="left")
+    figure.suptitle(
+        f"Weights of block {block} over {tp_size} tensor-parallel ranks, layout {tp_layout}", x=0.01, ha="left"
+    )
     return figure
 
 
@@ -203,7 +212,9 @@ def block_diagram(model: ModelConfig, block: int = 0) -> Figure:
         draw.box(centre, bottom, f"norm2{suffix}, scale and shift", colour, height=0.6)
         draw.arrow((centre, bottom + 0.3), (centre, bottom + 0.85))
         hidden = modules.ff.net[1].weight.shape[1]
-        draw.box(centre, bottom + 1.3, f"ff{suffix}: linear, GELU, linear\n{model.hidden_size} to {hidden} and back", colour)
+        draw.box(
+            centre, bottom + 1.3, f"ff{suffix}: linear, GELU, linear\n{model.hidden_size} to {hidden} and back", colour
+        )
         draw.arrow((centre, bottom + 1.75), (centre, bottom + 2.38))
         draw.residual(centre, total + 0.55, bottom + 2.6, outer)
         draw.plus(centre, bottom + 2.6)
@@ -231,7 +242,9 @@ class _Diagram:
     def box(self, x: float, y: float, text: str, colour: str, width: float = 3.4, height: float = 0.9) -> None:
         corner = (x - width / 2, y - height / 2)
         style = "round,pad=0,rounding_size=0.12"
-        self.axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=colour, edgecolor="#555555"))
+        self.axes.add_patch(
+            FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=colour, edgecolor="#555555")
+        )
         self.axes.text(x, y, text, ha="center", va="center", fontsize=9.5)
 
     def arrow(self, start, end) -> None:
@@ -261,7 +274,10 @@ class _Diagram:
 def time_bars(times: Values[str, float], *, unit: str = "ms", title: str = "Time per denoising step") -> Figure:
     """A bar per label and, on it, how many times faster it is than the slowest."""
     slowest = max(times.values())
-    notes = [f"{value:.3g} {unit}" + (f", {slowest / value:.2f} times faster" if value < slowest else "") for value in times.values()]
+    notes = [
+        f"{value:.3g} {unit}" + (f", {slowest / value:.2f} times faster" if value < slowest else "")
+        for value in times.values()
+    ]
     return _bars(times, notes, unit, title)
 
 
@@ -279,7 +295,8 @@ def _bars(values: Values[str, float], notes: Sequence[str], unit: str, title: st
     most = max(values.values()) or 1
     for bar, note in zip(bars, notes, strict=True):
         inside = bar.get_width() > 0.6 * most
-        axes.text(bar.get_width() + most * (-0.012 if inside else 0.012), bar.get_y() + bar.get_height() / 2, note, va="center",
+        x, y = bar.get_width() + most * (-0.012 if inside else 0.012), bar.get_y() + bar.get_height() / 2
+        axes.text(x, y, note, va="center",
                   ha="right" if inside else "left", color="white" if inside else "black", fontsize=10)  # fmt: skip
     axes.invert_yaxis()
     axes.set_xlabel(unit)

@@ -16,7 +16,6 @@ from mmdit_lib.config import ModelConfig
 from mmdit_lib.engine.build import build
 from mmdit_lib.pipeline import MMDiTRunner
 
-
 # These models are too small for threads to help, and threads that wait for a busy core cost a hundredfold.
 torch.set_num_threads(1)
 
@@ -36,9 +35,13 @@ MODELS = {
     "sd3.5-medium": model_config(dual_attention_layers=(0, 1), pos_embed_max_size=48),
     "sd3.5-large": model_config(heads=2, head_dim=24, num_layers=4),
     # Two that nothing was written for.
-    "three-heads-of-8": model_config(heads=3, head_dim=8, num_layers=2, dual_attention_layers=(1,), in_channels=5, out_channels=7),
-    "patch-3-table-20": model_config(heads=5, head_dim=12, patch_size=3, pos_embed_max_size=20, sample_size=30, qk_norm=None,
-                                     dual_attention_layers=(0, 2)),
+    "three-heads-of-8": model_config(
+        heads=3, head_dim=8, num_layers=2, dual_attention_layers=(1,), in_channels=5, out_channels=7
+    ),
+    "patch-3-table-20": model_config(
+        heads=5, head_dim=12, patch_size=3, pos_embed_max_size=20, sample_size=30, qk_norm=None,
+        dual_attention_layers=(0, 2),
+    ),
 }  # fmt: skip
 
 
@@ -105,7 +108,9 @@ class Case:
     def open(self, dtype: str = "float32", **options) -> MMDiTRunner:
         return MMDiTRunner.from_engine(self.engine(dtype), **{"backend": "pytorch", "device": "cpu"} | options)
 
-    def inputs(self, *, patches=(8, 8), tokens: int = 154, batch: int = 2, seed: int = 0, dtype: str = "float32") -> dict:
+    def inputs(
+        self, *, patches=(8, 8), tokens: int = 154, batch: int = 2, seed: int = 0, dtype: str = "float32"
+    ) -> dict:
         """Inputs by name, `patches` rows by columns; `timestep` fractional."""
         p, config = self.config.patch_size, self.config
         generator = torch.Generator().manual_seed(seed)

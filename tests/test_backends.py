@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import helpers
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine import tensorrt_backend
 from mmdit_lib.engine.build import build
@@ -91,11 +91,21 @@ assert not {name.split(".")[0] for name in sys.modules} & set(BLOCKED)
 """
 
 
-@pytest.mark.parametrize("blocked", ["tensorrt,tensorrt_rtx,tensorrt_bindings", "tensorrt,tensorrt_rtx,diffusers,transformers,matplotlib"])
+@pytest.mark.parametrize(
+    "blocked", ["tensorrt,tensorrt_rtx,tensorrt_bindings", "tensorrt,tensorrt_rtx,diffusers,transformers,matplotlib"]
+)
 def test_a_moved_folder_runs_where_there_is_no_tensorrt(case, moved, tmp_path, blocked):
     inputs = case.inputs()
     save_file(inputs, tmp_path / "inputs.safetensors")
-    command = [sys.executable, "-c", ONLY_TORCH, moved / "engine", tmp_path / "inputs.safetensors", tmp_path / "out.safetensors", blocked]
+    command = [
+        sys.executable,
+        "-c",
+        ONLY_TORCH,
+        moved / "engine",
+        tmp_path / "inputs.safetensors",
+        tmp_path / "out.safetensors",
+        blocked,
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -107,9 +117,13 @@ def test_a_moved_folder_runs_where_there_is_no_tensorrt(case, moved, tmp_path, b
 
 def test_checkpoint_elsewhere(case, moved, tmp_path):
     os.rename(moved / "checkpoint-float32", tmp_path / "renamed")
-    with pytest.raises(ValueError, match="'checkpoint-float32', which is not at .*say where it is with --checkpoint_dir"):
+    with pytest.raises(
+        ValueError, match=r"'checkpoint-float32', which is not at .*say where it is with --checkpoint_dir"
+    ):
         MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
-    runner = MMDiTRunner.from_engine(moved / "engine", backend="pytorch", checkpoint_dir=tmp_path / "renamed", device="cpu")
+    runner = MMDiTRunner.from_engine(
+        moved / "engine", backend="pytorch", checkpoint_dir=tmp_path / "renamed", device="cpu"
+    )
     assert torch.equal(runner.run(case.inputs()), case.runner().run(case.inputs()))
 
 
@@ -122,7 +136,7 @@ def test_checkpoint_changed_after_the_build(case, moved):
         MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
     MMDiTRunner.from_engine(moved / "engine", backend="pytorch", verify=False)
     path.write_bytes(content[:-4])
-    with pytest.raises(ValueError, match="truncated|has changed: expected"):
+    with pytest.raises(ValueError, match=r"truncated|has changed: expected"):
         MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
 
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 
-import helpers
 from mmdit_lib.config import BuildConfig, Resolution
 from mmdit_lib.engine import build as build_module
 from mmdit_lib.engine import logger
@@ -52,14 +52,23 @@ def test_graph_file_roundtrip(case, tmp_path):
     graph.save(tmp_path / "again.json")
     assert Graph.load(tmp_path / "again.json") == graph
     assert (tmp_path / "again.json").read_bytes() == (case.engine() / graph_file(0)).read_bytes()
-    assert [v.name for v in graph.inputs] == ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"]
+    assert [v.name for v in graph.inputs] == [
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+    ]
     assert graph.weights() == set(case.runner().folder.open_checkpoint().weights())
     assert (case.engine() / graph_file(0)).stat().st_size < 1_000_000, "weights are named, not stored"
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "not a graph file"), ("[]", "not a graph file"), ('{"format_version": 99}', "has format 99; this version reads 1")],
+    [
+        ("{", "not a graph file"),
+        ("[]", "not a graph file"),
+        ('{"format_version": 99}', "has format 99; this version reads 1"),
+    ],
 )
 def test_damaged_graph_files_are_refused(tmp_path, text, words):
     (tmp_path / "g.json").write_text(text)
@@ -108,7 +117,7 @@ def test_refused_folders(case, tmp_path):
         build(str(tmp_path), str(tmp_path / "engine"), progress=False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something other than a engine folder|other than an engine folder"):
+    with pytest.raises(ValueError, match="holds something other than an engine folder"):
         quick(case, tmp_path / "mine", plan=False)
     with pytest.raises(ValueError, match="is not an engine folder"):
         EngineFolder.open(case.checkpoint().parent)
@@ -200,7 +209,9 @@ def test_a_file_that_changed_is_noticed(case, tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} has changed: its sha256 is "):
         EngineFolder.open(folder).verify(name)
     (folder / name).write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=f"{name} has changed: expected {len(content)} bytes, found {len(content) - 1}"):
+    with pytest.raises(
+        ValueError, match=f"{name} has changed: expected {len(content)} bytes, found {len(content) - 1}"
+    ):
         EngineFolder.open(folder).verify()
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"{name} is missing"):
@@ -226,6 +237,8 @@ def test_damaged_configs_are_refused(case, tmp_path, change, words):
 
 
 def test_build_config_is_frozen():
-    config = BuildConfig(max_batch_size=2, **{f"{k}_resolution": Resolution(height=64, width=64) for k in ("min", "opt", "max")})
+    config = BuildConfig(
+        max_batch_size=2, **{f"{k}_resolution": Resolution(height=64, width=64) for k in ("min", "opt", "max")}
+    )
     with pytest.raises(ValueError, match="frozen"):
         config.max_batch_size = 3

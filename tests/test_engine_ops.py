@@ -78,32 +78,77 @@ CASES = [
     OpCase("ACTIVATION", ((3, 7),), sigmoid, dict(kind="SIGMOID"), label="sigmoid"),
     OpCase("ACTIVATION", ((3, 7),), gelu_tanh, dict(kind="GELU_TANH"), label="gelu_tanh"),
     OpCase("ACTIVATION", ((3, 7),), lambda x: np.maximum(x, 0), dict(kind="RELU"), label="relu"),
-    OpCase("ACTIVATION", ((3, 7),), lambda x: np.clip(x, -0.5, 0.25), dict(kind="CLIP", alpha=-0.5, beta=0.25), label="clip"),
+    OpCase(
+        "ACTIVATION",
+        ((3, 7),),
+        lambda x: np.clip(x, -0.5, 0.25),
+        dict(kind="CLIP", alpha=-0.5, beta=0.25),
+        label="clip",
+    ),
     OpCase("ATTENTION", QKV, softmax_attention, ATTENTION, label="unscaled"),
-    OpCase("ATTENTION", QKV, lambda q, k, v: softmax_attention(q, k, v, 0.25), dict(ATTENTION, scale=0.25), label="scaled"),
+    OpCase(
+        "ATTENTION", QKV, lambda q, k, v: softmax_attention(q, k, v, 0.25), dict(ATTENTION, scale=0.25), label="scaled"
+    ),
     OpCase("CAST", ((4,),), lambda x: x, dict(to_type="float32")),
     OpCase("CONCATENATION", ((2, 3), (2, 4)), lambda a, b: np.concatenate([a, b], 1), dict(axis=1)),
-    OpCase("CONVOLUTION", ((2, 4, 6, 9), (5, 4, 3, 3), (5,)), patches,
-           dict(stride_nd=[3, 3], padding_nd=[0, 0], dilation_nd=[1, 1], num_groups=1)),
-    *[OpCase("ELEMENTWISE", ((2, 3, 4), (1, 1, 4)), f, dict(op=name), positive=name in ("DIV", "FLOOR_DIV"), label=name)
-      for name, f in TWO.items()],
+    OpCase(
+        "CONVOLUTION",
+        ((2, 4, 6, 9), (5, 4, 3, 3), (5,)),
+        patches,
+        dict(stride_nd=[3, 3], padding_nd=[0, 0], dilation_nd=[1, 1], num_groups=1),
+    ),
+    *[
+        OpCase(
+            "ELEMENTWISE", ((2, 3, 4), (1, 1, 4)), f, dict(op=name), positive=name in ("DIV", "FLOOR_DIV"), label=name
+        )
+        for name, f in TWO.items()
+    ],
     OpCase("LINEAR", ((2, 3, 8), (1, 5, 8), (1, 1, 5)), lambda x, w, b: x @ w[0].T + b[0, 0]),
-    OpCase("MATRIX_MULTIPLY", ((2, 3, 8), (1, 5, 8)), lambda a, b: a @ b.transpose(0, 2, 1), dict(op0="NONE", op1="TRANSPOSE"), label="bt"),
+    OpCase(
+        "MATRIX_MULTIPLY",
+        ((2, 3, 8), (1, 5, 8)),
+        lambda a, b: a @ b.transpose(0, 2, 1),
+        dict(op0="NONE", op1="TRANSPOSE"),
+        label="bt",
+    ),
     OpCase("MATRIX_MULTIPLY", ((8, 3), (8, 5)), lambda a, b: a.T @ b, dict(op0="TRANSPOSE", op1="NONE"), label="at"),
     OpCase("NORMALIZATION", ((2, 3, 8), (1, 1, 8), (1, 1, 8)), layer_norm, dict(axes=4, epsilon=1e-6)),
-    OpCase("REDUCE", ((2, 3, 8),), lambda x: x.mean(2, keepdims=True), dict(op="AVG", axes=4, keep_dims=True), label="avg"),
+    OpCase(
+        "REDUCE", ((2, 3, 8),), lambda x: x.mean(2, keepdims=True), dict(op="AVG", axes=4, keep_dims=True), label="avg"
+    ),
     OpCase("REDUCE", ((2, 3, 8),), lambda x: x.sum((0, 1)), dict(op="SUM", axes=3, keep_dims=False), label="sum"),
-    OpCase("SHUFFLE", ((2, 3, 8),), lambda x: x.reshape(2, 3, 2, 4), dict(SHUFFLE, reshape_dims=[0, 0, 2, 4]), label="zeros"),
+    OpCase(
+        "SHUFFLE",
+        ((2, 3, 8),),
+        lambda x: x.reshape(2, 3, 2, 4),
+        dict(SHUFFLE, reshape_dims=[0, 0, 2, 4]),
+        label="zeros",
+    ),
     OpCase("SHUFFLE", ((2, 3, 8),), lambda x: x.reshape(6, 8), dict(SHUFFLE, reshape_dims=[-1, 8]), label="rest"),
-    OpCase("SHUFFLE", ((2, 3, 8),), lambda x: x.transpose(2, 0, 1).reshape(8, 6).T,
-           dict(SHUFFLE, first_transpose=[2, 0, 1], reshape_dims=[8, 6], second_transpose=[1, 0]), label="all"),
+    OpCase(
+        "SHUFFLE",
+        ((2, 3, 8),),
+        lambda x: x.transpose(2, 0, 1).reshape(8, 6).T,
+        dict(SHUFFLE, first_transpose=[2, 0, 1], reshape_dims=[8, 6], second_transpose=[1, 0]),
+        label="all",
+    ),
     OpCase("SHUFFLE", ((2, 3, 8),), lambda x: x.reshape(3, 16), SHUFFLE, fixed=((3, 16),), label="dynamic"),
     OpCase("SILU", ((3, 7),), lambda x: x * sigmoid(x)),
-    OpCase("SLICE", ((2, 5, 3),), lambda x: x[:, 1:4], dict(SLICE, start=[1], shape=[3]), fixed=(None, None), label="static"),
+    OpCase(
+        "SLICE",
+        ((2, 5, 3),),
+        lambda x: x[:, 1:4],
+        dict(SLICE, start=[1], shape=[3]),
+        fixed=(None, None),
+        label="static",
+    ),
     OpCase("SLICE", ((2, 5, 3),), lambda x: x[:, 1:4], SLICE, fixed=((1,), (3,)), label="dynamic"),
     OpCase("SLICE", ((2, 5, 3),), fill_slice, dict(SLICE, mode="FILL"), fixed=((3,), (5,)), label="fill"),
-    *[OpCase("UNARY", ((3, 7),), f, dict(op=name), positive=name in ("SQRT", "RECIP"), label=name) for name, f in ONE.items()],
-]  # fmt: skip
+    *[
+        OpCase("UNARY", ((3, 7),), f, dict(op=name), positive=name in ("SQRT", "RECIP"), label=name)
+        for name, f in ONE.items()
+    ],
+]
 
 NEEDS_PROCESSES = {"DIST_COLLECTIVE"}
 

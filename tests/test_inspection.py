@@ -3,11 +3,11 @@
 import io
 import math
 
+import helpers
 import pytest
 from rich.console import Console
 from safetensors import safe_open
 
-import helpers
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine.build import build
 from mmdit_lib.inspection import CheckpointReport, EngineReport, describe, inspect, print_inspection, size
@@ -38,8 +38,16 @@ def test_engine_folder(case):
     assert sum(report.layers.values()) == report.builds[0]["layers"]
     assert report.files == {path.name: path.stat().st_size for path in case.engine().iterdir()}
     text = printed(case.engine())
-    for said in ("tensorrt", "?x16x?x?", "3x589x40", "rank0.engine", "32x32 to 320x320 pixels, best at 128x128",
-                 "3 blocks, dual attention in 2, 4 heads of 16, QK norm rms_norm", "1 (tp 1, cp 1, cfg 1)", "checkpoint-float32"):
+    for said in (
+        "tensorrt",
+        "?x16x?x?",
+        "3x589x40",
+        "rank0.engine",
+        "32x32 to 320x320 pixels, best at 128x128",
+        "3 blocks, dual attention in 2, 4 heads of 16, QK norm rms_norm",
+        "1 (tp 1, cp 1, cfg 1)",
+        "checkpoint-float32",
+    ):
         assert said in text, said
 
 
@@ -52,7 +60,12 @@ def test_checkpoint(case):
     assert report.parameters == sum(math.prod(shape) for shape in shapes.values())
     assert report.largest(1)[0][0] == "pos_embed.pos_embed"
     text = printed(case.checkpoint())
-    for said in (f"{len(shapes)} tensors, {report.parameters:,} parameters", "source_dtype float32", "1x2304x64", "pos_embed_max_size"):
+    for said in (
+        f"{len(shapes)} tensors, {report.parameters:,} parameters",
+        "source_dtype float32",
+        "1x2304x64",
+        "pos_embed_max_size",
+    ):
         assert said in text, said
 
 
@@ -73,6 +86,8 @@ def test_other_folders_are_refused(tmp_path):
         inspect(tmp_path)
 
 
-@pytest.mark.parametrize(("nbytes", "text"), [(12, "12 B"), (4_568_772_380, "4.57 GB"), (12_345, "12.3 kB"), (1e6, "1 MB")])
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(12, "12 B"), (4_568_772_380, "4.57 GB"), (12_345, "12.3 kB"), (1e6, "1 MB")]
+)
 def test_size(nbytes, text):
     assert size(nbytes) == text

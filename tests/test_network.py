@@ -9,8 +9,8 @@ from itertools import product
 
 import pytest
 import torch
-
 from helpers import MODELS, case, diffusers_output, model_config, relative_error
+
 from mmdit_lib.checkpoint.keys import from_diffusers
 from mmdit_lib.config import KNOWN_MODELS
 from mmdit_lib.engine.folder import plan_file
@@ -31,7 +31,11 @@ SIZES = list(zip(SHAPES, BATCHES, TOKENS, strict=True))
 def test_the_cases_are_the_published_flags():
     for name, known in zip(("sd3-medium", "sd3.5-medium", "sd3.5-large"), KNOWN_MODELS.values(), strict=True):
         small = MODELS[name]
-        assert (small.qk_norm, small.patch_size, small.in_channels) == (known.qk_norm, known.patch_size, known.in_channels)
+        assert (small.qk_norm, small.patch_size, small.in_channels) == (
+            known.qk_norm,
+            known.patch_size,
+            known.in_channels,
+        )
         assert bool(small.dual_attention_layers) == bool(known.dual_attention_layers)
         assert small.num_layers - 1 not in small.dual_attention_layers  # as there
 
@@ -50,7 +54,9 @@ def test_float32_output(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_every_module(name, patches, batch, tokens):
     c = case(name)
-    table = compare(c.reference, c.runner(), c.inputs(patches=patches, batch=batch, tokens=tokens), tolerance=FLOAT32_LIMIT)
+    table = compare(
+        c.reference, c.runner(), c.inputs(patches=patches, batch=batch, tokens=tokens), tolerance=FLOAT32_LIMIT
+    )
     assert all_ok(table), verdict(table)
 
 

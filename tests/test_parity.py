@@ -3,14 +3,14 @@
 import io
 from dataclasses import replace
 
+import helpers
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import Case
 from rich.console import Console
 
-import helpers
-from helpers import Case
 from mmdit_lib.config import Mapping
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.network.mmdit import MMDiT
@@ -43,7 +43,9 @@ def text_of(renderable, width: int = 160) -> str:
 
 
 def test_every_module_that_calculates_is_there(table, case):
-    assert all_ok(table) and verdict(table).startswith(f"all {len(table)} values of {table.module.nunique()} modules agree")
+    assert all_ok(table) and verdict(table).startswith(
+        f"all {len(table)} values of {table.module.nunique()} modules agree"
+    )
     ours = {path for path, _ in MMDiT(case.config).named_modules() if path}
     called = {path for path in ours if not path.endswith((".net", ".to_out", "transformer_blocks"))}
     assert set(table.module) == called | {"output"}
@@ -82,18 +84,25 @@ def runner_with(case: Case, weights: dict, graph=None):
 def test_swapped_weights_are_the_first_bad_module(case):
     weights = dict(case.runner().folder.open_checkpoint().weights())
     block = "transformer_blocks.1.attn"
-    weights[f"{block}.to_q.weight"], weights[f"{block}.to_k.weight"] = weights[f"{block}.to_k.weight"], weights[f"{block}.to_q.weight"]
+    weights[f"{block}.to_q.weight"], weights[f"{block}.to_k.weight"] = (
+        weights[f"{block}.to_k.weight"],
+        weights[f"{block}.to_q.weight"],
+    )
     table = compare(case.reference, runner_with(case, weights), case.inputs())
     assert not all_ok(table)
     assert first_bad(table).module == f"{block}.to_q"
     assert not (table[table.module.str.startswith("transformer_blocks.0")].status != "ok").any()
     assert f"The first in order of execution is {block}.to_q (mismatch" in verdict(table)
     report = text_of(parity_report(table))
-    assert f"{block}.to_k" in report and "look there first" in report and "transformer_blocks.0.norm1.linear" not in report
+    assert (
+        f"{block}.to_k" in report and "look there first" in report and "transformer_blocks.0.norm1.linear" not in report
+    )
     assert "transformer_blocks.0.norm1.linear" in text_of(parity_report(table, full=True))
 
 
-@pytest.mark.parametrize("name", ["transformer_blocks.0.norm1_context.linear.bias", "pos_embed.pos_embed", "norm_out.linear.weight"])
+@pytest.mark.parametrize(
+    "name", ["transformer_blocks.0.norm1_context.linear.bias", "pos_embed.pos_embed", "norm_out.linear.weight"]
+)
 def test_a_single_changed_tensor_is_found(case, name):
     weights = dict(case.runner().folder.open_checkpoint().weights())
     weights[name] = weights[name] * 1.001
@@ -144,7 +153,7 @@ LAYOUT = Mapping(tp_size=2, cp_size=3, cfg_size=2)
 
 @pytest.mark.parametrize("rank", range(12))
 def test_align_takes_the_part_that_a_rank_holds(rank):
-    """Stated a second time, in NumPy: cfg cuts the batch, cp the tokens (10 in parts of 4), tp the features or heads."""
+    """Said again in NumPy: cfg cuts the batch, cp the tokens (10 in parts of 4), tp the features or heads."""
     mapping = LAYOUT.at(rank)
     rng = np.random.default_rng(0)
     tokens = slice(4 * mapping.cp_rank, 4 * mapping.cp_rank + 4)

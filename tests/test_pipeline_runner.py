@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,6 @@ from diffusers import (
 )
 from PIL import Image
 
-import helpers
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine.build import build
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
@@ -31,7 +31,9 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def engine(model) -> Path:
     convert(str(model), str(model.parent / "checkpoint"), progress=False)
-    return build(str(model.parent / "checkpoint"), str(model.parent / "engine"), max_batch_size=4, plan=False, progress=False)
+    return build(
+        str(model.parent / "checkpoint"), str(model.parent / "engine"), max_batch_size=4, plan=False, progress=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,9 @@ def pipes(model, engine):
     ours.set_progress_bar_config(disable=True)
 
     def get(kind):
-        return [pipe if kind is StableDiffusion3Pipeline else _quiet(kind(**pipe.components)) for pipe in (theirs, ours)]
+        return [
+            pipe if kind is StableDiffusion3Pipeline else _quiet(kind(**pipe.components)) for pipe in (theirs, ours)
+        ]
 
     return get
 
@@ -55,7 +59,10 @@ def _quiet(pipe):
 
 def grey_levels(pipes, **call) -> int:
     """The largest difference between the two images, in any channel of any pixel; they must not be blank."""
-    a, b = (np.asarray(pipe(**CALL | call, generator=torch.Generator().manual_seed(7)).images[0]).astype(int) for pipe in pipes)
+    a, b = (
+        np.asarray(pipe(**CALL | call, generator=torch.Generator().manual_seed(7)).images[0]).astype(int)
+        for pipe in pipes
+    )
     assert a.shape == b.shape and a.std() > 5
     return np.abs(a - b).max()
 
@@ -86,7 +93,10 @@ def test_img2img(pipes):
 def test_inpainting(pipes):
     mask = Image.fromarray(np.pad(np.full((64, 64), 255, np.uint8), 32))
     size = dict(height=128, width=128)  # its own default is the model's, 128 latents
-    assert grey_levels(pipes(StableDiffusion3InpaintPipeline), image=picture(2), mask_image=mask, strength=0.8, **size) <= 1
+    assert (
+        grey_levels(pipes(StableDiffusion3InpaintPipeline), image=picture(2), mask_image=mask, strength=0.8, **size)
+        <= 1
+    )
 
 
 def test_without_t5(model, engine):
@@ -149,7 +159,10 @@ def test_what_it_returns(case):
         (dict(skip_layers=[7, 8]), r"skip_layers=\[7, 8\]: the engine always runs every layer"),
         (dict(block_controlnet_hidden_states=[torch.zeros(1)]), "block_controlnet_hidden_states: .* ControlNet"),
         (dict(joint_attention_kwargs={"scale": 0.5}), r"joint_attention_kwargs\['scale'\]: .* LoRA scale"),
-        (dict(joint_attention_kwargs={"ip_adapter_image_embeds": 0}), r"joint_attention_kwargs\['ip_adapter_image_embeds'\]"),
+        (
+            dict(joint_attention_kwargs={"ip_adapter_image_embeds": 0}),
+            r"joint_attention_kwargs\['ip_adapter_image_embeds'\]",
+        ),
         (dict(encoder_hidden_states=None), "missing input encoder_hidden_states"),
         (dict(timestep=None, pooled_projections=None), "missing input pooled_projections, timestep"),
     ],
@@ -162,14 +175,22 @@ def test_refused_arguments(case, changes, words):
 
 def test_harmless_arguments(case):
     expected = call(case).sample
-    for harmless in (dict(skip_layers=None), dict(skip_layers=[]), dict(joint_attention_kwargs={}), dict(joint_attention_kwargs={"scale": 1.0})):
+    for harmless in (
+        dict(skip_layers=None),
+        dict(skip_layers=[]),
+        dict(joint_attention_kwargs={}),
+        dict(joint_attention_kwargs={"scale": 1.0}),
+    ):
         assert torch.equal(call(case, **harmless).sample, expected)
 
 
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        (dict(batch=4), r"batch 4 lies outside the engine's 1 to 3 \(guidance doubles the images\); build with --max_batch_size 4"),
+        (
+            dict(batch=4),
+            r"batch 4 lies outside the engine's 1 to 3 \(guidance doubles the images\); build with --max_batch_size 4",
+        ),
         (dict(batch=0), "batch 0 lies outside"),
         (dict(tokens=76), "76 text tokens lie outside the engine's 77 to 589"),
         (dict(tokens=590), "590 text tokens lie outside the engine's 77 to 589"),
@@ -233,5 +254,5 @@ def test_output_that_is_not_finite_in_float32(case):
     runner = case.runner()
     weights = dict(runner.folder.open_checkpoint().weights())
     weights["proj_out.bias"] = weights["proj_out.bias"] * float("nan")
-    with pytest.raises(ValueError, match="^output holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"^output holds NaN or infinity"):
         MMDiTRunner(runner.folder, PyTorchBackend(runner.backend.graph, weights), "changed").run(case.inputs())

@@ -5,12 +5,12 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import MODELS
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from helpers import MODELS
 from mmdit_lib import plots
 from mmdit_lib.config import KNOWN_MODELS
 
@@ -20,7 +20,9 @@ MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
 def texts(figure: Figure) -> str:
     """All that is written in a figure; drawing it must raise no warning (a missing glyph, no room)."""
     figure.savefig(io.BytesIO(), format="png", dpi=50)
-    found = [t.get_text() for axes in figure.axes for t in (*axes.texts, axes.title, axes._left_title, axes.xaxis.label)]
+    found = [
+        t.get_text() for axes in figure.axes for t in (*axes.texts, axes.title, axes._left_title, axes.xaxis.label)
+    ]
     legends = [axes.get_legend() for axes in figure.axes] + figure.legends
     found += [t.get_text() for legend in legends if legend for t in legend.get_texts()]
     return "\n".join([*found, figure._suptitle.get_text() if figure._suptitle else ""])
@@ -29,12 +31,20 @@ def texts(figure: Figure) -> str:
 def table(errors, statuses=None) -> pd.DataFrame:
     modules = [f"transformer_blocks.{i}" for i in range(len(errors))]
     return pd.DataFrame(
-        dict(module=modules, relative_error=errors, depth=range(len(errors)), status=statuses or ["ok"] * len(errors), tolerance=5e-6)
+        dict(
+            module=modules,
+            relative_error=errors,
+            depth=range(len(errors)),
+            status=statuses or ["ok"] * len(errors),
+            tolerance=5e-6,
+        )
     )
 
 
 def test_error_by_depth():
-    figure = plots.error_by_depth({"float32": table([0.0, 1e-7, 2e-7]), "float16": table([1e-3, np.nan, 0.5], ["ok", "missing", "mismatch"])})
+    figure = plots.error_by_depth(
+        {"float32": table([0.0, 1e-7, 2e-7]), "float16": table([1e-3, np.nan, 0.5], ["ok", "missing", "mismatch"])}
+    )
     (axes,) = figure.axes
     assert axes.get_yscale() == "log" and [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "2"]
     said = texts(figure)
@@ -48,7 +58,10 @@ def test_many_blocks_get_few_ticks():
     assert len(plots.error_by_depth({"a": table([1e-7] * 38)}).axes[0].get_xticks()) <= 14
 
 
-@pytest.mark.parametrize(("gap", "words"), [(0, "equal in every pixel"), (1, "255 times\nat most 1 grey level of"), (5, "51 times\nat most 5 grey levels")])
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [(0, "equal in every pixel"), (1, "255 times\nat most 1 grey level of"), (5, "51 times\nat most 5 grey levels")],
+)
 def test_images_side_by_side(gap, words):
     a = Image.new("RGB", (32, 24), (100, 100, 100))
     b = Image.new("RGB", (32, 24), (100 - gap, 100, 100))
@@ -62,10 +75,18 @@ def test_images_side_by_side(gap, words):
 def test_shard_map_gives_every_rank_its_share(tp_size):
     figure = plots.shard_map(MEDIUM, tp_size)
     said = texts(figure)
-    for label in ("attn.to_q\ncolwise\n1536 x 1536", "ff.net.1\nrowwise\n1536 x 6144", "norm1.linear\nreplicated\n13824 x 1536", f"rank {tp_size - 1}"):
+    for label in (
+        "attn.to_q\ncolwise\n1536 x 1536",
+        "ff.net.1\nrowwise\n1536 x 6144",
+        "norm1.linear\nreplicated\n13824 x 1536",
+        f"rank {tp_size - 1}",
+    ):
         assert label in said, label
     parts = [p for p in figure.axes[0].patches if isinstance(p, Rectangle) and p.get_fill()]
-    area = {c: sum(p.get_width() * p.get_height() for p in parts if to_hex(p.get_facecolor()) == c) for c in plots.COLOURS[:tp_size]}
+    area = {
+        c: sum(p.get_width() * p.get_height() for p in parts if to_hex(p.get_facecolor()) == c)
+        for c in plots.COLOURS[:tp_size]
+    }
     assert max(area.values()) == pytest.approx(min(area.values())) and min(area.values()) > 0
 
 

@@ -56,7 +56,8 @@ def _refuse_foreign(folder: Path, kind: str, is_kind: Callable[[Path], bool]) ->
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} exists and is a file; give the name of a folder")
     if folder.exists() and any(folder.iterdir()) and not is_kind(folder):
-        raise ValueError(f"{folder} holds something other than a {kind}; nothing there is overwritten")
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise ValueError(f"{folder} holds something other than {article} {kind}; nothing there is overwritten")
 
 
 def _swap(partial: Path, folder: Path) -> None:
