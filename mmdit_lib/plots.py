@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping as Values
 from collections.abc import Sequence
 
+import matplotlib.figure
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 from .config import Mapping, ModelConfig, TpLayout
@@ -16,8 +17,17 @@ from .network.plan import cut_dim, rule_for
 
 COLOURS = ("#3366aa", "#dd7733", "#339977", "#aa4466", "#8866bb", "#bb9922", "#55aacc", "#777777")
 """Told apart by readers with any colour vision, in print too."""
-IMAGE, TEXT, CONDITION, SHARED, PLAIN = "#dce9f7", "#fbe6d4", "#e3f1e4", "#ead9f2", "#f2f2f2"
+IMAGE, TEXT, SHARED = "#dce9f7", "#fbe6d4", "#ead9f2"
 GREY, BLUE = "#888888", "#3366aa"
+
+
+class Figure(matplotlib.figure.Figure):
+    """A figure that a notebook shows though it has no part in pyplot's global state."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
 
 
 def error_by_depth(tables: Values[str, pd.DataFrame]) -> Figure:

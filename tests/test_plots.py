@@ -28,6 +28,11 @@ def texts(figure: Figure) -> str:
     return "\n".join([*found, figure._suptitle.get_text() if figure._suptitle else ""])
 
 
+def test_a_notebook_shows_them():
+    image = Image.open(io.BytesIO(plots.time_bars({"a": 1.0})._repr_png_()))
+    assert image.width > 500 and len(np.unique(np.asarray(image.convert("L")))) > 2
+
+
 def table(errors, statuses=None) -> pd.DataFrame:
     modules = [f"transformer_blocks.{i}" for i in range(len(errors))]
     return pd.DataFrame(
