@@ -45,8 +45,8 @@ def parity_command(
     *,
     checkpoint_dir: str | None = None,
     resolution: str | None = None,
-    text_tokens: int = 333,
-    batch: int = 2,
+    text_tokens: int | None = None,
+    batch: int | None = None,
     seed: int = 0,
     full: bool = False,
     plot: str | None = None,
@@ -60,8 +60,8 @@ def parity_command(
         engine_dir: as `mmdit build` wrote it.
         checkpoint_dir: where the converted checkpoint is, if it was moved away from the engine folder.
         resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimised for if not given.
-        text_tokens: length of the text.
-        batch: rows.
+        text_tokens: length of the text; the same.
+        batch: rows; the same.
         seed: of the random inputs.
         full: show every module, not only the worst of each block.
         plot: a PNG file for the error against depth.
