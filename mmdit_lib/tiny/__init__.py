@@ -2,7 +2,17 @@
 
 from importlib import import_module
 
-_HOMES = {"make_random_pipeline": "random_pipeline"}  # name: the file it comes from, imported when first asked for
+_HOMES = {  # name: the file it comes from, imported when first asked for
+    "EXAMPLES": "gallery",
+    "Prompt": "captions",
+    "Scores": "evaluation",
+    "evaluate": "evaluation",
+    "gallery_of": "gallery",
+    "heldout_prompts": "captions",
+    "look": "judge",
+    "make_random_pipeline": "random_pipeline",
+    "model_path": "package",
+}
 __all__ = sorted(_HOMES)
 
 

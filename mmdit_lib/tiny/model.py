@@ -19,6 +19,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from mmdit_lib.tiny.tokenizers import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
@@ -42,9 +43,9 @@ class Sizes:
         if t["caption_projection_dim"] != inner:
             raise ValueError(f"caption_projection_dim is {t['caption_projection_dim']}, heads x head size is {inner}")
         if t["pooled_projection_dim"] != sum(self.clip_projections):
-            raise ValueError(f"pooled_projection_dim is {t['pooled_projection_dim']}, CLIPs give {self.clip_projections}")
+            raise ValueError(f"pooled_projection_dim is {t['pooled_projection_dim']}, CLIPs {self.clip_projections}")
         if t["joint_attention_dim"] < sum(self.clip_widths):
-            raise ValueError(f"joint_attention_dim is {t['joint_attention_dim']}, less than CLIP widths {self.clip_widths}")
+            raise ValueError(f"joint_attention_dim is {t['joint_attention_dim']}, CLIPs need {sum(self.clip_widths)}")
 
 
 TRAINED = Sizes(
@@ -60,14 +61,14 @@ TRAINED = Sizes(
         caption_projection_dim=192,
         pooled_projection_dim=224,
         pos_embed_max_size=24,  # patches: up to 384 px
-        dual_attention_layers=(0, 1, 2),
+        dual_attention_layers=(0, 1),
         qk_norm="rms_norm",
     ),
     clip_widths=(96, 128),
     clip_projections=(96, 128),
     text_layers=2,
     text_heads=4,
-    vae_widths=(32, 48, 64, 96),
+    vae_widths=(32, 48, 64, 64),
     vae_groups=16,
 )
 
@@ -100,7 +101,7 @@ def make_parts(sizes: Sizes, words: list[str]) -> dict[str, object]:
     """All components that `StableDiffusion3Pipeline(**parts)` asks for; weights as the libraries initialise them."""
     tokenizers = clip_tokenizer(words), clip_tokenizer(words), t5_tokenizer(words)
     return dict(
-        transformer=SD3Transformer2DModel(**sizes.transformer).eval(),
+        transformer=_transformer(sizes).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(sizes).eval(),
         text_encoder=_clip(sizes, 0, tokenizers[0]).eval(),
@@ -110,6 +111,19 @@ def make_parts(sizes: Sizes, words: list[str]) -> dict[str, object]:
         text_encoder_3=_t5(sizes, tokenizers[2]).eval(),
         tokenizer_3=tokenizers[2],
     )
+
+
+def _transformer(sizes: Sizes) -> SD3Transformer2DModel:
+    """With a position table that steps by 1 per patch. diffusers' own steps by base size over table size, a third: too
+    little for a small model to tell neighbours apart. The table is stored, so readers need not know."""
+    transformer = SD3Transformer2DModel(**sizes.transformer)
+    base = sizes.transformer["sample_size"] // sizes.transformer["patch_size"]
+    table = sizes.transformer["pos_embed_max_size"]
+    positions = get_2d_sincos_pos_embed(
+        transformer.inner_dim, table, base_size=base, interpolation_scale=base / table, output_type="pt"
+    )
+    transformer.pos_embed.pos_embed.copy_(positions.float()[None])
+    return transformer
 
 
 def _clip(sizes: Sizes, which: int, tokenizer) -> CLIPTextModelWithProjection:
@@ -169,16 +183,21 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
 
 
 def save_pipeline(parts: dict[str, object], folder: str | Path, dtype: str = "float32") -> Path:
-    """Write `parts` as a diffusers pipeline folder. It appears under its name only when it is complete."""
+    """Write `parts`, cast to `dtype` in place, as a diffusers pipeline folder.
+
+    It appears under its name only when it is complete.
+    """
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already")
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        pipeline = StableDiffusion3Pipeline(**parts).to(dtype=getattr(torch, dtype))
-        pipeline.save_pretrained(unfinished, safe_serialization=True)
-        _settle_json(unfinished)
+        for part in parts.values():
+            if isinstance(part, torch.nn.Module):
+                torch.nn.Module.to(part, dtype=getattr(torch, dtype))
+        StableDiffusion3Pipeline(**parts).save_pretrained(unfinished, safe_serialization=True)
+        _settle(unfinished)
         unfinished.chmod(0o755)
         os.replace(unfinished, folder)
     except BaseException:
@@ -187,10 +206,15 @@ def save_pipeline(parts: dict[str, object], folder: str | Path, dtype: str = "fl
     return folder
 
 
-def _settle_json(folder: Path) -> None:
-    """Drop from the saved configs what differs from one machine or folder to the next."""
+def _settle(folder: Path) -> None:
+    """Drop from the saved files what differs from one machine or folder to the next; ask for float32 where no dtype is
+    asked for, whatever the dtype of the file."""
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text())
         if path.name != "tokenizer.json" and isinstance(content, dict):
             content.pop("_name_or_path", None)
+            if "dtype" in content:  # else transformers loads text encoders as stored, diffusers all else as float32
+                content["dtype"] = "float32"
             path.write_text(json.dumps(content, indent=2) + "\n")
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)

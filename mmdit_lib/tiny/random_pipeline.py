@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdit_lib.tiny.model import RANDOM, make_parts, save_pipeline
 
-WORDS = "a the small large red green blue yellow circle square triangle on background left right of , .".split()
+WORDS = ["a", "the", "red", "green", "blue", "circle", "square", "triangle", "on", "background", "left", "of", ","]
 
 
 def make_random_pipeline(folder: str | Path, *, seed: int = 0, dtype: str = "float32", **transformer_overrides) -> Path:

@@ -5,6 +5,7 @@ prompt can fail.
 """
 
 from collections import Counter
+from itertools import pairwise
 
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer, T5TokenizerFast
@@ -27,7 +28,7 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
     """Byte-pair encoding carried to its end; ties go to the alphabet (the library's trainer breaks them at random)."""
     split = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
     merges = []
-    while pairs := Counter(pair for pieces in split for pair in zip(pieces, pieces[1:])):
+    while pairs := Counter(pair for pieces in split for pair in pairwise(pieces)):
         merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
         split = [_merge(pieces, merges[-1]) for pieces in split]
     return merges

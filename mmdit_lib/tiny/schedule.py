@@ -1,0 +1,62 @@
+"""What both training stages share: a budget of time or steps, the learning rate, a log."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Budget:
+    """Iterates over (step, progress 0..1) until `minutes` or `steps`, whichever comes first, are used up.
+
+    `step` and `seconds` start above zero in a resumed run, so that the learning rate continues where it was.
+    """
+
+    minutes: float
+    steps: int | None = None
+    step: int = 0
+    seconds: float = 0.0
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        start = time.monotonic() - self.seconds
+        while (progress := self._progress()) < 1:
+            yield self.step, progress
+            self.step += 1
+            self.seconds = time.monotonic() - start
+
+    def _progress(self) -> float:
+        if self.minutes == 0 or self.steps == 0:
+            return 1.0
+        return max(self.seconds / (60 * self.minutes), self.step / self.steps if self.steps else 0.0)
+
+    @property
+    def is_spent(self) -> bool:
+        return self._progress() >= 1
+
+
+def learning_rate(step: int, progress: float, warmup: int) -> float:
+    """Fraction of the peak: linear warm-up over `warmup` steps, then half a cosine down to 1 %."""
+    return min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+@dataclass
+class Log:
+    """Mean losses of every `every` steps: rows of [stage, step, seconds since the stage's start, loss]."""
+
+    every: int = 50
+    rows: list[list] = field(default_factory=list)
+    _sum: Tensor | float = 0.0
+    _started: dict[str, float] = field(default_factory=dict)
+
+    def add(self, stage: str, step: int, loss: Tensor) -> None:
+        start = self._started.setdefault(stage, time.monotonic())
+        self._sum = self._sum + loss.detach()  # stays on the device: no waiting but every `every` steps
+        if (step + 1) % self.every == 0:
+            seconds = time.monotonic() - start
+            self.rows.append([stage, step + 1, round(seconds, 1), round(float(self._sum) / self.every, 5)])
+            self._sum = 0.0
+            if (step + 1) % (10 * self.every) == 0:
+                print("{} step {} after {} s: loss {}".format(*self.rows[-1]), flush=True)
