@@ -1,0 +1,56 @@
+"""How pytest runs the notebooks (nbval): a failed cell ends its notebook, GPU cells need a GPU, no cluster stays behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = str(Path(__file__).parents[1])
+# The kernels import the library as it stands beside the notebooks, installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
+os.environ.setdefault("IPP_NONINTERACTIVE", "1")  # ipyparallel: ordered output, real tracebacks
+
+
+def is_cell(item: pytest.Item) -> bool:
+    return hasattr(item, "cell_num")
+
+
+@cache
+def gpu_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if not is_cell(item):
+        return
+    failed = getattr(item.parent, "failed_cell", None)
+    if failed is not None:
+        pytest.skip(f"cell {failed} of this notebook failed")
+    if "gpu" in item.cell.metadata.get("tags", []) and not gpu_is_there():
+        pytest.skip("needs a GPU")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    outcome = yield
+    if is_cell(item) and outcome.get_result().failed:
+        item.parent.failed_cell = item.cell_num
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A kernel that nbval kills runs no exit handlers: stop the clusters that its notebook had started."""
+    if "ipyparallel" not in sys.modules and not Path(ROOT, "mmdit_lib", "parallel").is_dir():
+        return
+    try:
+        from mmdit_lib import parallel
+    except ImportError:
+        return
+    stop = getattr(parallel, "stop_clusters", None)
+    if stop is not None:
+        stop()

@@ -1,0 +1,100 @@
+"""Run notebooks in place, as they are committed: `python tests/execute_notebooks.py [notebooks/04-generate.ipynb ...]`.
+
+Every notebook runs alone, in a fresh kernel. Progress bars are kept as the line of text that they ended with:
+widgets show on no web page.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from html import unescape
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def execute(path: Path) -> float:
+    """Seconds that it took. Raises `nbclient.exceptions.CellExecutionError` and writes nothing if a cell fails."""
+    notebook = nbformat.read(path, as_version=4)
+    start = time.perf_counter()
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        coalesce_streams=True,
+    )
+    client.execute()
+    seconds = time.perf_counter() - start
+    states = notebook.metadata.pop("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = settled(cell.outputs, states)
+    notebook.metadata["language_info"] = {"name": "python"}
+    nbformat.write(notebook, path)
+    return seconds
+
+
+def settled(outputs: list, states: dict) -> list:
+    """`outputs` with every progress bar as text on stdout, neighbours joined."""
+    kept = []
+    for output in outputs:
+        widget = output.get("data", {}).get(WIDGET)
+        output.get("data", {}).pop("image/jpeg", None)  # the same picture as the PNG beside it
+        if widget is not None:
+            output = text_output(bar_text(states, widget["model_id"]))
+        elif output.output_type == "stream" and output.name == "stderr" and is_bar(output.text):
+            output = text_output(output.text)
+        if (
+            output.output_type == "stream"
+            and kept
+            and kept[-1].output_type == "stream"
+            and kept[-1].name == output.name
+        ):
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return [output for output in kept if output.output_type != "stream" or output.text.strip()]
+
+
+def is_bar(text: str) -> bool:
+    return all(re.search(r"\d+%\||\d+(step|it|B) \[", line) for line in text.splitlines() if line.strip())
+
+
+def bar_text(states: dict, model_id: str) -> str:
+    """A tqdm bar: a box of a title, a bar and what stands to the right of it."""
+    box = states.get(model_id, {}).get("state", {})
+    parts = [states[child.removeprefix("IPY_MODEL_")]["state"] for child in box.get("children", [])]
+    layout = states.get(box.get("layout", "").removeprefix("IPY_MODEL_"), {}).get("state", {})
+    if len(parts) != 3 or layout.get("display") == "none":  # tqdm's leave=False
+        return ""
+    title, bar, right = parts
+    filled = round(20 * bar.get("value", 0) / (bar.get("max", 0) or 1))
+    return f"{plain(title['value'])}{'█' * filled}{' ' * (20 - filled)}{plain(right['value'])}\n"
+
+
+def plain(markup: str) -> str:
+    return unescape(re.sub(r"<[^>]*>", "", markup)).replace("\xa0", " ").replace("\u2007", " ")
+
+
+def text_output(text: str):
+    return nbformat.v4.new_output("stream", name="stdout", text=text)
+
+
+def main() -> None:
+    os.environ.setdefault("IPP_NONINTERACTIVE", "1")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH")]))
+    for path in [Path(name) for name in sys.argv[1:]] or sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+        print(f"{path.name}: {execute(path):.0f} s, {path.stat().st_size / 1000:.0f} KB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

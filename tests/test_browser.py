@@ -1,0 +1,154 @@
+"""A reader opens `04-generate` in JupyterLab and runs all of it: the real server, the real page, in headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+
+pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: the browser test needs it")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = "04-generate.ipynb"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OPTIONS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+SECONDS = 420
+SETTINGS = {
+    # Every cell stays in the page, so that the page can be searched; no news from outside.
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
+]
+
+
+@pytest.fixture
+def lab(tmp_path) -> Iterator[str]:
+    """The address of a JupyterLab server on a copy of the notebooks, outputs cleared."""
+    folder = tmp_path / "notebooks"
+    shutil.copytree(
+        ROOT / "notebooks", folder, ignore=shutil.ignore_patterns("work", ".ipynb_checkpoints", "conftest.py")
+    )
+    notebook = nbformat.read(folder / NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, folder / NOTEBOOK)
+    for name, values in SETTINGS.items():
+        path = tmp_path / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
+        "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.root_dir={folder}"]
+    command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token="]
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait_for(address, server, tmp_path / "server.log")
+            yield address
+        finally:
+            server.terminate()  # the server ends its kernels
+            server.wait(60)
+
+
+def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(120):
+        if server.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"{address}/api/status", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"JupyterLab did not start: {log.read_text()[-1500:]}")
+
+
+def results() -> Path:
+    """Where screenshots go; the folder ignores itself."""
+    folder = ROOT / "test-results"
+    folder.mkdir(exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    return folder
+
+
+def test_run_all_paints_the_pictures(lab, tmp_path):
+    code = [c for c in nbformat.read(ROOT / "notebooks" / NOTEBOOK, as_version=4).cells if c.cell_type == "code"]
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch_persistent_context(
+            tmp_path / "profile",
+            executable_path=CHROMIUM,
+            headless=True,
+            args=OPTIONS,
+            viewport={"width": 1280, "height": 1400},
+        )
+        try:
+            page = browser.new_page()
+            page.goto(f"{lab}/lab/tree/{NOTEBOOK}?reset")
+            page.locator(".jp-CodeCell").first.wait_for(timeout=60_000)
+            run_all(page)
+            wait_until_done(page, len(code))
+            look_at(page)
+        finally:
+            browser.close()
+
+
+def run_all(page) -> None:
+    """The menu, once the kernel is there: before that JupyterLab would ask which kernel to start."""
+    page.get_by_text("| Idle").wait_for(timeout=90_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+def wait_until_done(page, cells: int) -> None:
+    """Until every code cell has its number, or one shows an error."""
+    deadline = time.monotonic() + SECONDS
+    done: list[str] = []
+    while time.monotonic() < deadline:
+        errors = page.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+        assert not errors, errors[0][-1500:]
+        prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
+        done = [text for text in prompts if text.strip(" []:").isdigit()]
+        if len(done) == cells:
+            return
+        page.wait_for_timeout(2000)
+    raise AssertionError(f"after {SECONDS} s {len(done)} of {cells} code cells had run")
+
+
+def look_at(page) -> None:
+    """No error output, nothing on stderr but progress bars, and every picture loaded and drawn at some size."""
+    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    pictures = page.locator(".jp-OutputArea-output img")
+    sizes = [picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") for picture in pictures.all()]
+    assert len(sizes) >= 6 and all(min(size) >= 100 for size in sizes), f"pictures in the page: {sizes}"
+    for number in (0, 1):
+        pictures.nth(number).scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
+        page.screenshot(path=results() / f"04-generate-{number + 1}.png")

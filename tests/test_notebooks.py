@@ -1,0 +1,121 @@
+"""The notebooks as they are committed: executed, short, in the agreed form; and their snippets, each alone in a fresh process.
+
+`make test` also runs every cell (nbval; `notebooks/conftest.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from notebook_statistics import lines, notebooks
+
+ROOT = Path(__file__).parents[1]
+KILOBYTES = 500
+LARGEST_CELL = 20
+MEDIAN_CELL = 5
+SNIPPETS = 3
+SECONDS = 300
+"""Of one snippet; on two idle cores they take 5 to 30."""
+
+each_notebook = pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+
+
+def cells(path: Path, kind: str | None = None) -> list:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if kind in (None, cell.cell_type)]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def snippets() -> list:
+    found = []
+    for path in notebooks():
+        sources = [cell.source for cell in cells(path, "code") if "snippet" in tags(cell)]
+        found += [pytest.param(source, id=f"{path.stem}-{i}") for i, source in enumerate(sources, 1)]
+    return found
+
+
+def test_there_are_notebooks():
+    assert notebooks()
+
+
+@each_notebook
+def test_is_executed_in_order_without_errors(path):
+    code = cells(path, "code")
+    counts = [cell.execution_count for cell in code]
+    assert counts == list(range(1, len(code) + 1)), "run it from a fresh kernel: python tests/execute_notebooks.py"
+    for cell in code:
+        for output in cell.outputs:
+            assert output.output_type != "error", f"{output.ename}: {output.evalue}"
+            assert output.get("name") != "stderr", f"something spoke on stderr: {output.text[:200]}"
+
+
+@each_notebook
+def test_is_small_and_tells_nothing_of_the_machine(path):
+    assert path.stat().st_size < 1000 * KILOBYTES
+    text = path.read_text()
+    found = re.findall(r"(?<![\w./:-])/(?:home|root|work|tmp|usr|opt|var|Users|mnt|data)/[\w./-]*", text)
+    assert not found, f"paths of the machine that executed it: {sorted(set(found))[:3]}"
+    assert str(ROOT) not in text
+    assert set(nbformat.read(path, as_version=4).metadata) == {"kernelspec", "language_info"}
+
+
+@each_notebook
+def test_cells_are_short_and_explained(path):
+    lengths = [lines(cell.source) for cell in cells(path, "code")]
+    assert max(lengths) <= LARGEST_CELL
+    assert statistics.median(lengths) <= MEDIAN_CELL
+    kinds = [cell.cell_type for cell in cells(path)]
+    assert kinds.count("markdown") >= 2 * kinds.count("code")
+    alone = [i for i, kind in enumerate(kinds) if kind == "code" and kinds[i - 1] != "markdown"]
+    assert not alone, f"code cells without a sentence before them: {alone}"
+
+
+@each_notebook
+def test_begins_and_ends_as_all_do(path):
+    first, *_ = cells(path)
+    number = path.stem[:2]
+    assert first.cell_type == "markdown" and first.source.startswith(f"# {number}")
+    assert "**At the end you will have**" in first.source and "**It takes**" in first.source
+    assert "__version__" in cells(path, "code")[0].source, "the first code cell tells the versions"
+    words = [cell.source for cell in cells(path, "markdown")]
+    takeaways = [text for text in words if text.startswith("## Takeaways")]
+    assert len(takeaways) == 1 and "../mmdit_lib/" in takeaways[0], "takeaways link to the files that were read"
+    assert [i for i, cell in enumerate(cells(path, "code")) if "snippet" in tags(cell)] == [
+        len(cells(path, "code")) - SNIPPETS + i for i in range(SNIPPETS)
+    ], f"the last {SNIPPETS} code cells are the snippets"
+
+
+@each_notebook
+def test_links_lead_somewhere(path):
+    for cell in cells(path, "markdown"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", cell.source):
+            assert (path.parent / target).exists(), f"{target} is not there"
+
+
+@each_notebook
+def test_asserts_say_what_is_wrong(path):
+    for cell in cells(path, "code"):
+        for statement in re.findall(r"^\s*assert .*$", cell.source, flags=re.M):
+            assert "," in statement, f"an assert without a message: {statement.strip()}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", snippets())
+def test_snippet_runs_alone(source, tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    script = tmp_path / "snippet.py"
+    script.write_text(source)
+    run = subprocess.run(
+        [sys.executable, script.name], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
