@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .launch import mpi_environment
+from .launch import RANK_VARIABLES, mpi_environment
 
 PROFILE = "mmdit_lib"
 """ipyparallel's profile of our clusters: those of others are never touched."""
@@ -35,6 +35,7 @@ class Ranks:
         self.view = None
         self._cluster = None
         self._client = None
+        self._local: dict[int, Any] = {}  # the ranks' processes, of those on this machine
 
     def start(self) -> Ranks:
         """Start the processes; takes some seconds. Raises `TimeoutError` if they do not come, and stops them."""
@@ -58,6 +59,7 @@ class Ranks:
                 raise TimeoutError(f"{self.n} ranks did not start within {self.seconds} s: {error}") from None
             raise
         self.view = self._client[:]
+        self._local = ranks_among(self._processes())
         return self
 
     def stop(self) -> None:
@@ -119,24 +121,40 @@ class Ranks:
 
         while True:
             _, pending = concurrent.futures.wait(calls, timeout=0.5, return_when=FIRST_EXCEPTION)
-            died = self._died()
-            for rank, call in enumerate(calls):
-                if call.done() and call.exception() is not None and not died:
-                    raise RuntimeError(f"rank {rank} failed: {_text(call.exception())}") from None
-            if died:
+            if died := self._died():
                 raise RuntimeError(died)
+            for rank, call in enumerate(calls):
+                if call.done() and call.exception() is not None:
+                    raise RuntimeError(f"rank {rank} failed: {_text(call.exception())}") from None
             if not pending:
                 return
 
     def _died(self) -> str | None:
-        """What MPI says if a rank is gone; it ends the others too."""
-        engines = self._cluster.engine_set
-        if engines is not None and engines.state == "running" and engines.process.is_running():
+        """Which rank is gone. MPI ends the others too, but says so much later."""
+        import psutil
+
+        for rank, process in self._local.items():
+            with suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    continue
+            return f"rank {rank} died: its process {process.pid} was killed, or ran out of memory"
+        mpi = self._cluster.engine_set
+        if mpi is not None and mpi.state == "running" and mpi.process.is_running():
             return None
-        output = engines.get_output(remove=False) if engines is not None else ""
-        lines = [line.strip() for line in output.splitlines()]
-        told = [line for line in lines if "rank" in line and ("signal" in line or "exit" in line)]
-        return f"a rank died: {' '.join(told) or output[-2000:].strip() or 'MPI ended without a word'}"
+        return "a rank died: MPI has ended"  # on another machine
+
+
+def ranks_among(processes: list) -> dict[int, Any]:
+    """The MPI ranks among psutil's processes, and not what they have started."""
+    import psutil
+
+    found = {}
+    for process in processes:
+        with suppress(psutil.Error, StopIteration):
+            words, variables = process.cmdline(), process.environ()
+            if "--mpi" in words:
+                found[int(next(variables[name] for name in RANK_VARIABLES if name in variables))] = process
+    return dict(sorted(found.items()))
 
 
 def _text(error: BaseException) -> str:
@@ -145,15 +163,15 @@ def _text(error: BaseException) -> str:
     return f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}\n{trace}"
 
 
-def end(processes: list, seconds: float = 5) -> None:
-    """Wait until `processes` are gone; those that stay are killed."""
+def end(processes: list, seconds: float = 1) -> None:
+    """Wait until `processes` are gone; those that stay (ipyparallel's nannies do) are killed."""
     import psutil
 
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     for process in alive:
         with suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(alive, timeout=seconds)
+    psutil.wait_procs(alive, timeout=10)
 
 
 def cluster(n: int, seconds: int = 60) -> Ranks:

@@ -76,7 +76,7 @@ def end_all(error: BaseException) -> None:
     """Show `error` with this rank's number and end all ranks of this mpirun. Does not return."""
     rank = launched_rank()
     if isinstance(error, (ValueError, SystemExit)) and rank:
-        time.sleep(1)  # what every rank refuses is said once, by rank 0
+        time.sleep(2)  # what every rank refuses is said once, by rank 0
     if isinstance(error, SystemExit):
         text = "" if isinstance(error.code, int) else str(error.code)
         code = error.code if isinstance(error.code, int) else 1
@@ -85,9 +85,11 @@ def end_all(error: BaseException) -> None:
         code = 1
     if text:
         last = text.strip().splitlines()[-1]
-        sys.stderr.write(f"rank {rank}: {last}\n{text if last != text.strip() else ''}")
+        # Not sys.stderr: torch.distributed's own excepthook, which calls ours, holds that back.
+        sys.__stderr__.write(f"rank {rank}: {last}\n{text if last != text.strip() else ''}")
     sys.stdout.flush()
-    sys.stderr.flush()
+    sys.__stderr__.flush()
+    time.sleep(1)  # mpirun may drop what it has not read when a rank aborts
     MPI = sys.modules.get("mpi4py.MPI")
     if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
         MPI.COMM_WORLD.Abort(code)

@@ -1,0 +1,61 @@
+"""What test_parallel_faults.py runs on every rank: a team at work, in which rank 1 does something bad."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from mmdit_lib.parallel.faults import guard, start_mpi
+from mmdit_lib.parallel.launch import launched_rank
+
+WHAT, ENGINE, MARK = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+BAD = launched_rank() == 1
+
+
+def mark() -> None:
+    MARK.write_text(str(time.time()))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if WHAT == "unstarted" and BAD:
+        mark()
+        time.sleep(120)
+    start_mpi(3 if WHAT == "unstarted" else 25)
+    from mmdit_lib import MMDiTRunner, parallel
+    from mmdit_lib.engine.folder import EngineFolder
+
+    if WHAT == "absent":
+        if BAD:
+            mark()
+            time.sleep(120)
+        parallel.join(EngineFolder.open(ENGINE), "cpu", seconds=3)
+    runner = MMDiTRunner.from_engine(ENGINE, backend="pytorch", device="cpu")
+    config = runner.folder.model
+    inputs = {
+        "hidden_states": torch.ones(2, config.in_channels, 16, 16),
+        "encoder_hidden_states": torch.ones(2, 154, config.joint_attention_dim),
+        "pooled_projections": torch.ones(2, config.pooled_projection_dim),
+        "timestep": torch.full((2,), 500.0),
+    }
+    runner.run(inputs)
+    if BAD:
+        mark()
+        if WHAT == "raise":
+            raise RuntimeError("rank 1 had enough")
+        if WHAT == "exit":
+            sys.exit("rank 1 says so in one line")
+        if WHAT == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        runner.run(inputs)
+
+
+if WHAT == "exit":
+    with guard():
+        main()
+else:
+    main()
