@@ -7,6 +7,7 @@ judge).
 import argparse
 import json
 import random
+import textwrap
 from pathlib import Path
 
 from mmdit_lib.tiny.captions import Prompt, caption
@@ -53,7 +54,8 @@ def card(facts: dict, scores: dict[str, dict], accuracy: Scores, hardware: str, 
         for stage in ("vae", "flow", "decoder")
     ]
     first = next(iter(scores.values()))
-    held_out = ", ".join(" ".join(thing) for thing in sorted(HELD_OUT))
+    held_out = textwrap.fill(", ".join(" ".join(thing) for thing in sorted(HELD_OUT)), 120)
+    right = ", ".join(f"{name} {getattr(accuracy, name):.1%}" for name in names)
     return f"""# Model card: a tiny Stable Diffusion 3
 
 A complete `StableDiffusion3Pipeline` in half precision that draws one or two coloured shapes on a coloured background.
@@ -66,7 +68,8 @@ procedure makes (`scenes.py`, `captions.py`, `render.py`): no data were download
 {command}
 ```
 
-{hardware}. Seed {facts["options"]["seed"]}; runs limited by minutes do not repeat bit by bit. {notes}
+{hardware}. Seed {facts["options"]["seed"]}; runs limited by minutes do not repeat bit by bit.
+{textwrap.fill(notes, 120)}
 
 | stage | steps | minutes |
 | --- | --- | --- |
@@ -89,7 +92,7 @@ alone. Batch {facts["options"]["batch"]} in the flow stage, {facts["options"]["s
 {chr(10).join(rows)}
 
 Judged from pixels by `judge.py`, which knows neither prompt nor model. On {accuracy.prompts} procedural pictures
-({accuracy.objects} objects) it is right about {accuracy}.
+({accuracy.objects} objects) it is right about: {right}.
 
 ## Limits
 

@@ -49,14 +49,16 @@ class Log:
     every: int = 50
     rows: list[list] = field(default_factory=list)
     _sum: Tensor | float = 0.0
+    _count: int = 0
     _started: dict[str, float] = field(default_factory=dict)
 
     def add(self, stage: str, step: int, loss: Tensor) -> None:
         start = self._started.setdefault(stage, time.monotonic())
         self._sum = self._sum + loss.detach()  # stays on the device: no waiting but every `every` steps
+        self._count += 1
         if (step + 1) % self.every == 0:
             seconds = time.monotonic() - start
-            self.rows.append([stage, step + 1, round(seconds, 1), round(float(self._sum) / self.every, 5)])
-            self._sum = 0.0
+            self.rows.append([stage, step + 1, round(seconds, 1), round(float(self._sum) / self._count, 5)])
+            self._sum, self._count = 0.0, 0
             if (step + 1) % (10 * self.every) == 0:
                 print("{} step {} after {} s: loss {}".format(*self.rows[-1]), flush=True)

@@ -1,0 +1,40 @@
+"""The trained pipeline that ships with the package: it draws what it is told."""
+
+import pytest
+from diffusers import StableDiffusion3Pipeline
+
+from mmdit_lib.tiny import heldout_prompts, model_path
+from mmdit_lib.tiny.evaluation import draw, evaluate
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = StableDiffusion3Pipeline.from_pretrained(model_path())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_size_and_features(pipe):
+    files = [path for path in model_path().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    config = pipe.transformer.config
+    assert config.dual_attention_layers and config.qk_norm == "rms_norm"
+    assert config.pos_embed_max_size > config.sample_size // config.patch_size
+    assert pipe.transformer.transformer_blocks[-1].context_pre_only
+    assert config.num_attention_heads % 4 == 0 and pipe.transformer.inner_dim % 16 == 0
+
+
+def test_draws_heldout_prompts(pipe):
+    scores = evaluate(pipe, heldout_prompts(4), steps=10, max_sequence_length=77)
+    assert min(scores.colour, scores.shape, scores.position) >= 0.85, scores
+
+
+def test_another_size(pipe):
+    scores = evaluate(pipe, heldout_prompts(2), steps=8, height=96, width=160, max_sequence_length=77)
+    assert min(scores.colour, scores.position) >= 0.5, scores
+
+
+@pytest.mark.parametrize("text", ["", "a small red circle " * 100, "xylophone zebra 日本語 %$#"])
+@pytest.mark.filterwarnings("ignore")
+def test_odd_prompts_give_a_picture(pipe, text):
+    assert draw(pipe, [text], steps=2)[0].size == (128, 128)
