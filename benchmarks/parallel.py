@@ -19,12 +19,14 @@ import os
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from mmdit_lib.config import KNOWN_MODELS, Mapping, ModelConfig, Resolution
+from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.folder import EngineFolder, graph_file
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
@@ -48,6 +50,7 @@ LAYOUTS = {
 }
 REFERENCE = "1 GPU, float32"
 BATCH, TEXT_TOKENS = 2, 333
+WAYS = ("eager", "compiled", "compiled + CUDA graph")
 
 
 def folder_of(root: Path, model: str, layout: str) -> Path:
@@ -176,7 +179,9 @@ class Bench:
         self.device = ranks.device
         cuda = self.device.type == "cuda"
         self.result = {
-            "hardware": f"{dist.get_world_size()} x {torch.cuda.get_device_name(self.device)}" if cuda else platform.machine(),
+            "hardware": f"{dist.get_world_size()} x {torch.cuda.get_device_name(self.device)}"
+            if cuda
+            else platform.machine(),
             "torch": torch.__version__,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
             "driver": _driver() if cuda else None,
@@ -242,14 +247,17 @@ class Bench:
         groups = self.ranks.join(MODELS[name], mapping) if several else None
         local = weights
         if mapping.tp_size > 1:
-            local = {n: shard(n, w, "megatron", mapping.tp_size, mapping.at(rank).tp_rank).contiguous() for n, w in weights.items()}
+            local = {
+                n: shard(n, w, "megatron", mapping.tp_size, mapping.at(rank).tp_rank).contiguous()
+                for n, w in weights.items()
+            }
         graph = Graph.load(folder_of(self.root, name, layout) / graph_file(rank))
         eager = PyTorchBackend(graph, local, device=self.device, groups=groups)
         output = eager(inputs).cpu()
         row = {"model": name, "layout": layout, "error_to_float32": relative_error(output, exact)}
         if alone is not None:
             row["error_to_1_gpu"] = relative_error(output, alone)
-        self.time(row, "eager", lambda: eager(inputs), output)
+        self.time(row, "eager", partial(eager, inputs))
         if self.device.type == "cuda":
             self.compiled(row, graph, local, groups, inputs, output)
         row["seconds"] = time.monotonic() - begin
@@ -258,20 +266,16 @@ class Bench:
 
     def compiled(self, row, graph, local, groups, inputs, output) -> None:
         torch._dynamo.reset()
-        made = None
-        for way, options in {"compiled": {"compile": True}, "compiled + CUDA graph": {"compile": True, "cuda_graph": True}}.items():
+        for way in WAYS[1:]:
             if self.late():
                 return
             fault = None
             try:
-                if made is None:
+                if way == "compiled":
                     made = PyTorchBackend(graph, local, device=self.device, groups=groups, compile=True)
                     backend = made
-                else:
-                    from mmdit_lib.engine.cuda_graph import GraphedStep
-
-                    graphed = GraphedStep(made._run)
-                    backend = torch.inference_mode()(graphed)
+                else:  # over the same compiled blocks
+                    backend = torch.inference_mode()(GraphedStep(made._run))
                 found = backend(inputs).cpu()
             except Exception as error:
                 fault = f"{type(error).__name__}: {str(error)[:300]}"
@@ -279,9 +283,9 @@ class Bench:
                 row[f"fault {way}"] = fault or "on another rank"
                 return
             row[f"error_to_eager {way}"] = relative_error(found, output)
-            self.time(row, way, lambda: backend(inputs), output)
+            self.time(row, way, partial(backend, inputs))
 
-    def time(self, row, way, step, output) -> None:
+    def time(self, row, way, step) -> None:
         times = milliseconds(step, self.device, self.repeats)
         row[f"ms {way}"] = self.ranks.slowest(statistics.median(times))
         row.setdefault("times", {})[way] = times
@@ -299,7 +303,7 @@ class Bench:
         reference.load_state_dict({to_diffusers(n): w for n, w in weights.items()}, strict=False, assign=True)
         step = torch.inference_mode()(lambda: reference(**inputs, return_dict=False)[0])
         row = {"model": name, "layout": "diffusers, 1 GPU", "error_to_float32": relative_error(step().cpu(), exact)}
-        self.time(row, "eager", step, None)
+        self.time(row, "eager", step)
         self.save(row)
 
     def free(self) -> None:
@@ -337,9 +341,6 @@ def run(root: Path, output: Path, models: list[str], repeats: int, budget: float
     dist.destroy_process_group()
 
 
-WAYS = ("eager", "compiled", "compiled + CUDA graph")
-
-
 def table(results: list[Path]) -> str:
     """Results as Markdown."""
     lines = ["# Two GPUs", ""]
@@ -356,8 +357,9 @@ def _table(result: dict) -> list[str]:
         lines += [
             f"## SD3.5-{model}",
             "",
-            f"{result['hardware']}, torch {result['torch']}, NCCL {result['nccl']}, driver {result['driver']}, {result['date']}. "
-            f"One step of the `pytorch` backend, {result['conditions']}; median of {result['repeats']}, the slowest rank.",
+            f"{result['hardware']}, torch {result['torch']}, NCCL {result['nccl']}, driver {result['driver']}, "
+            f"{result['date']}. One step of the `pytorch` backend, {result['conditions']}; median of "
+            f"{result['repeats']}, the slowest rank.",
             "",
             "| | " + " | ".join(f"ms, {way} | speed-up" for way in WAYS) + " | error to 1 GPU | error to float32 |",
             "|---" + "|---:" * (2 * len(WAYS) + 2) + "|",

@@ -70,9 +70,19 @@ TWO_RANKS = {
 
 
 def count_traffic(
-    model: ModelConfig, layout: Layout, *, resolution: Resolution, text_tokens: int, batch: int, dtype: Dtype = "bfloat16"
+    model: ModelConfig,
+    layout: Layout,
+    *,
+    resolution: Resolution,
+    text_tokens: int,
+    batch: int,
+    dtype: Dtype = "bfloat16",
 ) -> Counter[Collective]:
-    """How often each collective runs in one step, on rank 0. Raises `ValueError` where the layout cannot hold the model."""
+    """How often each collective runs in one step, on rank 0.
+
+    Raises:
+        ValueError: where the layout cannot hold the model.
+    """
     config = one_size(resolution, batch, text_tokens, cp_method=layout.cp_method)
     graph = dry_graph(model, layout.mapping, config, dtype, layout.tp_layout)
     shapes = {name: low for name, (low, _, high) in profile_shapes(model, config, layout.mapping.cfg_size).items()}
@@ -80,7 +90,8 @@ def count_traffic(
     weights = NoWeights(model, dtype, layout.tp_layout, layout.mapping.tp_size).weights(0)
     weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weights.items()}
     inputs = [
-        torch.empty(shapes[name], dtype=DTYPES[kind], device="meta") for name, (kind, _) in inputs_of(model, dtype).items()
+        torch.empty(shapes[name], dtype=DTYPES[kind], device="meta")
+        for name, (kind, _) in inputs_of(model, dtype).items()
     ]
     counter = Recorder(lower(graph, weights, device="meta", groups=group_names(graph)))
     counter.run(*inputs)
@@ -118,7 +129,9 @@ def traffic_table(*, resolution: Resolution, text_tokens: int, batch: int, dtype
         for label, layout in TWO_RANKS.items():
             if not layout.possible(model):
                 continue
-            found = count_traffic(model, layout, resolution=resolution, text_tokens=text_tokens, batch=batch, dtype=dtype)
+            found = count_traffic(
+                model, layout, resolution=resolution, text_tokens=text_tokens, batch=batch, dtype=dtype
+            )
             for operation, times, given, sent in summary(found):
                 table.add_row(name, label, operation, str(times), given, f"{sent / 1e6:.1f}")
                 name = label = ""

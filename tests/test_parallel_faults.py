@@ -13,7 +13,8 @@ from mmdit_lib.engine.build import build
 from mmdit_lib.parallel.faults import START_SECONDS
 
 pytest.importorskip("mpi4py")
-from parallel_launch import TESTS, mpirun  # noqa: E402
+from parallel_launch import TESTS, mpirun
+from parallel_tasks import fail, greet, join_twice
 
 LIMIT = 30
 
@@ -63,36 +64,7 @@ def test_all_ranks_stop(what, engine, tmp_path, record_property):
     assert seconds - waited + (START_SECONDS if waited else 0) < LIMIT
 
 
-# The same from a notebook. Functions travel by name: this file must be importable on the engines.
-
-
-def greet(text):
-    from mpi4py import MPI
-
-    print(text)
-    return MPI.COMM_WORLD.rank
-
-
-def join_twice(folder):
-    """A second folder in the same session, and a fresh team after `leave`."""
-    from mmdit_lib import MMDiTRunner, parallel
-
-    ranks = [MMDiTRunner.from_engine(folder, backend="pytorch", device="cpu").rank for _ in range(2)]
-    parallel.leave()
-    return [*ranks, MMDiTRunner.from_engine(folder, backend="pytorch", device="cpu").rank]
-
-
-def fail(how):
-    import os
-    import signal
-
-    from mpi4py import MPI
-
-    if MPI.COMM_WORLD.rank == 1:
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise ValueError("rank 1 had enough")
-    MPI.COMM_WORLD.barrier()
+# The same from a notebook.
 
 
 @pytest.fixture
@@ -132,7 +104,7 @@ def test_cluster_with_a_killed_rank(own_ipython):
     from mmdit_lib import parallel
 
     with parallel.cluster(2) as ranks:
-        ranks.run(greet, "hello")  # which imports this file there
+        ranks.run(greet, "hello")  # which imports the file there
         start = time.time()
         with pytest.raises(RuntimeError, match="rank 1 died: its process"):
             ranks.run(fail, "kill")
@@ -144,7 +116,10 @@ def test_cluster_with_a_killed_rank(own_ipython):
 def test_leftovers_of_a_killed_notebook(own_ipython):
     from mmdit_lib import parallel
 
-    code = "import time; from mmdit_lib import parallel; r = parallel.cluster(2).start(); print('up', flush=True); time.sleep(100)"
+    code = (
+        "import time; from mmdit_lib import parallel; ranks = parallel.cluster(2).start(); "
+        "print('up', flush=True); time.sleep(100)"
+    )
     with psutil.Popen([sys.executable, "-c", code], stdout=-1, text=True) as notebook:
         assert notebook.stdout.readline() == "up\n"
         assert parallel.stop_clusters() == [], "its owner lives"

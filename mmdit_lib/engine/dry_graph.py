@@ -34,7 +34,11 @@ class NoWeights:
 
 
 def dry_graph(
-    model: ModelConfig, mapping: Mapping, config: BuildConfig, dtype: Dtype = "bfloat16", tp_layout: TpLayout = "megatron"
+    model: ModelConfig,
+    mapping: Mapping,
+    config: BuildConfig,
+    dtype: Dtype = "bfloat16",
+    tp_layout: TpLayout = "megatron",
 ) -> Graph:
     """What `build` would write as the graph file of `mapping.rank`. Raises `ValueError` where it would."""
     config.check(model, mapping)

@@ -1,7 +1,7 @@
 """Several ranks: MPI starts and numbers them, `torch.distributed` or TensorRT's NCCL moves the tensors.
 
-    mpirun -n 2 python script.py       # the same script on every rank; `join` makes them a team
-    with parallel.cluster(2) as ranks: # the same from a notebook, over ipyparallel
+mpirun -n 2 python script.py       # the same script on every rank; `join` makes them a team
+with parallel.cluster(2) as ranks: # the same from a notebook, over ipyparallel
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """MPI ranks for a notebook: ipyparallel starts them, and no fault leaves one behind.
 
-    with parallel.cluster(2) as ranks:
-        results = ranks.run(function, argument)     # one result per rank, in their order
+with parallel.cluster(2) as ranks:
+    results = ranks.run(function, argument)     # one result per rank, in their order
 """
 
 from __future__ import annotations

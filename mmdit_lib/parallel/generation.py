@@ -130,4 +130,6 @@ def check_same_latents(world, latents: torch.Tensor) -> None:
     everyone = world.allgather(digest)
     differ = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
     if differ:
-        raise RuntimeError(f"rank {differ[0]} ended with other latents than rank 0: the ranks did not calculate the same")
+        raise RuntimeError(
+            f"rank {differ[0]} ended with other latents than rank 0: the ranks did not calculate the same"
+        )

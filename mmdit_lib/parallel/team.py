@@ -160,7 +160,9 @@ def device_of(device: str | torch.device | None, local_rank: int, local_size: in
         return asked
     found = torch.cuda.device_count()
     if local_size > found:
-        raise ValueError(f"{local_size} ranks run on this machine, which has {found} GPUs: NCCL needs one for each rank")
+        raise ValueError(
+            f"{local_size} ranks run on this machine, which has {found} GPUs: NCCL needs one for each rank"
+        )
     chosen = torch.device("cuda", local_rank)
     torch.cuda.set_device(chosen)
     return chosen

@@ -1,0 +1,68 @@
+"""What test_parallel.py runs on every rank: `mpirun -n N python parallel_ranks.py tasks.json results.json`."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from helpers import relative_error
+from mpi4py import MPI
+
+from mmdit_lib import MMDiTRunner, parallel
+from mmdit_lib.parallel.generation import load_pipeline, sample
+
+WORLD = MPI.COMM_WORLD
+
+
+def parity(task: dict) -> list[float]:
+    """The relative error of every case against one rank; the worst rank's."""
+    runner = MMDiTRunner.from_engine(task["engine"], backend="pytorch", device="cpu", verify=False)
+    cases = torch.load(task["cases"], weights_only=True)
+    errors = [relative_error(runner.run(inputs), expected) for inputs, expected in cases]
+    return [max(of_ranks) for of_ranks in zip(*WORLD.allgather(errors), strict=True)]
+
+
+def refuse(task: dict) -> list[str]:
+    """Every rank opens a folder of its own; what each of them raised."""
+    try:
+        MMDiTRunner.from_engine(task["engines"][WORLD.rank], backend="pytorch", device="cpu", verify=False)
+        said = "nothing"
+    except ValueError as error:
+        said = str(error)
+    return WORLD.allgather(said)
+
+
+def picture(task: dict) -> dict:
+    pipe = load_pipeline(
+        task["model"], task["engine"], device="cpu", dtype=torch.float32, runner_options={"backend": "pytorch"}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    # Only rank 0's prompt and noise count: the others' are wrong on purpose.
+    prompt = task["prompt"] if WORLD.rank == 0 else "nonsense"
+    (image,) = sample(pipe, prompt, generator=torch.Generator().manual_seed(WORLD.rank), **task["options"])
+    if WORLD.rank == 0:
+        image.save(task["png"])
+    encoders = [pipe.text_encoder is not None for _ in range(1)]
+    return {
+        "hashes": WORLD.allgather(hashlib.sha256(image.tobytes()).hexdigest()),
+        "encoders": WORLD.allgather(encoders[0]),
+    }
+
+
+def again(task: dict) -> list[bool]:
+    """The end of a team, after which `join` starts anew."""
+    parallel.leave()
+    return [parallel.current() is None]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    tasks, results = Path(sys.argv[1]), Path(sys.argv[2])
+    found = {name: globals()[task["kind"]](task) for name, task in json.loads(tasks.read_text()).items()}
+    if WORLD.rank == 0:
+        results.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Which rank does what, and layouts that cannot be."""
+
+import pytest
+from helpers import model_config
+
+from mmdit_lib.config import KNOWN_MODELS, Mapping
+from mmdit_lib.parallel.launch import check_launch
+
+LARGE = KNOWN_MODELS["stable-diffusion-3.5-large"]
+MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("cp", [1, 2, 3])
+@pytest.mark.parametrize("cfg", [1, 2])
+def test_ranks_as_in_tensorrt_llm(tp, cp, cfg):
+    ranks = Mapping(tp_size=tp, cp_size=cp, cfg_size=cfg).ranks()
+    assert [m.rank for m in ranks] == list(range(tp * cp * cfg))
+    for m in ranks:
+        # The contract's formulas; its world is one half of ours with CFG parallelism.
+        assert m.tp_rank == m.rank % tp
+        assert m.cp_rank == m.rank % (tp * cp) // tp
+        assert m.cfg_rank == m.rank // (tp * cp)
+        assert m.tp_group == tuple(range(m.rank - m.tp_rank, m.rank - m.tp_rank + tp)), "contiguous"
+        assert [b - a for a, b in zip(m.cp_group, m.cp_group[1:], strict=False)] == [tp] * (cp - 1), "strided by tp"
+        for group, place in ((m.tp_group, m.tp_rank), (m.cp_group, m.cp_rank)):
+            assert group[place] == m.rank
+        assert m.output_group[m.cfg_rank * cp + m.cp_rank] == m.rank
+    for groups in ({m.tp_group for m in ranks}, {m.cp_group for m in ranks}, {m.output_group for m in ranks}):
+        assert sorted(rank for group in groups for rank in group) == list(range(tp * cp * cfg)), "each rank once"
+
+
+def test_eight_ranks_written_out():
+    ranks = Mapping(tp_size=2, cp_size=2, cfg_size=2).ranks()
+    assert [m.tp_group for m in ranks[::2]] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert [m.cp_group for m in ranks] == [(0, 2), (1, 3), (0, 2), (1, 3), (4, 6), (5, 7), (4, 6), (5, 7)]
+    assert [m.output_group for m in ranks[:2]] == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert [m.cfg_rank for m in ranks] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert ranks[0].largest_group == 4
+
+
+@pytest.mark.parametrize(
+    "model, sizes, options, said",
+    [
+        (LARGE, dict(tp_size=4), {}, "38 heads do not divide by tp 4; use 1, 2, 19 or 38"),
+        (LARGE, dict(tp_size=4), dict(tp_layout="trtllm"), "38 heads do not divide by tp 4; use 1 or 2"),
+        (LARGE, dict(tp_size=19), dict(tp_layout="trtllm"), "64 rows of proj_out do not divide by tp 19; use 1 or 2"),
+        (MEDIUM, dict(tp_size=16), dict(tp_layout="trtllm"), "24 heads do not divide by tp 16; use 1, 2, 4 or 8"),
+        (MEDIUM, dict(tp_size=5), {}, "24 heads do not divide by tp 5; use 1, 2, 3, 4, 6, 8, 12 or 24"),
+        (MEDIUM, dict(cp_size=5), dict(cp_method="ulysses"),
+         "cp_method ulysses deals out heads, and the 24 heads of a tp rank do not divide by cp 5; "
+         "use 1, 2, 3, 4, 6, 8, 12 or 24, or cp_method allgather"),
+        (MEDIUM, dict(tp_size=8, cp_size=2), dict(cp_method="ulysses"),
+         "cp_method ulysses deals out heads, and the 3 heads of a tp rank do not divide by cp 2; "
+         "use 1 or 3, or cp_method allgather"),
+    ],
+)  # fmt: skip
+def test_refusals_name_the_legal_sizes(model, sizes, options, said):
+    with pytest.raises(ValueError) as error:
+        Mapping(**sizes).check(model, **options)
+    assert str(error.value) == said
+
+
+def test_any_cp_size_gathers():
+    for cp in range(1, 9):
+        Mapping(cp_size=cp).check(LARGE)
+        Mapping(cp_size=cp).check(model_config(heads=3))
+
+
+@pytest.mark.parametrize(
+    "values", [dict(cfg_size=3), dict(tp_size=0), dict(cp_size=-1), dict(rank=1), dict(tp_size=2, rank=2)]
+)
+def test_sizes_that_are_none(values):
+    with pytest.raises(ValueError, match=r"^layout: [^\n]+$"):
+        Mapping.parse(values, "layout")
+
+
+def test_number_of_processes():
+    check_launch(Mapping(tp_size=2, cfg_size=2), 4)
+    with pytest.raises(
+        ValueError, match=r"is for tp 2 x cfg 2, 4 ranks, and 3 ranks are running: start it with mpirun -n 4$"
+    ):
+        check_launch(Mapping(tp_size=2, cfg_size=2), 3)
+    with pytest.raises(ValueError, match=r"is for cp 3, 3 ranks, and 1 rank is running: start it with mpirun -n 3$"):
+        check_launch(Mapping(cp_size=3), 1)

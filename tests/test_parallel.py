@@ -1,0 +1,253 @@
+"""Every parallel layout against one rank, over MPI and gloo, in float32; and the plans of every rank."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import model_config, random_transformer
+from PIL import Image
+
+from mmdit_lib.checkpoint import convert
+from mmdit_lib.engine.build import build
+from mmdit_lib.engine.folder import EngineFolder
+from mmdit_lib.pipeline import MMDiTRunner, load_pipeline
+from mmdit_lib.tiny import make_random_pipeline
+
+pytest.importorskip("mpi4py")
+from parallel_launch import mpirun
+
+BOUND = 5e-6
+TWELVE = dict(heads=12, head_dim=8, pos_embed_max_size=24)  # 12 heads: cut by 2, 3, 4 and 2 x 2
+MODELS = {
+    "sd3-medium": model_config(qk_norm=None, **TWELVE),
+    "sd3.5-medium": model_config(dual_attention_layers=(0, 1), **TWELVE),
+    "sd3.5-large": model_config(num_layers=4, **TWELVE),
+}
+LAYOUTS = {  # name: (options of convert, options of build)
+    2: {
+        "tp2": (dict(tp_size=2), {}),
+        "tp2 trtllm": (dict(tp_size=2, tp_layout="trtllm"), {}),
+        "cp2 allgather": ({}, dict(cp_size=2)),
+        "cp2 ulysses": ({}, dict(cp_size=2, cp_method="ulysses")),
+        "cfg2": (dict(cfg_size=2), {}),
+    },
+    3: {
+        "cp3 allgather": (dict(cp_size=3), {}),
+        "cp3 ulysses": (dict(cp_size=3), dict(cp_method="ulysses")),
+    },
+    4: {
+        "tp4": (dict(tp_size=4), {}),
+        "tp4 trtllm": (dict(tp_size=4, tp_layout="trtllm"), {}),
+        "cp4 allgather": ({}, dict(cp_size=4)),
+        "cp4 ulysses": ({}, dict(cp_size=4, cp_method="ulysses")),
+        "tp2 x cp2 allgather": (dict(tp_size=2, cp_size=2), {}),
+        "tp2 x cp2 ulysses": (dict(tp_size=2, cp_size=2), dict(cp_method="ulysses")),
+        "cfg2 x tp2": (dict(tp_size=2, cfg_size=2), {}),
+        "cfg2 x cp2": (dict(cfg_size=2, cp_size=2), {}),
+    },
+}
+CASES = [(154, (7, 9), 2), (333, (8, 8), 2), (589, (5, 7), 2), (154, (3, 5), 1)]
+"""Text tokens, rows and columns of patches, batch: odd and even numbers of tokens, and one row without guidance."""
+PICTURES = {2: ["tp2", "cp2 ulysses"], 4: ["cfg2 x tp2"]}
+PROMPT, OPTIONS = "a red circle", dict(num_inference_steps=3, guidance_scale=4.0, height=128, width=96)
+PROFILE = dict(
+    max_batch_size=2, min_resolution="32x32", opt_resolution="128x128", max_resolution="160x160", progress=False
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@cache
+def source(root: Path, model: str) -> Path:
+    if model == "tiny":
+        return tiny_pipeline(root)
+    random_transformer(MODELS[model]).save_pretrained(root / model)
+    return root / model
+
+
+def tiny_pipeline(root: Path) -> Path:
+    """The trained model where the package holds it, else one like it with random weights."""
+    try:
+        from mmdit_lib.tiny import model_path
+
+        return Path(model_path())
+    except (ImportError, AttributeError, ValueError, FileNotFoundError):
+        return make_random_pipeline(root / "tiny")
+
+
+@cache
+def engine(root: Path, model: str, layout: str = "one") -> Path:
+    options = {"one": ({}, {})} | {name: options for of_world in LAYOUTS.values() for name, options in of_world.items()}
+    converting, building = options[layout]
+    name = f"{model} {layout}".replace(" ", "_")
+    checkpoint = convert(
+        str(source(root, model)), str(root / f"{name}_checkpoint"), progress=False, dtype="float32", **converting
+    )
+    return build(str(checkpoint), str(root / name), plan=False, **PROFILE, **building)
+
+
+@cache
+def cases(root: Path, model: str) -> Path:
+    """Inputs, and what one rank makes of them."""
+    runner = MMDiTRunner.from_engine(engine(root, model), backend="pytorch", device="cpu", verify=False)
+    config, found = runner.folder.model, []
+    generator = torch.Generator().manual_seed(0)
+    for tokens, (rows, columns), batch in CASES:
+        inputs = {
+            "hidden_states": torch.randn(batch, config.in_channels, 2 * rows, 2 * columns, generator=generator),
+            "encoder_hidden_states": torch.randn(batch, tokens, config.joint_attention_dim, generator=generator),
+            "pooled_projections": torch.randn(batch, config.pooled_projection_dim, generator=generator),
+            "timestep": 1000 * torch.rand(batch, generator=generator),
+        }
+        found.append((inputs, runner.run(inputs)))
+    torch.save(found, root / f"{model}.pt")
+    return root / f"{model}.pt"
+
+
+@cache
+def picture_of_one_rank(root: Path) -> np.ndarray:
+    pipe = load_pipeline(
+        source(root, "tiny"),
+        engine(root, "tiny"),
+        device="cpu",
+        dtype=torch.float32,
+        runner_options={"backend": "pytorch"},
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return np.asarray(pipe(PROMPT, generator=torch.Generator().manual_seed(0), **OPTIONS).images[0], dtype=int)
+
+
+@pytest.fixture(scope="module")
+def results(root, world):
+    """All tasks of one number of ranks in one mpirun: a start takes seconds."""
+    tasks = {
+        f"{model} {layout}": {
+            "kind": "parity",
+            "engine": str(engine(root, model, layout)),
+            "cases": str(cases(root, model)),
+        }
+        for model in [*MODELS, "tiny"]
+        for layout in LAYOUTS[world]
+        if (model, layout) != ("tiny", "cp3 ulysses")  # it has 4 heads
+    }
+    first, *others = LAYOUTS[world]
+    tasks["another model's folder"] = {
+        "kind": "refuse",
+        "engines": [str(engine(root, "sd3-medium", first)), *[str(engine(root, "sd3.5-large", first))] * (world - 1)],
+    }
+    tasks["another layout"] = {
+        "kind": "refuse",
+        "engines": [
+            str(engine(root, "sd3-medium", first)),
+            *[str(engine(root, "sd3-medium", others[0]))] * (world - 1),
+        ],
+    }
+    wrong = next(iter(LAYOUTS[2 if world != 2 else 3]))
+    tasks["another number"] = {"kind": "refuse", "engines": [str(engine(root, "tiny", wrong))] * world}
+    tasks["leave"] = {"kind": "again"}
+    for layout in PICTURES.get(world, []):
+        tasks[f"picture {layout}"] = {
+            "kind": "picture", "engine": str(engine(root, "tiny", layout)), "model": str(source(root, "tiny")),
+            "prompt": PROMPT, "options": OPTIONS, "png": str(root / f"{layout}.png".replace(" ", "_")),
+        }  # fmt: skip
+    (root / f"tasks{world}.json").write_text(json.dumps(tasks))
+    script = Path(__file__).parent / "parallel_ranks.py"
+    done = mpirun(world, script, root / f"tasks{world}.json", root / f"results{world}.json", timeout=150)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((root / f"results{world}.json").read_text())
+
+
+@pytest.mark.parametrize("world", [2, 3, 4], scope="module")
+class TestRanks:
+    def test_every_layout_is_exact(self, results, world, record_property):
+        errors = {
+            name: found for name, found in results.items() if isinstance(found, list) and isinstance(found[0], float)
+        }
+        assert len(errors) == 4 * len(LAYOUTS[world]) - (world == 3)
+        record_property("errors", errors)
+        for layout in LAYOUTS[world]:
+            worst = max(max(found) for name, found in errors.items() if name.endswith(f" {layout}"))
+            print(f"{layout}: {worst:.1e}")
+        assert all(len(found) == len(CASES) and max(found) <= BOUND for found in errors.values()), errors
+
+    def test_refused_on_every_rank_before_any_collective(self, results, world):
+        number = results["another number"]
+        wanted = 3 if world == 2 else 2
+        assert len(number) == world and len(set(number)) == 1
+        assert f"{wanted} ranks, and {world} ranks are running: start it with mpirun -n {wanted}" in number[0]
+        for task in ("another model's folder", "another layout"):
+            assert len(set(results[task])) == 1 and "they differ in" in results[task][0]
+            assert results[task][0].startswith("rank 1's engine folder") and "\n" not in results[task][0]
+        assert results["leave"] == [True]
+
+    def test_the_same_picture(self, results, root, world):
+        for layout in PICTURES.get(world, []):
+            found = results[f"picture {layout}"]
+            assert len(found["hashes"]) == world and len(set(found["hashes"])) == 1
+            assert found["encoders"] == [True] + [False] * (world - 1)
+            image = np.asarray(Image.open(root / f"{layout}.png".replace(" ", "_")), dtype=int)
+            difference = np.abs(image - picture_of_one_rank(root))
+            # Rounding to 8 bits may fall on either side.
+            assert difference.max() <= 1 and (difference > 0).mean() < 1e-2, (difference.max(), (difference > 0).mean())
+
+
+def test_one_process_is_told_how_to_start(root):
+    folder = engine(root, "tiny", "tp2")
+    code = (
+        f"from mmdit_lib import MMDiTRunner; MMDiTRunner.from_engine({str(folder)!r}, backend='pytorch', device='cpu')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("is for tp 2, 2 ranks, and 1 rank is running: start it with mpirun -n 2")
+
+
+def test_the_command_under_mpirun(root):
+    folder, picture = engine(root, "tiny", "cp2 ulysses"), root / "command.png"
+    arguments = ["generate", PROMPT, "--model_path", source(root, "tiny"), "--engine_dir", folder, "--output", picture,
+                 "--num_inference_steps", "2", "--resolution", "128x96", "--backend", "pytorch",
+                 "--device", "cpu"]  # fmt: skip
+    done = mpirun(2, "-m", "mmdit_lib.cli", *arguments, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Image.open(picture).size == (96, 128)
+    assert done.stdout.count("picture:") == 1
+
+
+# Plans of every rank: two blocks, so that each layout takes seconds.
+
+SMALL = model_config(heads=12, head_dim=4, num_layers=2, dual_attention_layers=(0,))
+
+
+def build_plans(checkpoint: str, output: str, options: dict) -> str:
+    return str(build(checkpoint, output, **PROFILE, **options))
+
+
+def test_every_rank_has_a_plan(tmp_path):
+    random_transformer(SMALL).save_pretrained(tmp_path / "source")
+    jobs = {}
+    for of_world in LAYOUTS.values():
+        for name, (converting, building) in of_world.items():
+            folder = str(tmp_path / name.replace(" ", "_"))
+            checkpoint = convert(str(tmp_path / "source"), f"{folder}_checkpoint", progress=False, **converting)
+            jobs[name] = (str(checkpoint), folder, building)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        futures = {name: pool.submit(build_plans, *job) for name, job in jobs.items()}
+        folders = {name: EngineFolder.open(future.result()) for name, future in futures.items()}
+    collectives = 0
+    for name, folder in folders.items():
+        for rank in range(folder.mapping.world_size):
+            assert folder.has_plan(rank), name
+            folder.verify(f"rank{rank}.engine")
+            found = [x for x in folder.graph(rank).layers if x.type == "DIST_COLLECTIVE"]
+            assert found and all(rank in x.attributes["group"] for x in found), name
+            collectives += len(found)
+    assert collectives > 200

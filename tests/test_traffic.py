@@ -1,0 +1,71 @@
+"""The traffic table, against counts and bytes made by hand."""
+
+import pytest
+
+from mmdit_lib.config import KNOWN_MODELS, Mapping, Resolution
+from mmdit_lib.traffic import TWO_RANKS, Collective, Layout, count_traffic, print_traffic
+
+SIZE = dict(resolution=Resolution(height=1024, width=1024), text_tokens=333, batch=2)
+
+
+def totals(found) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for collective, times in found.items():
+        counts[collective.operation] = counts.get(collective.operation, 0) + times
+    return counts
+
+
+@pytest.mark.parametrize(
+    "model, reduces, gathers",
+    [
+        ("stable-diffusion-3-medium", 49, 120),
+        ("stable-diffusion-3.5-medium", 62, 120),
+        ("stable-diffusion-3.5-large", 77, 190),
+    ],
+)
+def test_the_originals_collectives(model, reduces, gathers):
+    """Cut as TensorRT-LLM cuts it, the network has the collectives that TensorRT-LLM's had."""
+    found = count_traffic(KNOWN_MODELS[model], TWO_RANKS["tp 2 trtllm"], **SIZE)
+    assert totals(found) == {"ALL_REDUCE": reduces, "ALL_GATHER": gathers}
+
+
+def test_bytes_of_sd35_medium():
+    model = KNOWN_MODELS["stable-diffusion-3.5-medium"]
+    image, text = 2 * 4096 * 1536 * 2, 2 * 333 * 1536 * 2  # bytes of a stream: batch, tokens, width, bf16
+    found = count_traffic(model, TWO_RANKS["tp 2 megatron"], **SIZE)
+    # Attention, second attention and MLP of the image; attention and MLP of the text but in the last block.
+    assert found == {
+        Collective("ALL_REDUCE", (0, 1), image): 24 + 13 + 24,
+        Collective("ALL_REDUCE", (0, 1), text): 23 + 23,
+    }
+    rows, output = 2048 + 167, 2 * 2048 * 64 * 2
+    found = count_traffic(model, TWO_RANKS["cp 2 allgather"], **SIZE)
+    assert found == {
+        Collective("ALL_GATHER", (0, 1), 2 * 2 * rows * 1536 * 2): 24,  # keys and values, batch, tokens, width, bf16
+        Collective("ALL_GATHER", (0, 1), 2 * 2 * 2048 * 1536 * 2): 13,
+        Collective("ALL_GATHER", (0, 1), output): 1,
+    }
+    found = count_traffic(model, TWO_RANKS["cfg 2"], **SIZE)
+    assert found == {Collective("ALL_GATHER", (0, 1), 4096 * 64 * 2): 1}
+
+
+def test_what_leaves_a_rank():
+    assert Collective("ALL_REDUCE", (0, 1), 100).sent == 100
+    assert Collective("ALL_REDUCE", (0, 1, 2, 3), 100).sent == 150
+    assert Collective("ALL_GATHER", (0, 1, 2), 100).sent == 200
+    assert Collective("ALL_TO_ALL", (0, 1, 2, 3), 100).sent == 75
+
+
+def test_impossible_layouts_are_left_out():
+    assert not Layout(Mapping(tp_size=4)).possible(KNOWN_MODELS["stable-diffusion-3.5-large"])
+    assert all(layout.possible(model) for layout in TWO_RANKS.values() for model in KNOWN_MODELS.values())
+
+
+def test_table(monkeypatch, capsys):
+    one = {"two layers": KNOWN_MODELS["stable-diffusion-3-medium"].model_copy(update={"num_layers": 2})}
+    monkeypatch.setattr("mmdit_lib.traffic.KNOWN_MODELS", one)
+    monkeypatch.setenv("COLUMNS", "150")
+    print_traffic(resolution=Resolution.read(512), text_tokens=154, batch=2)
+    shown = capsys.readouterr().out
+    assert "512x512, batch 2, 154 text tokens, bfloat16" in shown and "49 to 77 all-reduces" in shown
+    assert all(layout in shown for layout in TWO_RANKS)
