@@ -1,4 +1,4 @@
-"""How pytest runs the notebooks (nbval): a failed cell ends its notebook, GPU cells need a GPU, no cluster stays behind."""
+"""How pytest runs the notebooks (nbval): a failed cell ends its notebook, GPU cells need a GPU, no cluster remains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reader opens `04-generate` in JupyterLab and runs all of it: the real server, the real page, in headless Chromium."""
+"""A reader opens `04-generate` in JupyterLab and runs all of it: a real server, a real page, headless Chromium."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = "04-generate.ipynb"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-OPTIONS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SECONDS = 420
 SETTINGS = {
     # Every cell stays in the page, so that the page can be searched; no news from outside.

@@ -1,4 +1,4 @@
-"""The notebooks as they are committed: executed, short, in the agreed form; and their snippets, each alone in a fresh process.
+"""The notebooks as they are committed: executed, short, in the agreed form; and their snippets, each run alone.
 
 `make test` also runs every cell (nbval; `notebooks/conftest.py`).
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
 from notebook_statistics import lines, notebooks
 
 ROOT = Path(__file__).parents[1]
