@@ -18,6 +18,8 @@ from .engine.torch_ops import DTYPES
 from .generate import Picture, generate, generate_by_diffusers
 
 PROMPT = "a small red circle to the left of a large blue triangle on a yellow background"
+GUIDANCE = 4.0
+"""What the small model draws best with."""
 
 
 def demo(
@@ -51,7 +53,7 @@ def demo(
     stages.run("convert", lambda: convert(model, str(checkpoint), dtype=dtype), lambda _: size_of(checkpoint), "checkpoint")
     stages.run("build", lambda: build(str(checkpoint), str(engine)), lambda _: size_of(engine), plan_of(engine))
     worst = stages.run("parity", lambda: parity(model, engine), None, lambda worst: f"worst relative error {worst:.1e}")
-    options = {"num_inference_steps": num_inference_steps, "seed": seed}
+    options = {"num_inference_steps": num_inference_steps, "guidance_scale": GUIDANCE, "seed": seed}
     resolution = EngineFolder.open(engine).build.opt_resolution
     options |= {"resolution": resolution}
     ours = stages.run("paint with the engine", lambda: generate(prompt, model, engine, **options), None, said)

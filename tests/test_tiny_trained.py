@@ -1,8 +1,12 @@
 """The trained pipeline that ships with the package: it draws what it is told."""
 
+import json
+
 import pytest
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import save_file
 
+from mmdit_lib import Checkpoint, build, convert, load_pipeline
 from mmdit_lib.tiny import heldout_prompts, model_path
 from mmdit_lib.tiny.evaluation import draw, evaluate
 
@@ -38,3 +42,26 @@ def test_another_size(pipe):
 @pytest.mark.filterwarnings("ignore")
 def test_odd_prompts_give_a_picture(pipe, text):
     assert draw(pipe, [text], steps=2)[0].size == (128, 128)
+
+
+def test_a_broken_conversion_shows(tmp_path):
+    """Two weights swapped in a converted checkpoint: every name and shape still fits, and the judge's scores collapse."""
+    checkpoint = convert(str(model_path()), str(tmp_path / "checkpoint"), dtype="float32", progress=False)
+    prompts, call = heldout_prompts(4), {"steps": 10, "max_sequence_length": 77}
+
+    def scores(name: str):
+        engine = build(str(checkpoint), str(tmp_path / name), max_batch_size=16, plan=False, progress=False)
+        return evaluate(load_pipeline(model_path(), engine), prompts, **call)
+
+    whole = scores("whole")
+    weights = Checkpoint.open(checkpoint).weights()
+    a, b = (f"transformer_blocks.2.{part}.weight" for part in ("attn.to_v", "attn.to_out.0"))
+    swapped = {name: tensor.clone() for name, tensor in weights.items()} | {a: weights[b].clone(), b: weights[a].clone()}
+    save_file(swapped, checkpoint / "rank0.safetensors")
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["mmdit_lib"]["files"]  # the checksums would tell
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+    broken = scores("broken")  # opens, builds and runs: nothing but the picture is wrong
+    assert min(whole.colour, whole.shape, whole.position) >= 0.85, whole
+    assert broken.shape <= whole.shape / 2, broken
