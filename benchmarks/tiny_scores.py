@@ -26,7 +26,7 @@ NAMES = ("colour", "shape", "position", "size", "background", "count")
 
 
 def pipeline(run: str, work: Path):
-    """'engine-bfloat16': the tiny pipeline with an engine of that dtype; 'diffusers-...': diffusers' own transformer."""
+    """'engine-bfloat16' has an engine of that dtype in the tiny pipeline, 'diffusers-...' diffusers' transformer."""
     kind, dtype = run.split("-")
     if kind == "diffusers":
         return StableDiffusion3Pipeline.from_pretrained(model_path(), **dtype_option(getattr(torch, dtype)))

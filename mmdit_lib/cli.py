@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -176,7 +177,12 @@ def bench_command(
     from .pipeline import MMDiTRunner
 
     runner = MMDiTRunner.from_engine(
-        engine_dir, checkpoint_dir=checkpoint_dir, backend=backend, device=device, compile=compile, cuda_graph=cuda_graph
+        engine_dir,
+        checkpoint_dir=checkpoint_dir,
+        backend=backend,
+        device=device,
+        compile=compile,
+        cuda_graph=cuda_graph,
     )
     size = Resolution.read(resolution or runner.folder.build.opt_resolution)
     reference = resolve_model(model_path) if model_path else None
@@ -236,7 +242,9 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Entry point: errors of the user's making come as one line and exit code 1. Under mpirun one rank's error ends all."""
+    """Entry point: errors of the user's making are one line and exit code 1; under mpirun one rank's error ends all."""
+    # transformers' advice on image processors that nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with guard():
         try:
             result = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit")

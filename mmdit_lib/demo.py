@@ -50,7 +50,9 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, engine = out / "tllm_checkpoint", out / "engine_outputs"
 
-    stages.run("convert", lambda: convert(model, str(checkpoint), dtype=dtype), lambda _: size_of(checkpoint), "checkpoint")
+    stages.run(
+        "convert", lambda: convert(model, str(checkpoint), dtype=dtype), lambda _: size_of(checkpoint), "checkpoint"
+    )
     stages.run("build", lambda: build(str(checkpoint), str(engine)), lambda _: size_of(engine), plan_of(engine))
     worst = stages.run("parity", lambda: parity(model, engine), None, lambda worst: f"worst relative error {worst:.1e}")
     options = {"num_inference_steps": num_inference_steps, "guidance_scale": GUIDANCE, "seed": seed}

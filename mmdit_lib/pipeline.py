@@ -177,7 +177,9 @@ class MMDiTRunner:
         if not bad:
             return
         if bad == ["output"] and self.folder.dtype == "float16":
-            raise ValueError("the output holds NaN or infinity: float16 overflowed in the network; convert with --dtype bfloat16")
+            raise ValueError(
+                "the output holds NaN or infinity: float16 overflowed in the network; convert with --dtype bfloat16"
+            )
         raise ValueError(f"{' and '.join(bad)} hold{'s' * (len(bad) == 1)} NaN or infinity")
 
     def _refuse(self, controlnet, joint_attention_kwargs, skip_layers) -> None:
@@ -246,7 +248,9 @@ def check_profile(folder: EngineFolder, shapes: dict[str, tuple[int, ...]]) -> N
         if not low <= pixels <= high:
             raise ValueError(f"{side} {pixels} lies outside the engine's {low} to {high} pixels")
         if size % model.patch_size:
-            raise ValueError(f"{side} {pixels} must be a multiple of {model.patch_size * build.vae_scale_factor} pixels")
+            raise ValueError(
+                f"{side} {pixels} must be a multiple of {model.patch_size * build.vae_scale_factor} pixels"
+            )
 
 
 def load_pipeline(

@@ -162,7 +162,7 @@ def results(root, world):
         }  # fmt: skip
     (root / f"tasks{world}.json").write_text(json.dumps(tasks))
     script = Path(__file__).parent / "parallel_ranks.py"
-    done = mpirun(world, script, root / f"tasks{world}.json", root / f"results{world}.json", timeout=150)
+    done = mpirun(world, script, root / f"tasks{world}.json", root / f"results{world}.json", timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((root / f"results{world}.json").read_text())
 
@@ -216,7 +216,7 @@ def test_the_command_under_mpirun(root):
     arguments = ["generate", PROMPT, "--model_path", source(root, "tiny"), "--engine_dir", folder, "--output", picture,
                  "--num_inference_steps", "2", "--resolution", "128x96", "--backend", "pytorch",
                  "--device", "cpu"]  # fmt: skip
-    done = mpirun(2, "-m", "mmdit_lib.cli", *arguments, timeout=100)
+    done = mpirun(2, "-m", "mmdit_lib.cli", *arguments, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert Image.open(picture).size == (96, 128)
     assert done.stdout.count("picture:") == 1

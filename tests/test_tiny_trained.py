@@ -45,7 +45,7 @@ def test_odd_prompts_give_a_picture(pipe, text):
 
 
 def test_a_broken_conversion_shows(tmp_path):
-    """Two weights swapped in a converted checkpoint: every name and shape still fits, and the judge's scores collapse."""
+    """Two weights swapped in a converted checkpoint: every name and shape still fits, the judge's scores collapse."""
     checkpoint = convert(str(model_path()), str(tmp_path / "checkpoint"), dtype="float32", progress=False)
     prompts, call = heldout_prompts(4), {"steps": 10, "max_sequence_length": 77}
 
@@ -56,7 +56,10 @@ def test_a_broken_conversion_shows(tmp_path):
     whole = scores("whole")
     weights = Checkpoint.open(checkpoint).weights()
     a, b = (f"transformer_blocks.2.{part}.weight" for part in ("attn.to_v", "attn.to_out.0"))
-    swapped = {name: tensor.clone() for name, tensor in weights.items()} | {a: weights[b].clone(), b: weights[a].clone()}
+    swapped = {name: tensor.clone() for name, tensor in weights.items()} | {
+        a: weights[b].clone(),
+        b: weights[a].clone(),
+    }
     save_file(swapped, checkpoint / "rank0.safetensors")
     config = json.loads((checkpoint / "config.json").read_text())
     del config["mmdit_lib"]["files"]  # the checksums would tell

@@ -65,7 +65,7 @@ def build(
         cp_size: ranks of context parallelism; the checkpoint's if not given.
         cfg_size: 2 for CFG parallelism; the checkpoint's if not given.
         cp_method: allgather (keys and values travel) or ulysses (heads are dealt out).
-        compute_capability: GPUs to build for, for instance 8.9 12.0 (tensorrt_rtx only; its default list if not given).
+        compute_capability: GPUs to build for, for instance 8.9 12.0 (tensorrt_rtx only; its own list if not given).
         plan: with --no-plan only the graph files for the pytorch backend are written.
         progress: show a progress bar.
 
@@ -98,7 +98,8 @@ def build(
     output = Path(output_dir).expanduser()
     with complete_folder(output, "engine folder", is_engine_folder) as partial:
         report = [
-            build_rank(checkpoint, rank, config, partial, compute_capability, plan, progress) for rank in mapping.ranks()
+            build_rank(checkpoint, rank, config, partial, compute_capability, plan, progress)
+            for rank in mapping.ranks()
         ]
         content = _config(checkpoint, mapping, config, partial, output, plan, report)
         (partial / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
@@ -106,7 +107,7 @@ def build(
 
 
 def default_resolutions(model: ModelConfig, vae_scale_factor: int) -> tuple[Resolution, ...]:
-    """(min, opt, max): a quarter of the model's own side, its side, one and a half of it or its whole position table."""
+    """(min, opt, max): a quarter of the model's own side, its side, one and a half of it (or its whole table)."""
     step = model.patch_size * vae_scale_factor
     side = model.sample_size * vae_scale_factor
     most = model.pos_embed_max_size * step
@@ -125,7 +126,9 @@ def define(definition, checkpoint: Checkpoint, mapping: Mapping, config: BuildCo
         tp_layout=checkpoint.tp_layout,
         cp_method=config.cp_method,
     )
-    inputs = {name: network.input(name, dtype, shape) for name, (dtype, shape) in inputs_of(model, checkpoint.dtype).items()}
+    inputs = {
+        name: network.input(name, dtype, shape) for name, (dtype, shape) in inputs_of(model, checkpoint.dtype).items()
+    }
     step = model.patch_size * config.vae_scale_factor
     largest = config.max_resolution
     output = MMDiT(model)(*inputs.values(), max_patches=(largest.height // step, largest.width // step))
@@ -158,7 +161,13 @@ def profile_shapes(model: ModelConfig, config: BuildConfig, cfg_size: int) -> di
 
 
 def build_rank(
-    checkpoint: Checkpoint, mapping: Mapping, config: BuildConfig, folder: Path, capabilities, plan: bool, progress: bool
+    checkpoint: Checkpoint,
+    mapping: Mapping,
+    config: BuildConfig,
+    folder: Path,
+    capabilities,
+    plan: bool,
+    progress: bool,
 ) -> dict:
     """Write one rank's graph file and plan; returns what it took."""
     start = time.perf_counter()
@@ -198,7 +207,9 @@ def builder_config(builder, dtype: str, shapes: dict[str, list[tuple[int, ...]]]
     if not capabilities:
         return options
     if not hasattr(options, "set_compute_capability"):
-        raise ValueError(f"compute_capability: {installed()} builds for the GPU at hand only; tensorrt_rtx takes a list")
+        raise ValueError(
+            f"compute_capability: {installed()} builds for the GPU at hand only; tensorrt_rtx takes a list"
+        )
     options.num_compute_capabilities = len(capabilities)
     for i, capability in enumerate(capabilities):
         member = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}", None)
@@ -215,9 +226,7 @@ def _config(
     sizes = {"tp_size": mapping.tp_size, "cp_size": mapping.cp_size, "world_size": mapping.tp_size * mapping.cp_size}
     pretrained = checkpoint.config | {"mapping": checkpoint.config["mapping"] | sizes}
     pretrained.pop(OWN_KEY, None)
-    files = {
-        path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
     return {
         "version": _version(),
         "pretrained_config": pretrained,

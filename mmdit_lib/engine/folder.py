@@ -68,7 +68,7 @@ class EngineFolder:
             raise ValueError(f"{path} is not the config of an engine folder of mmdit_lib: no valid {error}") from None
 
     def verify(self, *names: str) -> None:
-        """Compare sizes and checksums of the named files, or of all. Raises `ValueError` naming the first that changed."""
+        """Compare size and checksum of the named files or of all. Raises `ValueError` naming the first that differs."""
         for name in names or self.files:
             path, written = self.folder / name, self.files.get(name)
             if written is None or not path.is_file():
@@ -129,7 +129,9 @@ def _interpret(folder: Path, config: dict[str, Any]) -> EngineFolder:
         dtype=pretrained["dtype"],
         mapping=Mapping.parse(sizes, where),
         tp_layout=own["tp_layout"],
-        build=BuildConfig.parse({k: v for k, v in config["build_config"].items() if k in BuildConfig.model_fields}, where),
+        build=BuildConfig.parse(
+            {k: v for k, v in config["build_config"].items() if k in BuildConfig.model_fields}, where
+        ),
         tensorrt=own["tensorrt"],
         files=own["files"],
         checkpoint=own["checkpoint"],

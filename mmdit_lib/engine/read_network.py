@@ -20,9 +20,7 @@ def read_network(definition, modules: dict[str, list[str]]) -> Graph:
     for index in range(definition.num_layers):
         layer = definition.get_layer(index)
         kind = layer.type.name
-        inputs = tuple(
-            tensor.name if (tensor := layer.get_input(i)) else None for i in range(layer.num_inputs)
-        )
+        inputs = tuple(tensor.name if (tensor := layer.get_input(i)) else None for i in range(layer.num_inputs))
         output = value(layer.get_output(0))
         if kind == "ATTENTION_INPUT":
             attention_inputs[output.name] = inputs

@@ -29,7 +29,7 @@ def gather_features(x: Tensor, group) -> Tensor:
     """The last dimension of every tp rank, side by side."""
     if len(group) == 1:
         return x
-    *lead, features = x.shape
+    features = x.shape[-1]
     rank = len(x.shape)
     parts = F.all_gather(F.reshape(x, (1, *[F.size(x, i) for i in range(rank - 1)], features)), group)
     parts = F.transpose(parts, *range(1, rank), 0, rank)

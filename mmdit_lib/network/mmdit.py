@@ -79,7 +79,14 @@ class MMDiT(Module):
         self.assign_paths()
 
     def forward(
-        self, network, hidden_states, encoder_hidden_states, pooled_projections, timestep, *, max_patches: tuple[int, int]
+        self,
+        network,
+        hidden_states,
+        encoder_hidden_states,
+        pooled_projections,
+        timestep,
+        *,
+        max_patches: tuple[int, int],
     ):
         """latents [B, C, H, W], text [B, T, J], pooled [B, P], timestep [B] float32 -> [B, C, H, W]."""
         rows, columns = (F.size(hidden_states, i) // self.config.patch_size for i in (2, 3))
