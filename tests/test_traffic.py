@@ -66,6 +66,6 @@ def test_table(monkeypatch, capsys):
     monkeypatch.setattr("mmdit_lib.traffic.KNOWN_MODELS", one)
     monkeypatch.setenv("COLUMNS", "150")
     print_traffic(resolution=Resolution.read(512), text_tokens=154, batch=2)
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "512x512, batch 2, 154 text tokens, bfloat16" in shown and "49 to 77 all-reduces" in shown
     assert all(layout in shown for layout in TWO_RANKS)
