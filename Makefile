@@ -7,6 +7,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet -
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 NBVAL := $(if $(NOTEBOOKS),--nbval-lax --nbval-current-env --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=120)
 
+# Idle OpenMP threads sleep: spinning ones take the cores from each other where anything else runs.
+export OMP_WAIT_POLICY := passive
+
 .PHONY: help demo test lab lint format clean
 .DELETE_ON_ERROR:
 

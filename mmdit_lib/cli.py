@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from pathlib import Path
@@ -70,7 +69,7 @@ def parity_command(
     from .parity import all_ok, compare_layers, parity_report
 
     result = compare_layers(
-        resolve_model(model_path),
+        model_path,
         engine_dir,
         checkpoint_dir=checkpoint_dir,
         resolution=resolution,
@@ -127,7 +126,7 @@ def generate_command(
 
     report = generate(
         prompt,
-        resolve_model(model_path),
+        model_path,
         engine_dir,
         negative_prompt=negative_prompt,
         resolution=resolution,
@@ -185,7 +184,7 @@ def bench_command(
         cuda_graph=cuda_graph,
     )
     size = Resolution.read(resolution or runner.folder.build.opt_resolution)
-    reference = resolve_model(model_path) if model_path else None
+    reference = model_path
     times = bench_step(
         runner, resolution=size, batch=batch, text_tokens=text_tokens, repeats=repeats, model_path=reference
     )
@@ -214,23 +213,9 @@ def traffic_command(
     print_traffic(resolution=Resolution.read(resolution), text_tokens=text_tokens, batch=batch, dtype=dtype)
 
 
-def resolve_model(model_path: str) -> str:
-    """'tiny' is the trained model that ships with the package."""
-    if model_path != "tiny" or Path(model_path).exists():
-        return model_path
-    from .tiny import model_path as packaged
-
-    return str(packaged())
-
-
-@functools.wraps(convert)
-def convert_command(model_path: str, *arguments, **options) -> Path:
-    return convert(resolve_model(model_path), *arguments, **options)
-
-
 COMMANDS = {
     "doctor": doctor_command,
-    "convert": convert_command,
+    "convert": convert,
     "build": build,
     "inspect": inspect_command,
     "parity": parity_command,

@@ -6,7 +6,9 @@ import importlib.util
 import platform
 import shutil
 import subprocess
+import sys
 from importlib import metadata, resources
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -104,10 +106,12 @@ def parallel() -> list[Check]:
 
 def mpirun() -> str:
     """The first line of `mpirun --version`; empty where it is not to be had."""
-    if shutil.which("mpirun") is None:
+    # The wheel puts it beside python, also where that environment is not active.
+    command = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
+    if command is None:
         return ""
     try:
-        run = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=20)
+        run = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return run.stdout.strip().partition("\n")[0] if run.returncode == 0 else ""

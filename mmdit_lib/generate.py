@@ -12,7 +12,8 @@ from PIL.Image import Image
 
 from .config import Resolution
 from .engine.folder import EngineFolder
-from .pipeline import dtype_option, load_pipeline
+from .pipeline import check_latent, dtype_option, load_pipeline
+from .tiny.package import resolve_model
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ def generate(
     """
     folder = EngineFolder.open(engine_dir)
     size = Resolution.read(resolution or folder.build.opt_resolution)
+    scale = folder.build.vae_scale_factor
+    if size.height % scale or size.width % scale:
+        raise ValueError(f"resolution {size}: height and width must be multiples of {scale * folder.model.patch_size}")
+    check_latent(folder, size.height // scale, size.width // scale)
     call_options |= {"height": size.height, "width": size.width, "generator": torch.Generator().manual_seed(seed)}
     if folder.mapping.world_size > 1:
         from .parallel import generate_together
@@ -74,7 +79,7 @@ def generate_by_diffusers(
     """Paint `prompt` with diffusers' own transformer: what `generate` is compared with."""
     from diffusers import StableDiffusion3Pipeline
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, **dtype_option(dtype))
+    pipe = StableDiffusion3Pipeline.from_pretrained(resolve_model(model), **dtype_option(dtype))
     start = time.perf_counter()
     image = pipe(
         prompt,

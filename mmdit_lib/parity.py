@@ -20,6 +20,7 @@ from .config import Dtype, Mapping, ModelConfig, Resolution
 from .engine.folder import EngineFolder
 from .engine.torch_ops import DTYPES
 from .pipeline import MMDiTRunner, dtype_option
+from .tiny.package import resolve_model
 
 TOLERANCES: dict[str, float] = {"float32": 5e-6, "float16": 1e-2, "bfloat16": 8e-2}
 """Largest relative error (norm of the difference over norm) that counts as rounding.
@@ -113,6 +114,7 @@ def load_reference(
     """diffusers' transformer of a pipeline folder, a transformer folder, a single file or a hub id."""
     from diffusers import SD3Transformer2DModel
 
+    model_path = resolve_model(model_path)
     path = Path(model_path).expanduser()
     options: dict = dtype_option(dtype)
     if path.is_file():

@@ -13,6 +13,7 @@ import torch
 from .engine.folder import EngineFolder, plan_file
 from .engine.pytorch_backend import PyTorchBackend
 from .engine.torch_ops import DTYPES
+from .tiny.package import resolve_model
 
 log = logging.getLogger("mmdit_lib")
 
@@ -242,11 +243,20 @@ def check_profile(folder: EngineFolder, shapes: dict[str, tuple[int, ...]]) -> N
         raise ValueError(
             f"{tokens} text tokens lie outside the engine's {build.min_text_tokens} to {build.max_text_tokens}"
         )
-    for side, size in zip(("height", "width"), latent, strict=True):
+    check_latent(folder, *latent)
+
+
+def check_latent(folder: EngineFolder, height: int, width: int) -> None:
+    """As `check_profile`, for the size of the latents alone."""
+    build, model = folder.build, folder.model
+    for side, size in (("height", height), ("width", width)):
         low, high = (getattr(r, side) for r in (build.min_resolution, build.max_resolution))
         pixels = size * build.vae_scale_factor
         if not low <= pixels <= high:
-            raise ValueError(f"{side} {pixels} lies outside the engine's {low} to {high} pixels")
+            raise ValueError(
+                f"{side} {pixels} lies outside the engine's {low} to {high} pixels; "
+                f"build with --{'min' if pixels < low else 'max'}_resolution {pixels}"
+            )
         if size % model.patch_size:
             raise ValueError(
                 f"{side} {pixels} must be a multiple of {model.patch_size * build.vae_scale_factor} pixels"
@@ -266,7 +276,7 @@ def load_pipeline(
     """A diffusers pipeline whose transformer is an engine; diffusers' own transformer weights are not read.
 
     Args:
-        model: pipeline folder or hub id, for the text encoders, the VAE and the scheduler.
+        model: pipeline folder, hub id or tiny, for the text encoders, the VAE and the scheduler.
         engine_dir: as `build` wrote it.
         pipeline_class: `StableDiffusion3Pipeline` if not given; the img2img and inpaint pipelines work too.
         device: of all components; CUDA where there is one, if not given.
@@ -278,7 +288,9 @@ def load_pipeline(
 
     pipeline_class = pipeline_class or diffusers.StableDiffusion3Pipeline
     runner = MMDiTRunner.from_engine(engine_dir, device=device, **(runner_options or {}))
-    pipe = pipeline_class.from_pretrained(model, transformer=None, **dtype_option(dtype or runner.dtype), **options)
+    pipe = pipeline_class.from_pretrained(
+        resolve_model(model), transformer=None, **dtype_option(dtype or runner.dtype), **options
+    )
     return install(pipe.to(runner.device), runner)
 
 

@@ -34,7 +34,7 @@ def test_every_piece_has_a_line_and_says_how_to_get_it():
 
 def test_nothing_optional_installed(monkeypatch):
     monkeypatch.setattr(module, "installed", lambda: None)
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(module.shutil, "which", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     find_spec = importlib.util.find_spec
     optional = ("mpi4py", "ipyparallel", "jupyterlab")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..config import Dtype, Mapping, TpLayout
 from ..network.plan import PLANS, local_shape, shard
+from ..tiny.package import resolve_model
 from .atomic import complete_folder, require_space
 from .keys import to_diffusers
 from .manifest import CONFIG_FILE, FORMAT_VERSION, checkpoint_config, is_checkpoint, rank_file, versions
@@ -44,7 +45,7 @@ def convert(
 
     Args:
         model_path: a diffusers pipeline folder, a `transformer` folder, a safetensors file in diffusers' or in
-            Stability AI's original layout, or a hub id.
+            Stability AI's original layout, a hub id, or tiny: the small model that ships with the package.
         output_dir: the folder to write.
         dtype: of the weights; auto keeps the source's.
         tp_size: over how many ranks tensor parallelism cuts the weights.
@@ -67,7 +68,7 @@ def convert(
     if tp_layout not in PLANS:
         raise ValueError(f"tp_layout {tp_layout}: use {' or '.join(PLANS)}")
     mapping = Mapping.parse({"tp_size": tp_size, "cp_size": cp_size, "cfg_size": cfg_size}, "parallel layout")
-    source = find_source(model_path, variant, revision)
+    source = find_source(resolve_model(model_path), variant, revision)
     mapping.check(source.model, tp_layout=tp_layout)
     output = Path(output_dir).expanduser()
     dtype = source.dtype if dtype == "auto" else dtype

@@ -4,6 +4,11 @@ from importlib.resources import files
 from pathlib import Path
 
 
+def resolve_model(model: str | Path) -> str:
+    """'tiny' stands for the trained pipeline of this package; any other name is left as it is."""
+    return str(model_path()) if str(model) == "tiny" and not Path("tiny").exists() else str(model)
+
+
 def model_path() -> Path:
     """Folder of the trained pipeline, for `StableDiffusion3Pipeline.from_pretrained`.
 
