@@ -56,7 +56,7 @@ def main() -> None:
         "convert": [*MMDIT, "convert", "--model_path", source / "transformer", "--output_dir", checkpoint],
         "build": [*MMDIT, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine],
     }
-    made = {"write random weights": source, "plain copy of the same bytes": copy, "convert": checkpoint, "build": engine}
+    made = dict(zip(steps, (source, copy, checkpoint, engine), strict=True))
     rows = []
     for name, command in steps.items():
         seconds, memory = measured(command)
