@@ -4,7 +4,7 @@ The way through the library: `convert` a checkpoint, `build` an engine folder, `
 `compare_layers` with diffusers. Each name is imported when first asked for.
 """
 
-from importlib import import_module
+from .lazy import names_from
 
 _HOMES = {
     "convert": "checkpoint",
@@ -17,9 +17,4 @@ _HOMES = {
     "compare_layers": "parity",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = names_from(__name__, _HOMES)

@@ -119,29 +119,22 @@ class Recorder(fx.Interpreter):
         return x.new_empty(rows, *x.shape[1:])
 
 
-def traffic_table(*, resolution: Resolution, text_tokens: int, batch: int, dtype: Dtype) -> Table:
-    """One row for each kind of collective of each published model and layout."""
-    title = f"collectives of one step and one rank: {resolution}, batch {batch}, {text_tokens} text tokens, {dtype}"
-    table = Table("model", "layout", "collective", "times", "MB given", "MB sent", title=title)
-    for column in table.columns[3:]:
+def traffic_table(name: str, *, resolution: Resolution, text_tokens: int, batch: int, dtype: Dtype) -> Table:
+    """One row for each kind of collective of each layout of a published model."""
+    title = f"{name}: collectives of one step and one rank"
+    table = Table("layout", "collective", "times", "MB given", "MB sent", title=title)
+    for column in table.columns[2:]:
         column.justify = "right"
-    for name, model in KNOWN_MODELS.items():
-        for label, layout in TWO_RANKS.items():
-            if not layout.possible(model):
-                continue
-            found = count_traffic(
-                model, layout, resolution=resolution, text_tokens=text_tokens, batch=batch, dtype=dtype
-            )
-            for operation, times, given, sent in summary(found):
-                table.add_row(name, label, operation, str(times), given, f"{sent / 1e6:.1f}")
-                name = label = ""
-            total = sum(c.sent * times for c, times in found.items())
-            table.add_row("", "", "all", str(found.total()), "", f"{total / 1e6:.1f}", style="bold", end_section=True)
-            name = ""
-    table.caption = (
-        "MB given: each rank's tensor, smallest to largest. MB sent: what leaves each rank in a step, by a ring.\n"
-        "TensorRT-LLM (<= 1.2.1), cut as tp 2 trtllm: 49 to 77 all-reduces and 120 to 190 all-gathers a step."
-    )
+    model = KNOWN_MODELS[name]
+    for label, layout in TWO_RANKS.items():
+        if not layout.possible(model):
+            continue
+        found = count_traffic(model, layout, resolution=resolution, text_tokens=text_tokens, batch=batch, dtype=dtype)
+        for operation, times, given, sent in summary(found):
+            table.add_row(label, operation, str(times), given, f"{sent / 1e6:.1f}")
+            label = ""
+        total = sum(c.sent * times for c, times in found.items())
+        table.add_row("", "all", str(found.total()), "", f"{total / 1e6:.1f}", style="bold", end_section=True)
     return table
 
 
@@ -160,6 +153,12 @@ def summary(found: Counter[Collective]) -> list[tuple[str, int, str, int]]:
 def print_traffic(
     *, resolution: Resolution | None = None, text_tokens: int = 333, batch: int = 2, dtype: Dtype = "bfloat16"
 ) -> None:
-    """Print `traffic_table`, for 1024x1024 if no resolution is given."""
-    size = resolution or Resolution(height=1024, width=1024)
-    Console().print(traffic_table(resolution=size, text_tokens=text_tokens, batch=batch, dtype=dtype))
+    """Print a `traffic_table` per published model, each as soon as it is counted; 1024x1024 if not told otherwise."""
+    console, size = Console(), resolution or Resolution(height=1024, width=1024)
+    console.print(f"{size}, batch {batch}, {text_tokens} text tokens, {dtype}; counting takes some seconds a layout")
+    for name in KNOWN_MODELS:
+        console.print(traffic_table(name, resolution=size, text_tokens=text_tokens, batch=batch, dtype=dtype))
+    console.print(
+        "MB given: each rank's tensor, smallest to largest. MB sent: what leaves each rank in a step, by a ring.\n"
+        "TensorRT-LLM (<= 1.2.1), cut as tp 2 trtllm: 49 to 77 all-reduces and 120 to 190 all-gathers a step."
+    )

@@ -75,7 +75,7 @@ def _clean_up(folder: Path) -> None:
     name = re.compile(re.escape(f".{folder.name}.") + r"(partial|replaced)-(\d+)")
     for path in folder.parent.iterdir():
         match = name.fullmatch(path.name)
-        if match is None or _alive(int(match[2])):
+        if match is None or alive(int(match[2])):
             continue
         if match[1] == "replaced" and not folder.exists():
             os.rename(path, folder)
@@ -83,7 +83,8 @@ def _clean_up(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether another process of this machine has this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -4,7 +4,7 @@ mpirun -n 2 python script.py       # the same script on every rank; `join` makes
 with parallel.cluster(2) as ranks: # the same from a notebook, over ipyparallel
 """
 
-from importlib import import_module
+from ..lazy import names_from
 
 _HOMES = {
     "Team": "team",
@@ -24,9 +24,4 @@ _HOMES = {
     "stop_clusters": "clusters",
 }  # name: the file it comes from, imported when first asked for
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = names_from(__name__, _HOMES)

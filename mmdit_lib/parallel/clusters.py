@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.atomic import alive
 from .launch import RANK_VARIABLES, mpi_environment
 
 PROFILE = "mmdit_lib"
@@ -200,7 +201,7 @@ def stop_clusters(*, mine_too: bool = False) -> list[str]:
         for cluster in list(found.values()):
             owner = cluster.cluster_id.split("-")[0]
             own = owner == str(os.getpid())
-            if (own and not mine_too) or (not own and owner.isdigit() and _alive(int(owner))):
+            if (own and not mine_too) or (not own and owner.isdigit() and alive(int(owner))):
                 continue
             with suppress(Exception):
                 cluster.stop_cluster_sync()
@@ -209,16 +210,6 @@ def stop_clusters(*, mine_too: bool = False) -> list[str]:
             stopped.append(cluster.cluster_id)
         return stopped
     return []
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A tiny, trained Stable Diffusion 3 that ships with the package, and what made it and measures it."""
 
-from importlib import import_module
+from ..lazy import names_from
 
 _HOMES = {  # name: the file it comes from, imported when first asked for
     "EXAMPLES": "gallery",
@@ -14,9 +14,4 @@ _HOMES = {  # name: the file it comes from, imported when first asked for
     "model_path": "package",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = names_from(__name__, _HOMES)
