@@ -12,6 +12,7 @@ import pytest
 ROOT = str(Path(__file__).parents[1])
 # The kernels import the library as it stands beside the notebooks, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
+sys.path.insert(0, ROOT)  # this process too: it reaps the clusters
 os.environ.setdefault("IPP_NONINTERACTIVE", "1")  # ipyparallel: ordered output, real tracebacks
 
 
