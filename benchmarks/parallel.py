@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mmdit_lib.bench import step_times
 from mmdit_lib.config import KNOWN_MODELS, Mapping, ModelConfig, Resolution
 from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.folder import EngineFolder, graph_file
@@ -144,26 +145,6 @@ class Ranks:
     def all_well(self, well: bool) -> bool:
         """Whether all ranks are; what one rank cannot do, none of them does."""
         return self.slowest(0.0 if well else 1.0) == 0.0
-
-
-def milliseconds(step, device: torch.device, repeats: int) -> list[float]:
-    """One time per step, by CUDA events (by the clock on a CPU), after five steps of warming up."""
-    times = []
-    for i in range(repeats + 5):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            elapsed = start.elapsed_time(end)
-        else:
-            begin = time.perf_counter()
-            step()
-            elapsed = 1000 * (time.perf_counter() - begin)
-        if i >= 5:
-            times.append(elapsed)
-    return times
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -286,7 +267,7 @@ class Bench:
             self.time(row, way, partial(backend, inputs))
 
     def time(self, row, way, step) -> None:
-        times = milliseconds(step, self.device, self.repeats)
+        times = step_times(step, self.device, self.repeats, warm_up=5)
         row[f"ms {way}"] = self.ranks.slowest(statistics.median(times))
         row.setdefault("times", {})[way] = times
 

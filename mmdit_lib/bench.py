@@ -12,8 +12,8 @@ from .config import Resolution
 from .pipeline import MMDiTRunner
 
 
-def median_ms(step: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 3) -> float:
-    """The median time of `step` in milliseconds: by CUDA events on a GPU, by the clock on a CPU."""
+def step_times(step: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 3) -> list[float]:
+    """Milliseconds of each call of `step` after the warm-up: by CUDA events on a GPU, by the clock on a CPU."""
     for _ in range(warm_up):
         step()
     times = []
@@ -29,7 +29,11 @@ def median_ms(step: Callable[[], object], device: torch.device, repeats: int, wa
             begin = time.perf_counter()
             step()
             times.append(1000 * (time.perf_counter() - begin))
-    return statistics.median(times)
+    return times
+
+
+def median_ms(step: Callable[[], object], device: torch.device, repeats: int) -> float:
+    return statistics.median(step_times(step, device, repeats))
 
 
 def bench_step(
