@@ -84,9 +84,6 @@ class EngineFolder:
         self.verify(graph_file(rank))
         return Graph.load(self.folder / graph_file(rank))
 
-    def has_plan(self, rank: int) -> bool:
-        return plan_file(rank) in self.files
-
     def open_checkpoint(self, checkpoint_dir: str | Path | None = None, *, verify: bool = True) -> Checkpoint:
         """The checkpoint that the folder was built from.
 

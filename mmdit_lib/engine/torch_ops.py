@@ -6,7 +6,6 @@ of int, so nothing is read back from a GPU and `torch.compile` sees plain sizes.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 
@@ -177,15 +176,9 @@ def shape_elementwise(a: Sequence[int], b: Sequence[int], *, op) -> tuple[int, .
     return tuple(function(i, j) for i, j in zip(a, b, strict=True))
 
 
-def shape_reduce(x: Sequence[int], *, op, axes, keep_dims) -> tuple[int, ...]:
-    assert op == "PROD" and axes == 1, (op, axes)
-    return (math.prod(x),)
-
-
 SHAPE_OPS: dict[str, Callable] = {
     "CONCATENATION": shape_concatenation,
     "ELEMENTWISE": shape_elementwise,
-    "REDUCE": shape_reduce,
     "SHAPE": shape_of,
     "SLICE": shape_slice,
 }

@@ -98,13 +98,6 @@ def size(x: Tensor, dim: int) -> Size:
     return x.network.add(layer, "size")
 
 
-def minimum(a: Size, b: Size) -> Size:
-    if isinstance(a, int) and isinstance(b, int):
-        return min(a, b)
-    tensor, other = (a, b) if isinstance(a, Tensor) else (b, a)
-    return tensor.network.elementwise(tensor, other, trt.ElementWiseOperation.MIN)
-
-
 def ceil_div(a: Size, b: int) -> Size:
     return (a + (b - 1)) // b
 
