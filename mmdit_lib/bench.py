@@ -40,7 +40,7 @@ def bench_step(
     runner: MMDiTRunner, *, resolution: Resolution, batch: int, text_tokens: int, repeats: int, model_path: str | None
 ) -> dict[str, float]:
     """Milliseconds per step by name: the engine and, with `model_path`, diffusers' transformer in the same dtype."""
-    from .parity import load_reference, sample_inputs
+    from .reference import load_reference, sample_inputs
 
     device = runner.device
     inputs = sample_inputs(runner.folder, resolution=resolution, batch=batch, text_tokens=text_tokens)

@@ -15,12 +15,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .checkpoint.keys import from_diffusers
 from .config import Dtype, Mapping, ModelConfig, Resolution
-from .engine.folder import EngineFolder
 from .engine.torch_ops import DTYPES
-from .pipeline import MMDiTRunner, dtype_option
-from .tiny.package import resolve_model
+from .pipeline import MMDiTRunner
+from .reference import OUTPUT, load_reference, reference_outputs, sample_inputs
 
 TOLERANCES: dict[str, float] = {"float32": 5e-6, "float16": 1e-2, "bfloat16": 8e-2}
 """Largest relative error (norm of the difference over norm) that counts as rounding.
@@ -30,9 +28,6 @@ all blocks. float16 and bfloat16: ten units (9.8e-4, 7.8e-3); both runs round ev
 and a difference of one unit spreads through the blocks after it. A swapped, missing or wrongly cut weight
 shows as an error of order one.
 """
-
-OUTPUT = "output"
-"""The row of the whole transformer."""
 
 FAILING_SHOWN = 20
 """One wrong module spoils all that come after it: the first rows tell, not the next thousand."""
@@ -103,62 +98,6 @@ def compare_layers(
     return found
 
 
-def load_reference(
-    model_path: str | Path,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    *,
-    variant: str | None = None,
-    revision: str | None = None,
-):
-    """diffusers' transformer of a pipeline folder, a transformer folder, a single file or a hub id."""
-    from diffusers import SD3Transformer2DModel
-
-    model_path = resolve_model(model_path)
-    path = Path(model_path).expanduser()
-    options: dict = dtype_option(dtype)
-    if path.is_file():
-        return SD3Transformer2DModel.from_single_file(str(path), torch_dtype=dtype).eval().to(device)
-    if not path.is_dir():
-        options |= {"revision": revision}
-    if not path.is_dir() or (path / "transformer").is_dir():
-        options |= {"subfolder": "transformer"}
-    where = str(path) if path.is_dir() else str(model_path)
-    return SD3Transformer2DModel.from_pretrained(where, variant=variant, **options).eval().to(device)
-
-
-def sample_inputs(
-    folder: EngineFolder,
-    *,
-    resolution: str | int | Resolution | None = None,
-    text_tokens: int | None = None,
-    batch: int | None = None,
-    seed: int = 0,
-) -> dict[str, torch.Tensor]:
-    """Seeded inputs in the engine's dtype, on the CPU; fractional timesteps between 0 and 1000 in float32."""
-    model, build = folder.model, folder.build
-    size = Resolution.read(resolution or build.opt_resolution)
-    step = model.patch_size * build.vae_scale_factor
-    if size.height % step or size.width % step:
-        raise ValueError(f"resolution {size}: height and width must be multiples of {step} pixels")
-    tokens = text_tokens or build.opt_text_tokens
-    batch = batch or build.batches(folder.mapping.cfg_size)[1]
-    if batch % folder.mapping.cfg_size:
-        raise ValueError(f"batch {batch}: cfg {folder.mapping.cfg_size} needs an even one")
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(DTYPES[folder.dtype])
-
-    scale = build.vae_scale_factor
-    return {
-        "hidden_states": draw(batch, model.in_channels, size.height // scale, size.width // scale),
-        "encoder_hidden_states": draw(batch, tokens, model.joint_attention_dim),
-        "pooled_projections": draw(batch, model.pooled_projection_dim),
-        "timestep": 1000 * torch.rand(batch, generator=generator),
-    }
-
-
 def compare(
     reference: torch.nn.Module,
     runner: MMDiTRunner,
@@ -204,51 +143,6 @@ def check_same_model(theirs: ModelConfig, ours: ModelConfig) -> None:
     if differ:
         says = "; ".join(f"{name} {getattr(theirs, name)} and {getattr(ours, name)}" for name in differ)
         raise ValueError(f"model and engine do not belong together: {says}")
-
-
-def reference_outputs(
-    reference: torch.nn.Module, inputs: dict[str, torch.Tensor]
-) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
-    """Every module's outputs by our path, in the order in which the modules finish; and what is left out, and why."""
-    found: dict[str, list[torch.Tensor]] = {}
-    left_out: dict[str, str] = {}
-    handles = []
-
-    def keep(path: str, unread: int | None):
-        def hook(module, args, output):
-            outputs = list(output) if isinstance(output, tuple) else [output]
-            found[path] = [x for i, x in enumerate(outputs) if x is not None and i != unread]
-
-        return hook
-
-    for path, module in reference.named_modules():
-        reason = _no_counterpart(module)
-        if reason:
-            left_out[path] = reason
-            continue
-        # The last block's attention also returns the text's part, which nothing reads: we do not calculate it.
-        unread = 1 if getattr(module, "context_pre_only", None) and hasattr(module, "to_q") else None
-        if unread:
-            left_out[f"{path}:1"] = "the last block drops the text stream"
-        handles.append(module.register_forward_hook(keep(from_diffusers(path) if path else OUTPUT, unread)))
-    device, dtype = reference.device, reference.dtype
-    moved = {k: v.to(device, torch.float32 if k == "timestep" else dtype) for k, v in inputs.items()}
-    try:
-        with torch.inference_mode():
-            reference(**moved, return_dict=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found, left_out
-
-
-def _no_counterpart(module: torch.nn.Module) -> str | None:
-    """Why this module of diffusers is nothing to compare; None for every module that calculates."""
-    if isinstance(module, torch.nn.ModuleList):
-        return "a list of modules is not itself called"
-    if isinstance(module, torch.nn.Dropout):  # ff.net.1 and attn.to_out.1
-        return "dropout does nothing at inference"
-    return None
 
 
 def _compare(ours: torch.Tensor | None, theirs: torch.Tensor | None, mapping: Mapping, tolerance: float) -> dict:

@@ -150,7 +150,7 @@ def test_checkpoint_converted_anew(case, moved):
 
 def test_damaged_engine_is_refused(moved):
     path = moved / "engine" / "rank0.graph.json"
-    path.write_text(path.read_text().replace('"SUM"', '"MAX"', 1))
+    path.write_text(path.read_text().replace('"SUM"', '"SUB"', 1))
     with pytest.raises(ValueError, match=r"rank0\.graph\.json has changed: its sha256 is"):
         MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
 

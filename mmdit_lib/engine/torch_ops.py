@@ -52,8 +52,6 @@ ELEMENTWISE: dict[str, Callable] = {
     "PROD": operator.mul,
     "DIV": operator.truediv,
     "FLOOR_DIV": operator.floordiv,
-    "MIN": torch.minimum,
-    "MAX": torch.maximum,
 }
 
 
@@ -170,10 +168,9 @@ def shape_concatenation(*parts: Sequence[int], axis) -> tuple[int, ...]:
 
 
 def shape_elementwise(a: Sequence[int], b: Sequence[int], *, op) -> tuple[int, ...]:
-    function = {"MIN": min, "MAX": max}.get(op) or ELEMENTWISE[op]
     length = max(len(a), len(b))
     a, b = (tuple(x) * length if len(x) == 1 else tuple(x) for x in (a, b))
-    return tuple(function(i, j) for i, j in zip(a, b, strict=True))
+    return tuple(ELEMENTWISE[op](i, j) for i, j in zip(a, b, strict=True))
 
 
 SHAPE_OPS: dict[str, Callable] = {
