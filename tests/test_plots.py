@@ -56,7 +56,9 @@ def test_error_by_depth():
     assert "float32" in said and "float16" in said and "tolerance" in said
     points = np.concatenate([c.get_offsets() for c in axes.collections])
     assert len(points) == 5 and (points[:, 1] > 0).all()
+    assert "exactly 0" in said
     assert texts(plots.error_by_depth({"exact": table([0.0, 0.0])}))
+    assert "exactly 0" not in texts(plots.error_by_depth({"inexact": table([1e-7, 2e-7])}))
 
 
 def test_many_blocks_get_few_ticks():
@@ -90,7 +92,7 @@ def test_shard_map_gives_every_rank_its_share(tp_size):
     parts = [p for p in figure.axes[0].patches if isinstance(p, Rectangle) and p.get_fill()]
     area = {
         c: sum(p.get_width() * p.get_height() for p in parts if to_hex(p.get_facecolor()) == c)
-        for c in plots.COLOURS[:tp_size]
+        for c in plots.figure.COLOURS[:tp_size]
     }
     assert max(area.values()) == pytest.approx(min(area.values())) and min(area.values()) > 0
 
@@ -121,3 +123,4 @@ def test_bars_carry_numbers_and_ratios():
     assert "101 ms" in said and "61.5 ms, 1.65 times faster" in said and "101 ms," not in said
     said = texts(plots.traffic_bars({"megatron": 310e6, "trtllm": 775e6, "none": 0}))
     assert "310 MB\n" in said and "775 MB, 2.5 times the least" in said
+    assert "2,610 MB" in texts(plots.traffic_bars({"trtllm": 2.6082e9}))

@@ -1,0 +1,9 @@
+"""Every figure that the notebooks and the command show. Each function returns a matplotlib `Figure`."""
+
+from .bars import time_bars, traffic_bars
+from .block import block_diagram
+from .errors import error_by_depth
+from .images import images_side_by_side
+from .shards import shard_map
+
+__all__ = ["block_diagram", "error_by_depth", "images_side_by_side", "shard_map", "time_bars", "traffic_bars"]
