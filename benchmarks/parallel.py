@@ -283,8 +283,15 @@ class Bench:
             reference = SD3Transformer2DModel(**MODELS[name].to_diffusers()).eval()
         reference.load_state_dict({to_diffusers(n): w for n, w in weights.items()}, strict=False, assign=True)
         step = torch.inference_mode()(lambda: reference(**inputs, return_dict=False)[0])
-        row = {"model": name, "layout": "diffusers, 1 GPU", "error_to_float32": relative_error(step().cpu(), exact)}
+        eager = step().cpu()
+        row = {"model": name, "layout": "diffusers, 1 GPU", "error_to_float32": relative_error(eager, exact)}
         self.time(row, "eager", step)
+        if self.device.type == "cuda":
+            torch._dynamo.reset()
+            for block in reference.transformer_blocks:
+                block.compile(fullgraph=True)
+            row["error_to_eager compiled"] = relative_error(step().cpu(), eager)
+            self.time(row, "compiled", step)
         self.save(row)
 
     def free(self) -> None:

@@ -28,7 +28,7 @@ def doctor_command() -> None:
     print_doctor()
 
 
-def inspect_command(folder: Annotated[str, tyro.conf.Positional]) -> None:
+def inspect_command(folder: Annotated[str, tyro.conf.Positional] = "engine_outputs") -> None:
     """Show what an engine folder or a checkpoint folder holds: inputs, profile, layers, sizes, origin.
 
     Args:
@@ -184,16 +184,14 @@ def bench_command(
         cuda_graph=cuda_graph,
     )
     size = Resolution.read(resolution or runner.folder.build.opt_resolution)
-    reference = model_path
     times = bench_step(
-        runner, resolution=size, batch=batch, text_tokens=text_tokens, repeats=repeats, model_path=reference
+        runner, resolution=size, batch=batch, text_tokens=text_tokens, repeats=repeats, model_path=model_path
     )
     if runner.rank == 0:
         title = f"one step, {size}, batch {batch}, {text_tokens} text tokens, {runner.folder.dtype}, {runner.device}"
-        table = Table("", "ms (median)", "times faster than the last row", title=title)
-        slowest = list(times.values())[-1]
+        table = Table("", "ms (median)", *(["times as fast as diffusers"] if model_path else []), title=title)
         for name, ms in times.items():
-            table.add_row(name, f"{ms:.2f}", f"{slowest / ms:.2f}")
+            table.add_row(name, f"{ms:.2f}", *([f"{times['diffusers'] / ms:.2f}"] if model_path else []))
         console.print(table)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -231,26 +232,30 @@ def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
     failing = table.index[table.status != "ok"][:FAILING_SHOWN]
     shown = table if full else table.loc[sorted(_worst_per_block(table) | set(failing))]
     left_out = table.attrs.get("left_out", {})
-    grid = Table(title=_title(table), title_justify="left", caption_justify="left")
     which = "all" if full else f"the worst of each block, and the first {FAILING_SHOWN} that are not ok, of"
-    grid.caption = f"{which} {len(table)} values; {len(left_out)} lists, dropouts and unread values have no counterpart"
-    for name in ("module", "depth", "status", "relative error", "max error", "shape"):
-        left = name in ("module", "status")
-        grid.add_column(
-            name,
-            justify="left" if left else "right",
-            no_wrap=name != "shape",
-            overflow="fold" if name == "module" else "ellipsis",
-        )
+    grid = Table(
+        title=_title(table),
+        caption=f"{which} {len(table)} values; {len(left_out)} lists, dropouts and unread values have no counterpart",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0),
+        show_edge=False,
+        title_justify="left",
+        caption_justify="left",
+    )
+    grid.add_column("module", overflow="fold")
+    grid.add_column("status", no_wrap=True)
+    for name in ("relative", "max abs"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column("shape", overflow="fold")
     for row in shown.itertuples():
         several = (table.module == row.module).sum() > 1
-        colour = "green" if row.status == "ok" else "bold red"
-        numbers = [f"{x:.2e}" if pd.notna(x) else "" for x in (row.relative_error, row.max_abs_error)]
+        numbers = [f"{x:.1e}" if pd.notna(x) else "" for x in (row.relative_error, row.max_abs_error)]
         shape = "x".join(map(str, row.shape)) if isinstance(row.shape, tuple) else row.note
-        depth = str(int(row.depth)) if pd.notna(row.depth) else ""
-        name = f"{row.module} ({row.output})" if several else row.module
         grid.add_row(
-            name, depth, Text(row.status, style=colour), *numbers, row.note if row.status == "shape" else shape
+            f"{row.module} ({row.output})" if several else row.module,
+            Text(row.status, style="green" if row.status == "ok" else "bold red"),
+            *numbers,
+            row.note if row.status == "shape" else shape,
         )
     return Group(grid, Text(verdict(table), style="green" if all_ok(table) else "bold red"))
 
@@ -258,7 +263,7 @@ def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
 def _title(table: pd.DataFrame) -> str:
     about = table.attrs
     sizes = ", ".join("x".join(map(str, shape)) for shape in about["inputs"].values())
-    return f"{about['dtype']} engine against diffusers in {about['reference_dtype']}; inputs {sizes}"
+    return f"errors of the {about['dtype']} engine against diffusers in {about['reference_dtype']}; inputs {sizes}"
 
 
 def block_of(path: str) -> str:
