@@ -47,7 +47,7 @@ def bench_step(
     prepared, _ = runner.prepare(inputs)
     times = {f"engine ({runner.backend.name})": median_ms(lambda: runner.backend(prepared), device, repeats)}
     if model_path is not None:
-        reference = load_reference(model_path, runner.folder.dtype).to(device)
+        reference = load_reference(model_path, runner.dtype, device)
         with torch.inference_mode():
             times["diffusers"] = median_ms(lambda: reference(**prepared, return_dict=False), device, repeats)
     return times

@@ -18,7 +18,25 @@ from .engine.build import build
 from .parallel import guard
 from .pipeline import BackendName
 
-console = Console()
+console = Console(highlight=False)
+
+
+def picture_file(name: str) -> Path:
+    """Raises `ValueError` where no picture of this name can be written; asked before the work starts."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or path.is_dir():
+        raise ValueError(f"{name}: give the picture's file a name such as picture.png")
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}: there is no folder {path.parent}")
+    return path
+
+
+def check_ranks(engine_dir: str) -> None:
+    """Under mpirun: raises `ValueError` where the engine folder is for another number of ranks."""
+    from .engine.folder import EngineFolder
+    from .parallel import check_launch, launched_size
+
+    check_launch(EngineFolder.open(engine_dir).mapping, launched_size(), engine_dir)
 
 
 def doctor_command() -> None:
@@ -64,10 +82,13 @@ def parity_command(
         batch: rows; the same.
         seed: of the random inputs.
         full: show every module, not only the worst of each block.
-        plot: a PNG file for the error against depth.
+        plot: a PNG file for the error against depth; under mpirun rank 0's.
     """
+    from .parallel import launched_rank
     from .parity import all_ok, compare_layers, parity_report
 
+    plot = picture_file(plot) if plot else None
+    check_ranks(engine_dir)
     result = compare_layers(
         model_path,
         engine_dir,
@@ -78,7 +99,7 @@ def parity_command(
         seed=seed,
     )
     console.print(parity_report(result, full=full))
-    if plot:
+    if plot and launched_rank() == 0:
         from .plots import error_by_depth
 
         error_by_depth({engine_dir: result}).savefig(plot, dpi=120)
@@ -124,6 +145,8 @@ def generate_command(
     """
     from .generate import generate
 
+    file = picture_file(output)
+    check_ranks(engine_dir)
     report = generate(
         prompt,
         model_path,
@@ -139,7 +162,7 @@ def generate_command(
         },
     )  # fmt: skip
     if report.image is not None:  # rank 0
-        report.image.save(output)
+        report.image.save(file)
         console.print(f"backend {report.backend} ({report.reason}); {report.seconds:.1f} s; picture: {output}")
 
 
@@ -175,6 +198,7 @@ def bench_command(
     from .bench import bench_step
     from .pipeline import MMDiTRunner
 
+    check_ranks(engine_dir)
     runner = MMDiTRunner.from_engine(
         engine_dir,
         checkpoint_dir=checkpoint_dir,
@@ -233,11 +257,16 @@ def main() -> None:
             result = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit")
             if isinstance(result, Path):
                 console.print(f"written: {result}")
-        except (ValueError, FileNotFoundError, ImportError) as error:
-            sys.exit(f"mmdit: {error}")
+        except (ValueError, OSError, ImportError) as error:
+            sys.exit(f"mmdit: {first_line(error)}")
         except KeyboardInterrupt:
             print("mmdit: interrupted; nothing half-written was left", file=sys.stderr)
             sys.exit(130)
+
+
+def first_line(error: Exception) -> str:
+    """Our own messages have one line; those of diffusers and the hub go on with advice that is not for here."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from PIL.Image import Image
 
 from .config import Resolution
 from .engine.folder import EngineFolder
-from .pipeline import check_latent, dtype_option, load_pipeline
+from .engine.profile import check_latent
+from .pipeline import dtype_option, load_pipeline
 from .tiny.package import resolve_model
 
 
@@ -54,7 +55,12 @@ def generate(
         device: CUDA where there is one, if not given.
         runner_options: passed to `MMDiTRunner.from_engine`.
         call_options: passed to the pipeline's call, for instance `num_inference_steps`.
+
+    Raises:
+        ValueError: in one line and before anything is loaded, where size or steps do not fit; then as `load_pipeline`.
     """
+    if call_options.get("num_inference_steps", 1) < 1:
+        raise ValueError(f"num_inference_steps {call_options['num_inference_steps']}: give 1 or more")
     folder = EngineFolder.open(engine_dir)
     size = Resolution.read(resolution or folder.build.opt_resolution)
     scale = folder.build.vae_scale_factor
@@ -79,7 +85,7 @@ def generate_by_diffusers(
     """Paint `prompt` with diffusers' own transformer: what `generate` is compared with."""
     from diffusers import StableDiffusion3Pipeline
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(resolve_model(model), **dtype_option(dtype))
+    pipe = StableDiffusion3Pipeline.from_pretrained(resolve_model(model), use_safetensors=True, **dtype_option(dtype))
     start = time.perf_counter()
     image = pipe(
         prompt,

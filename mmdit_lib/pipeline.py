@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from .engine.folder import EngineFolder, plan_file
+from .engine.profile import check_profile
 from .engine.pytorch_backend import PyTorchBackend
 from .engine.torch_ops import DTYPES
 from .tiny.package import resolve_model
@@ -18,6 +19,7 @@ from .tiny.package import resolve_model
 log = logging.getLogger("mmdit_lib")
 
 BackendName = Literal["auto", "tensorrt", "pytorch"]
+INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
 
 
 class MMDiTRunner:
@@ -79,7 +81,9 @@ class MMDiTRunner:
             team = parallel.join(folder, device)
             device = team.device
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        name, reason = choose_backend(folder, backend)
+        name, reason = choose_backend(folder, backend, device)
+        if team:
+            team.agree("backend", name)
         log.info("backend %s: %s", name, reason)
         rank = team.rank if team else 0
         if name == "tensorrt":
@@ -143,7 +147,10 @@ class MMDiTRunner:
         return Transformer2DModelOutput(sample=output)
 
     def run(self, inputs: Inputs[str, torch.Tensor]) -> torch.Tensor:
-        """`inputs` by name -> output [B, C, H, W] in the engine's dtype."""
+        """`inputs` by name, as for a call, on any device -> output [B, C, H, W] in the engine's dtype.
+
+        Raises `ValueError` as a call does.
+        """
         prepared, batch = self.prepare(inputs)
         output = self.backend(prepared)[:batch]
         if self.check_finite:
@@ -158,7 +165,7 @@ class MMDiTRunner:
 
     def prepare(self, inputs: Inputs[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
         """Inputs checked against the profile, on the engine's device and in its dtypes; and their batch."""
-        missing = [name for name, value in inputs.items() if value is None]
+        missing = [name for name in INPUTS if inputs.get(name) is None]
         if missing:
             raise ValueError(f"missing input {', '.join(missing)}")
         check_profile(self.folder, {name: tuple(value.shape) for name, value in inputs.items()})
@@ -199,68 +206,20 @@ class MMDiTRunner:
         return nullcontext()
 
 
-def choose_backend(folder: EngineFolder, asked: BackendName) -> tuple[str, str]:
-    """The backend's name and why. Raises `ValueError` for 'tensorrt' where the plan cannot run."""
+def choose_backend(folder: EngineFolder, asked: BackendName, device: torch.device | str = "cuda") -> tuple[str, str]:
+    """The backend's name and why. Raises `ValueError` for 'tensorrt' where the plan cannot run on `device`."""
     if asked not in ("auto", "tensorrt", "pytorch"):
         raise ValueError(f"backend '{asked}': use auto, tensorrt or pytorch")
     if asked == "pytorch":
         return "pytorch", "asked for"
     from .engine.tensorrt_backend import refusal
 
-    why_not = refusal(folder.tensorrt)
+    why_not = refusal(folder.tensorrt, device)
     if why_not is None:
         return "tensorrt", f"{folder.tensorrt} can run the plan here"
     if asked == "tensorrt":
         raise ValueError(f"backend tensorrt: {why_not}")
     return "pytorch", why_not
-
-
-def check_profile(folder: EngineFolder, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises `ValueError` naming the input, the number and the legal range."""
-    build, model = folder.build, folder.model
-    expected = {"hidden_states": 4, "encoder_hidden_states": 3, "pooled_projections": 2, "timestep": 1}
-    for name, rank in expected.items():
-        if len(shapes[name]) != rank:
-            raise ValueError(f"{name} must have {rank} dimensions, not shape {shapes[name]}")
-    batch, channels, *latent = shapes["hidden_states"]
-    _, tokens, features = shapes["encoder_hidden_states"]
-    batches = {name: shape[0] for name, shape in shapes.items()}
-    if len(set(batches.values())) > 1:
-        raise ValueError(f"the batch differs between inputs: {batches}")
-    for name, found, wanted in (
-        ("hidden_states channels", channels, model.in_channels),
-        ("encoder_hidden_states features", features, model.joint_attention_dim),
-        ("pooled_projections features", shapes["pooled_projections"][1], model.pooled_projection_dim),
-    ):
-        if found != wanted:
-            raise ValueError(f"{name}: expected {wanted}, got {found}")
-    if not 1 <= batch <= build.max_batch_size:
-        raise ValueError(
-            f"batch {batch} lies outside the engine's 1 to {build.max_batch_size} (guidance doubles the images); "
-            f"build with --max_batch_size {batch}"
-        )
-    if not build.min_text_tokens <= tokens <= build.max_text_tokens:
-        raise ValueError(
-            f"{tokens} text tokens lie outside the engine's {build.min_text_tokens} to {build.max_text_tokens}"
-        )
-    check_latent(folder, *latent)
-
-
-def check_latent(folder: EngineFolder, height: int, width: int) -> None:
-    """As `check_profile`, for the size of the latents alone."""
-    build, model = folder.build, folder.model
-    for side, size in (("height", height), ("width", width)):
-        low, high = (getattr(r, side) for r in (build.min_resolution, build.max_resolution))
-        pixels = size * build.vae_scale_factor
-        if not low <= pixels <= high:
-            raise ValueError(
-                f"{side} {pixels} lies outside the engine's {low} to {high} pixels; "
-                f"build with --{'min' if pixels < low else 'max'}_resolution {pixels}"
-            )
-        if size % model.patch_size:
-            raise ValueError(
-                f"{side} {pixels} must be a multiple of {model.patch_size * build.vae_scale_factor} pixels"
-            )
 
 
 def load_pipeline(
@@ -280,17 +239,22 @@ def load_pipeline(
         engine_dir: as `build` wrote it.
         pipeline_class: `StableDiffusion3Pipeline` if not given; the img2img and inpaint pipelines work too.
         device: of all components; CUDA where there is one, if not given.
-        dtype: of the other components; the engine's if not given.
+        dtype: of the other components; if not given, the engine's on a GPU and float32 on a CPU, where half
+            precision is slower.
         runner_options: passed to `MMDiTRunner.from_engine`.
         options: passed to `from_pretrained`.
+
+    Raises:
+        ValueError: in one line, where the engine folder does not fit, or the backend cannot run here.
+        OSError: diffusers', where `model` cannot be found or fetched.
     """
     import diffusers
 
     pipeline_class = pipeline_class or diffusers.StableDiffusion3Pipeline
     runner = MMDiTRunner.from_engine(engine_dir, device=device, **(runner_options or {}))
-    pipe = pipeline_class.from_pretrained(
-        resolve_model(model), transformer=None, **dtype_option(dtype or runner.dtype), **options
-    )
+    dtype = dtype or (runner.dtype if runner.device.type == "cuda" else torch.float32)
+    options = {"use_safetensors": True, "transformer": None, **dtype_option(dtype), **options}
+    pipe = pipeline_class.from_pretrained(resolve_model(model), **options)
     return install(pipe.to(runner.device), runner)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+import tempfile
 from pathlib import Path
 
 import torch
 
 from .checkpoint.keys import from_diffusers
-from .config import Resolution
+from .checkpoint.source import find_source
+from .config import ARCHITECTURE, Resolution
 from .engine.folder import EngineFolder
 from .engine.torch_ops import DTYPES
 from .pipeline import dtype_option
@@ -25,20 +29,32 @@ def load_reference(
     variant: str | None = None,
     revision: str | None = None,
 ):
-    """diffusers' transformer of a pipeline folder, a transformer folder, a single file or a hub id."""
+    """diffusers' transformer, in evaluation mode, of whatever `convert` takes: a folder, a file, a hub id or tiny."""
     from diffusers import SD3Transformer2DModel
 
     model_path = resolve_model(model_path)
     path = Path(model_path).expanduser()
-    options: dict = dtype_option(dtype)
+    if path.suffix == ".json" and path.is_file():  # the index of a folder's shards
+        path, variant = path.parent, re.fullmatch(r".*\.index\.?(.*)\.json", path.name)[1] or None
     if path.is_file():
-        return SD3Transformer2DModel.from_single_file(str(path), torch_dtype=dtype).eval().to(device)
+        return _load_file(path, dtype).eval().to(device)
+    options: dict = dtype_option(dtype) | {"use_safetensors": True, "variant": variant}
     if not path.is_dir():
         options |= {"revision": revision}
     if not path.is_dir() or (path / "transformer").is_dir():
         options |= {"subfolder": "transformer"}
     where = str(path) if path.is_dir() else str(model_path)
-    return SD3Transformer2DModel.from_pretrained(where, variant=variant, **options).eval().to(device)
+    return SD3Transformer2DModel.from_pretrained(where, **options).eval().to(device)
+
+
+def _load_file(path: Path, dtype: torch.dtype):
+    """By diffusers' own loader, which knows both layouts; told the config, for it would ask the hub for one."""
+    from diffusers import SD3Transformer2DModel
+
+    config = find_source(path).model.to_diffusers() | {"_class_name": ARCHITECTURE}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        return SD3Transformer2DModel.from_single_file(str(path), config=folder, torch_dtype=dtype)
 
 
 def sample_inputs(
@@ -55,8 +71,8 @@ def sample_inputs(
     step = model.patch_size * build.vae_scale_factor
     if size.height % step or size.width % step:
         raise ValueError(f"resolution {size}: height and width must be multiples of {step} pixels")
-    tokens = text_tokens or build.opt_text_tokens
-    batch = batch or build.batches(folder.mapping.cfg_size)[1]
+    tokens = build.opt_text_tokens if text_tokens is None else text_tokens
+    batch = build.batches(folder.mapping.cfg_size)[1] if batch is None else batch
     if batch % folder.mapping.cfg_size:
         raise ValueError(f"batch {batch}: cfg {folder.mapping.cfg_size} needs an even one")
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Every parallel layout against one rank, over MPI and gloo, in float32; and the plans of every rank."""
+"""Every parallel layout against diffusers, over MPI and gloo, in float32; and the plans of every rank."""
 
 import json
 import subprocess
@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import model_config, random_transformer
+from helpers import diffusers_output, model_config, random_transformer
 from PIL import Image
 
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine.build import build
 from mmdit_lib.engine.folder import EngineFolder
-from mmdit_lib.pipeline import MMDiTRunner, load_pipeline
-from mmdit_lib.tiny import make_random_pipeline
+from mmdit_lib.pipeline import load_pipeline
+from mmdit_lib.reference import load_reference
+from mmdit_lib.tiny import model_path
 
 pytest.importorskip("mpi4py")
 from parallel_launch import mpirun
@@ -55,7 +56,7 @@ LAYOUTS = {  # name: (options of convert, options of build)
 }
 CASES = [(154, (7, 9), 2), (333, (8, 8), 2), (589, (5, 7), 2), (154, (3, 5), 1)]
 """Text tokens, rows and columns of patches, batch: odd and even numbers of tokens, and one row without guidance."""
-PICTURES = {2: ["tp2", "cp2 ulysses"], 4: ["cfg2 x tp2"]}
+PICTURES = {2: ["tp2", "cp2 ulysses"], 3: ["cp3 allgather"], 4: ["cfg2 x tp2"]}
 PROMPT, OPTIONS = "a red circle", dict(num_inference_steps=3, guidance_scale=4.0, height=128, width=96)
 PROFILE = dict(
     max_batch_size=2, min_resolution="32x32", opt_resolution="128x128", max_resolution="160x160", progress=False
@@ -70,19 +71,9 @@ def root(tmp_path_factory) -> Path:
 @cache
 def source(root: Path, model: str) -> Path:
     if model == "tiny":
-        return tiny_pipeline(root)
+        return model_path()
     random_transformer(MODELS[model]).save_pretrained(root / model)
     return root / model
-
-
-def tiny_pipeline(root: Path) -> Path:
-    """The trained model where the package holds it, else one like it with random weights."""
-    try:
-        from mmdit_lib.tiny import model_path
-
-        return Path(model_path())
-    except (ImportError, AttributeError, ValueError, FileNotFoundError):
-        return make_random_pipeline(root / "tiny")
 
 
 @cache
@@ -98,9 +89,9 @@ def engine(root: Path, model: str, layout: str = "one") -> Path:
 
 @cache
 def cases(root: Path, model: str) -> Path:
-    """Inputs, and what one rank makes of them."""
-    runner = MMDiTRunner.from_engine(engine(root, model), backend="pytorch", device="cpu", verify=False)
-    config, found = runner.folder.model, []
+    """Inputs, and what diffusers makes of them."""
+    reference = load_reference(source(root, model), torch.float32)
+    config, found = reference.config, []
     generator = torch.Generator().manual_seed(0)
     for tokens, (rows, columns), batch in CASES:
         inputs = {
@@ -109,7 +100,7 @@ def cases(root: Path, model: str) -> Path:
             "pooled_projections": torch.randn(batch, config.pooled_projection_dim, generator=generator),
             "timestep": 1000 * torch.rand(batch, generator=generator),
         }
-        found.append((inputs, runner.run(inputs)))
+        found.append((inputs, diffusers_output(reference, inputs)))
     torch.save(found, root / f"{model}.pt")
     return root / f"{model}.pt"
 
@@ -155,10 +146,10 @@ def results(root, world):
     wrong = next(iter(LAYOUTS[2 if world != 2 else 3]))
     tasks["another number"] = {"kind": "refuse", "engines": [str(engine(root, "tiny", wrong))] * world}
     tasks["leave"] = {"kind": "again"}
-    for layout in PICTURES.get(world, []):
+    for layout in PICTURES[world]:
         tasks[f"picture {layout}"] = {
             "kind": "picture", "engine": str(engine(root, "tiny", layout)), "model": str(source(root, "tiny")),
-            "prompt": PROMPT, "options": OPTIONS, "png": str(root / f"{layout}.png".replace(" ", "_")),
+            "prompt": PROMPT, "options": OPTIONS, "by_latents": layout == "tp2", "png": str(root / f"{layout}.png".replace(" ", "_")),
         }  # fmt: skip
     (root / f"tasks{world}.json").write_text(json.dumps(tasks))
     script = Path(__file__).parent / "parallel_ranks.py"
@@ -191,7 +182,7 @@ class TestRanks:
         assert results["leave"] == [True]
 
     def test_the_same_picture(self, results, root, world):
-        for layout in PICTURES.get(world, []):
+        for layout in PICTURES[world]:
             found = results[f"picture {layout}"]
             assert len(found["hashes"]) == world and len(set(found["hashes"])) == 1
             assert found["encoders"] == [True] + [False] * (world - 1)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers import Case
 from rich.console import Console
+from safetensors.torch import save_file
+from test_convert import original_layout
 
 from mmdit_lib.config import Mapping
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
@@ -24,6 +26,7 @@ from mmdit_lib.parity import (
     parity_report,
     verdict,
 )
+from mmdit_lib.reference import load_reference
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,31 @@ def case() -> Case:
 @pytest.fixture(scope="module")
 def table(case) -> pd.DataFrame:
     return compare_layers(case.transformer, case.engine(), resolution="128x192", text_tokens=154, batch=2, device="cpu")
+
+
+def test_the_reference_is_found_in_all_that_convert_takes(case, tmp_path):
+    """A folder, its shards by their index, and single files of both layouts, with and without a config beside them."""
+    case.reference.save_pretrained(tmp_path / "shards", max_shard_size="100KB", variant="half")
+    save_file(case.reference.state_dict(), tmp_path / "alone.safetensors")
+    save_file(original_layout(case.reference), tmp_path / "original.safetensors")
+    wanted = case.reference.state_dict()
+    for where in (
+        case.transformer,
+        case.transformer / "diffusion_pytorch_model.safetensors",
+        tmp_path / "shards" / "diffusion_pytorch_model.safetensors.index.half.json",
+        tmp_path / "alone.safetensors",
+        tmp_path / "original.safetensors",
+    ):
+        found = load_reference(where, torch.float32).state_dict()
+        assert found.keys() == wanted.keys(), where
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()), where
+
+
+def test_no_pickle_is_loaded(case, tmp_path):
+    case.reference.save_pretrained(tmp_path, safe_serialization=False)
+    assert list(tmp_path.glob("*.bin"))
+    with pytest.raises((OSError, ValueError), match="safetensors"):
+        load_reference(tmp_path, torch.float32)
 
 
 def text_of(renderable, width: int = 160) -> str:

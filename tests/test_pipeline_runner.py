@@ -1,5 +1,6 @@
 """The runner in diffusers' pipelines, and what it refuses."""
 
+import shutil
 from pathlib import Path
 
 import helpers
@@ -13,6 +14,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file
 
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine.build import build
@@ -126,6 +128,15 @@ def test_load_pipeline_does_not_read_diffusers_weights(model, engine, monkeypatc
     assert isinstance(pipe, StableDiffusion3Img2ImgPipeline) and isinstance(pipe.transformer, MMDiTRunner)
     assert (pipe.patch_size, pipe.default_sample_size) == (2, 16)
     assert pipe.dtype == torch.float32 and pipe.vae.dtype == torch.float32
+
+
+def test_no_pickle_is_loaded(model, engine, tmp_path):
+    shutil.copytree(model, tmp_path / "pickled")
+    vae = tmp_path / "pickled" / "vae"
+    torch.save(load_file(vae / "diffusion_pytorch_model.safetensors"), vae / "diffusion_pytorch_model.bin")
+    (vae / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load_pipeline(tmp_path / "pickled", engine, device="cpu")
 
 
 # The runner by itself -----------------------------------------------------------------------------

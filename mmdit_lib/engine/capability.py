@@ -20,8 +20,11 @@ def refused_capability(package: str, capability: tuple[int, int]) -> str | None:
     return None if fine else f"{package} runs on compute capability {legal}, and this GPU has {major}.{minor}"
 
 
-def plan_runs_here(package: str) -> str | None:
-    """Why a plan of `package` cannot run on this machine's current GPU, in one line; None if it can."""
+def plan_runs_here(package: str, device: torch.device | str = "cuda") -> str | None:
+    """Why a plan of `package` cannot run on `device`, in one line; None if it can."""
+    device = torch.device(device)
     if not torch.cuda.is_available():
         return "this machine has no CUDA GPU"
-    return refused_capability(package, torch.cuda.get_device_capability())
+    if device.type != "cuda":
+        return f"plans run on CUDA devices, not on {device}"
+    return refused_capability(package, torch.cuda.get_device_capability(device))

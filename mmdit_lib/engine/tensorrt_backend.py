@@ -34,7 +34,7 @@ class TensorRTBackend:
     def __init__(
         self, plan: Path, built_with: str, *, device: torch.device | str = "cuda", communicator=None, cuda_graph=False
     ):
-        why_not = refusal(built_with)
+        why_not = refusal(built_with, device)
         if why_not:
             raise ValueError(f"{plan.name} cannot run here: {why_not}")
         self.device = torch.device(device)
@@ -88,8 +88,8 @@ class TensorRTBackend:
         return {name: torch.empty(s, dtype=self.dtypes[name], device=self.device) for name, s in shapes.items()}
 
 
-def refusal(built_with: str | None) -> str | None:
-    """Why a plan made by `built_with` cannot run in this process, in one line; None if it can be tried."""
+def refusal(built_with: str | None, device: torch.device | str = "cuda") -> str | None:
+    """Why a plan made by `built_with` cannot run in this process on `device`, in one line; None if it can be tried."""
     if built_with is None:
         return "the engine folder holds no plan (it was built with --no-plan)"
     here = installed()
@@ -97,4 +97,4 @@ def refusal(built_with: str | None) -> str | None:
         return f"the plan was built with {built_with}, and no TensorRT is installed"
     if here != built_with:
         return f"the plan was built with {built_with}, and {here} is installed: build again, or install that version"
-    return plan_runs_here(here.split()[0])
+    return plan_runs_here(here.split()[0], device)

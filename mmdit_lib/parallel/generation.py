@@ -57,15 +57,18 @@ def sample(pipe, prompt: str | list[str], *, generator: torch.Generator | None =
     Args:
         prompt: only rank 0's counts, as do the options of the text encoders and the noise.
         generator: of the noise.
-        options: of `StableDiffusion3Pipeline`'s call.
+        options: of `StableDiffusion3Pipeline`'s call; `latents` counts on rank 0 only.
 
     Raises:
+        ValueError: for another `output_type` than pil.
         RuntimeError: on every rank, if the ranks' latents are not the same to the last bit.
     """
     world = start_mpi().COMM_WORLD
-    options.pop("output_type", None)
+    if options.pop("output_type", "pil") != "pil":
+        raise ValueError("output_type: every rank returns PIL images; use pil")
+    latents = options.pop("latents", None)
     encoding = {name: options.pop(name) for name in ENCODING if name in options}
-    given = encode(pipe, prompt, generator, options, encoding) if world.rank == 0 else None
+    given = encode(pipe, prompt, generator, latents, options, encoding) if world.rank == 0 else None
     given = broadcast(world, given, pipe.transformer.device)
     with torch.inference_mode():
         latents = pipe(**given, **options, output_type="latent").images
@@ -76,7 +79,7 @@ def sample(pipe, prompt: str | list[str], *, generator: torch.Generator | None =
 
 
 @torch.inference_mode()
-def encode(pipe, prompt, generator, options: dict, encoding: dict) -> Tensors:
+def encode(pipe, prompt, generator, latents, options: dict, encoding: dict) -> Tensors:
     """What the denoising loop starts from, as arguments of the pipeline's call."""
     guidance = options.get("guidance_scale", 7.0) > 1
     texts = {"prompt_2": None, "prompt_3": None} | encoding
@@ -87,7 +90,7 @@ def encode(pipe, prompt, generator, options: dict, encoding: dict) -> Tensors:
     embeds, channels = given["prompt_embeds"], pipe.transformer.config.in_channels
     height, width = options.get("height") or side, options.get("width") or side
     given["latents"] = pipe.prepare_latents(
-        len(embeds), channels, height, width, embeds.dtype, embeds.device, generator, options.pop("latents", None)
+        len(embeds), channels, height, width, embeds.dtype, embeds.device, generator, latents
     )
     return given
 

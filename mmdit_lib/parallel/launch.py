@@ -25,12 +25,14 @@ def _first(names: tuple[str, ...], otherwise: int) -> int:
 
 
 def check_launch(mapping: Mapping, size: int, folder: object = "this engine folder") -> None:
-    """Raises `ValueError` naming the right `mpirun -n` where `size` ranks cannot run `mapping`."""
+    """Raises `ValueError` naming the right way to start it where `size` ranks cannot run `mapping`."""
     wanted = mapping.world_size
     if size == wanted:
         return
+    if wanted == 1:
+        raise ValueError(f"{folder} is for one process, and {size} ranks are running: start it without mpirun")
     sizes = {"tp": mapping.tp_size, "cp": mapping.cp_size, "cfg": mapping.cfg_size}
-    layout = " x ".join(f"{name} {count}" for name, count in sizes.items() if count > 1) or "one GPU"
+    layout = " x ".join(f"{name} {count}" for name, count in sizes.items() if count > 1)
     ranks = "1 rank is" if size == 1 else f"{size} ranks are"
     raise ValueError(f"{folder} is for {layout}, {wanted} ranks, and {ranks} running: start it with mpirun -n {wanted}")
 

@@ -36,6 +36,13 @@ class Team:
     groups: Groups = field(default_factory=dict)
     """The process group's name, by its ranks; what the graph's collectives are lowered to."""
 
+    def agree(self, what: str, value: str) -> None:
+        """Raises `ValueError` on every rank where the ranks have different values. Every rank calls it."""
+        everyone = start_mpi().COMM_WORLD.allgather(value)
+        if len(set(everyone)) > 1:
+            found = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(everyone))
+            raise ValueError(f"the ranks do not agree on the {what} ({found}): name one for all of them")
+
     def nccl_communicator(self):
         """The `ncclComm_t` of all ranks in a capsule, as `IExecutionContext.set_communicator` takes it.
 

@@ -1,0 +1,112 @@
+"""The `mmdit` command as a user meets it: what it prints, its exit code, and one line for every mistake."""
+
+import sys
+
+import helpers
+import pytest
+from PIL import Image
+
+from mmdit_lib import build, cli, convert, tiny
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder where the small model was converted and built in bfloat16, without a plan."""
+    root = tmp_path_factory.mktemp("cli")
+    convert(str(tiny.model_path()), str(root / "tllm_checkpoint"), dtype="bfloat16", progress=False)
+    options = dict(plan=False, progress=False)
+    build(str(root / "tllm_checkpoint"), str(root / "engine_outputs"), **options)
+    build(str(root / "tllm_checkpoint"), str(root / "two_ranks"), cp_size=2, **options)
+    return root
+
+
+@pytest.fixture
+def mmdit(work, monkeypatch, capsys):
+    """Run the command in `work`: (exit code, what it printed, what it said on stderr)."""
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mmdit", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code, message = (exit.code, "") if isinstance(exit.code, int) else (1, str(exit.code))
+        else:
+            message = ""
+        out, err = capsys.readouterr()
+        return code, out, err + message
+
+    return run
+
+
+def test_parity_says_so_and_plots(mmdit, work):
+    code, out, _ = mmdit(
+        "parity", "--model_path", "tiny", "--resolution", "64", "--text_tokens", "77", "--plot", "e.png"
+    )
+    assert code == 0 and "all 277 values of 219 modules agree" in out.replace("\n", " ")
+    assert Image.open(work / "e.png").width > 500
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_parity_of_another_model_ends_with_1(mmdit, tmp_path):
+    helpers.random_transformer(helpers.MODELS["sd3-medium"]).save_pretrained(tmp_path)
+    code, _, err = mmdit("parity", "--model_path", tmp_path)
+    assert code == 1 and "do not belong together" in err and err.count("\n") <= 1
+
+
+def test_bench_beside_diffusers_in_half_precision(mmdit):
+    sizes = ["--resolution", "64", "--text_tokens", "77", "--repeats", "1"]
+    code, out, _ = mmdit("bench", "--model_path", "tiny", *sizes)
+    assert code == 0 and "bfloat16" in out and "diffusers" in out and "1.00" in out
+    code, out, _ = mmdit("bench", *sizes)
+    assert code == 0 and "engine (pytorch)" in out and "diffusers" not in out
+
+
+def test_inspect_knows_the_default_folder(mmdit):
+    code, out, _ = mmdit("inspect")
+    assert code == 0 and "4 heads of 48" in out
+
+
+def test_generate_writes_a_picture(mmdit, work):
+    steps = ["--num_inference_steps", "1", "--resolution", "64"]
+    code, out, _ = mmdit("generate", "a red circle", *steps, "--output", "p.png")
+    assert code == 0 and "picture: p.png" in out
+    assert Image.open(work / "p.png").size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "x", "--output", "nowhere/p.png"], "there is no folder nowhere"),
+        (["generate", "x", "--output", "picture"], "such as picture.png"),
+        (["generate", "x", "--num_inference_steps", "0"], "num_inference_steps 0: give 1 or more"),
+        (["generate", "x", "--resolution", "512"], "outside the engine's 32 to 192 pixels"),
+        (["generate", "x", "--engine_dir", "missing"], "missing is not an engine folder"),
+        (["generate", "x", "--engine_dir", "two_ranks"], "start it with mpirun -n 2"),
+        (["generate", "x", "--model_path", "no/such"], "no/such"),
+        (["generate", "x", "--backend", "tensorrt"], "holds no plan"),
+        (["parity", "--model_path", "tiny", "--plot", "no/e.png"], "there is no folder no"),
+        (["parity", "--model_path", "missing"], "missing"),
+        (["bench", "--engine_dir", "two_ranks"], "start it with mpirun -n 2"),
+        (["inspect", "missing"], "missing"),
+        (["convert", "--model_path", "missing"], "missing does not exist"),
+        (["build", "--checkpoint_dir", "missing"], "missing"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(mmdit, work, monkeypatch, arguments, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = sorted(work.iterdir())
+    code, _, err = mmdit(*arguments)
+    said = [line for line in err.splitlines() if "it/s" not in line]
+    assert code == 1 and len(said) == 1 and said[0].startswith("mmdit: ") and words in said[0], err
+    assert sorted(work.iterdir()) == before
+
+
+def test_more_ranks_than_the_engine_is_for(mmdit, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setattr("mmdit_lib.parallel.faults.end_all", lambda error: sys.exit(str(error)))
+    code, _, err = mmdit("generate", "x")
+    assert code == 1 and "is for one process, and 2 ranks are running: start it without mpirun" in err
