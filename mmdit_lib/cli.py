@@ -46,7 +46,9 @@ def doctor_command() -> None:
     print_doctor()
 
 
-def inspect_command(folder: Annotated[str, tyro.conf.Positional] = "engine_outputs") -> None:
+def inspect_command(
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = "engine_outputs",
+) -> None:
     """Show what an engine folder or a checkpoint folder holds: inputs, profile, layers, sizes, origin.
 
     Args:
@@ -109,7 +111,7 @@ def parity_command(
 
 
 def generate_command(
-    prompt: Annotated[str, tyro.conf.Positional],
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")],
     *,
     model_path: str = "tiny",
     engine_dir: str = "engine_outputs",
@@ -162,7 +164,9 @@ def generate_command(
         },
     )  # fmt: skip
     if report.image is not None:  # rank 0
-        report.image.save(file)
+        partial = file.with_name(f".{file.stem}.partial{file.suffix}")
+        report.image.save(partial)
+        os.replace(partial, file)
         console.print(f"backend {report.backend} ({report.reason}); {report.seconds:.1f} s; picture: {output}")
 
 

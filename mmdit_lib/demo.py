@@ -58,7 +58,7 @@ def demo(
     options = {"num_inference_steps": num_inference_steps, "guidance_scale": GUIDANCE, "seed": seed}
     resolution = EngineFolder.open(engine).build.opt_resolution
     options |= {"resolution": resolution}
-    ours = stages.run("paint with the engine", lambda: generate(prompt, model, engine, **options), None, said)
+    ours = stages.run("paint with our network", lambda: generate(prompt, model, engine, **options), None, said)
     options |= {"dtype": DTYPES[dtype]}
     theirs = stages.run("paint with diffusers", lambda: generate_by_diffusers(prompt, model, **options), None, said)
 

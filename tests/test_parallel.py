@@ -149,7 +149,8 @@ def results(root, world):
     for layout in PICTURES[world]:
         tasks[f"picture {layout}"] = {
             "kind": "picture", "engine": str(engine(root, "tiny", layout)), "model": str(source(root, "tiny")),
-            "prompt": PROMPT, "options": OPTIONS, "by_latents": layout == "tp2", "png": str(root / f"{layout}.png".replace(" ", "_")),
+            "prompt": PROMPT, "options": OPTIONS, "by_latents": layout == "tp2",
+            "png": str(root / f"{layout}.png".replace(" ", "_")),
         }  # fmt: skip
     (root / f"tasks{world}.json").write_text(json.dumps(tasks))
     script = Path(__file__).parent / "parallel_ranks.py"
