@@ -39,14 +39,12 @@ class TensorRTBackend:
             raise ValueError(f"{plan.name} cannot run here: {why_not}")
         self.device = torch.device(device)
         self._buffers: dict[tuple, dict[str, torch.Tensor]] = {}
+        self._contexts: dict[tuple | None, object] = {}
+        self._communicator = communicator
+        self._graphed = cuda_graph
         self._step = GraphedStep(self._run) if cuda_graph else self._run
         with torch.cuda.device(self.device):
             self.engine = self._deserialize(plan)
-            self.context = self.engine.create_execution_context()
-            if self.context is None:
-                raise ValueError(f"no execution context for {plan.name}: {logger().last_error()}")
-            if communicator is not None:
-                self.context.set_communicator(communicator)
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         (self.output,) = set(names) - set(self.inputs)
@@ -64,27 +62,44 @@ class TensorRTBackend:
         """`inputs` by name, on this device -> the output."""
         return self._step(inputs)
 
+    def _context(self, shapes: tuple):
+        """One context for all shapes; one for each where CUDA graphs are captured.
+
+        A graph goes on using the memory and the state of the context that it was captured from, so that
+        context must not be given other shapes.
+        """
+        key = shapes if self._graphed else None
+        if key not in self._contexts:
+            context = self.engine.create_execution_context()
+            if context is None:
+                raise ValueError(f"no execution context: {logger().last_error()}")
+            if self._communicator is not None:
+                context.set_communicator(self._communicator)
+            self._contexts[key] = context
+        return self._contexts[key]
+
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One execution on the current stream, in buffers that are this backend's own."""
         shapes = tuple(tuple(inputs[name].shape) for name in self.inputs)
+        context = self._context(shapes)
         for name, shape in zip(self.inputs, shapes, strict=True):
-            if not self.context.set_input_shape(name, shape):
+            if not context.set_input_shape(name, shape):
                 raise ValueError(f"{name} {shape} lies outside the profile: {logger().last_error()}")
         if shapes not in self._buffers:
-            self._buffers[shapes] = self._allocate(inputs)
+            self._buffers[shapes] = self._allocate(context, inputs)
         buffers = self._buffers[shapes]
         for name in self.inputs:
             buffers[name].copy_(inputs[name])  # diffusers' timestep has stride 0: its address alone would not do
         for name, buffer in buffers.items():
-            self.context.set_tensor_address(name, buffer.data_ptr())
-        if not self.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+            context.set_tensor_address(name, buffer.data_ptr())
+        if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
             raise RuntimeError(f"TensorRT failed to run the plan: {logger().last_error()}")
         return buffers[self.output].clone()
 
-    def _allocate(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _allocate(self, context, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Buffers for inputs of these shapes and, as the context infers it from them, for the output."""
         shapes = {name: tuple(inputs[name].shape) for name in self.inputs}
-        shapes[self.output] = tuple(self.context.get_tensor_shape(self.output))
+        shapes[self.output] = tuple(context.get_tensor_shape(self.output))
         return {name: torch.empty(s, dtype=self.dtypes[name], device=self.device) for name, s in shapes.items()}
 
 
