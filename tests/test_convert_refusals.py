@@ -240,6 +240,36 @@ def test_full_disk(good, tmp_path, monkeypatch):
         monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
         refused(good, "disk full", "no room for out", output=disk / "out")
         assert list(disk.iterdir()) == []
+def test_a_checkpoint_is_known_by_its_config(source, tmp_path):
+    """Two files of the right names are not enough to be replaced."""
+    output = tmp_path / "place" / "out"
+    output.mkdir(parents=True)
+    (output / "rank0.safetensors").write_text("another program's")
+    for text in ('{"model": "mine"}', "[]", "{"):
+        (output / "config.json").write_text(text)
+        refused(source, "holds something other than a checkpoint", output=output)
+    assert (output / "rank0.safetensors").read_text() == "another program's"
+
+
+def test_places_where_no_folder_can_be_made(source, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "out", tmp_path / "file" / "deeper" / "out"):
+        with pytest.raises(ValueError) as error:
+            convert(str(source), str(output), progress=False)
+        assert str(error.value) == f"{tmp_path / 'file'} exists and is a file; give the name of a folder"
+    # Root may write anywhere, so ask as someone else would.
+    monkeypatch.setattr(atomic.os, "access", lambda path, mode: Path(path) != tmp_path)
+    refused(source, f"no permission to write in {tmp_path}", output=tmp_path / "place" / "out")
+    assert not (tmp_path / "place").exists()
+
+
+def test_a_mount_point_is_refused_at_once(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic.os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    monkeypatch.setattr(TensorFileWriter, "write", None)  # no work is done
+    (tmp_path / "disk").mkdir()
+    refused(source, "disk is a mount point", "give a folder inside it", output=tmp_path / "disk")
+
+
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -309,3 +339,20 @@ def test_a_living_process_keeps_its_partial_folder(source, tmp_path):
     neighbour.mkdir(parents=True)
     quiet(source, tmp_path / "place" / "out")
     assert neighbour.is_dir()
+def test_interrupt_between_the_renames(source, tmp_path, monkeypatch):
+    output = tmp_path / "place" / "out"
+    old = quiet(source, output)
+    rename = os.rename
+
+    def interrupted(first, second):
+        if ".partial-" in str(first):
+            raise KeyboardInterrupt
+        rename(first, second)
+
+    monkeypatch.setattr(atomic.os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(source), str(output), tp_size=2, progress=False)
+    assert os.listdir(output.parent) == ["out"]
+    assert Checkpoint.open(output, verify=True).files == old.files
+
+

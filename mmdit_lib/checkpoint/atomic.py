@@ -24,10 +24,10 @@ def complete_folder(folder: Path, kind: str, is_kind: Callable[[Path], bool]) ->
         is_kind: tells whether an existing folder is one, so that nothing else is ever deleted.
 
     Raises:
-        ValueError: if `folder` holds something else, or the disk is full.
+        ValueError: if `folder` cannot be made or replaced (see `require_place`), or the disk is full.
     """
+    require_place(folder, kind, is_kind)
     folder = folder.resolve()
-    _refuse_foreign(folder, kind, is_kind)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def complete_folder(folder: Path, kind: str, is_kind: Callable[[Path], bool]) ->
         partial.mkdir()
         yield partial
         _sync(partial)
-        _refuse_foreign(folder, kind, is_kind)
+        require_place(folder, kind, is_kind)
         _swap(partial, folder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -45,6 +45,22 @@ def complete_folder(folder: Path, kind: str, is_kind: Callable[[Path], bool]) ->
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def require_place(folder: Path, kind: str, is_kind: Callable[[Path], bool]) -> None:
+    """Raises `ValueError` unless `complete_folder` may write there; makes nothing."""
+    folder = folder.resolve()
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise ValueError(f"{there} exists and is a file; give the name of a folder")
+    if os.path.ismount(folder):
+        raise ValueError(f"{folder} is a mount point and cannot be replaced as a whole; give a folder inside it")
+    parent = folder.parent if there == folder else there
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"no permission to write in {parent}; give a folder elsewhere for the {kind}")
+    if there == folder and any(folder.iterdir()) and not is_kind(folder):
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise ValueError(f"{folder} holds something other than {article} {kind}; nothing there is overwritten")
+
+
 def require_space(folder: Path, nbytes: int) -> None:
     """Raises `ValueError` unless `nbytes` fit on the disk of `folder`, which exists."""
     free = shutil.disk_usage(folder).free
@@ -52,22 +68,18 @@ def require_space(folder: Path, nbytes: int) -> None:
         raise ValueError(f"disk full: {nbytes} bytes are needed in {folder.parent}, {free} are free")
 
 
-def _refuse_foreign(folder: Path, kind: str, is_kind: Callable[[Path], bool]) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} exists and is a file; give the name of a folder")
-    if folder.exists() and any(folder.iterdir()) and not is_kind(folder):
-        article = "an" if kind[0] in "aeiou" else "a"
-        raise ValueError(f"{folder} holds something other than {article} {kind}; nothing there is overwritten")
-
-
 def _swap(partial: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(partial, folder)
         return
     old = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
-    os.rename(folder, old)
-    os.rename(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.rename(folder, old)
+        os.rename(partial, folder)
+    finally:
+        if old.exists() and not folder.exists():  # stopped between the two, say by Ctrl-C
+            os.rename(old, folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _clean_up(folder: Path) -> None:
