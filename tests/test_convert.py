@@ -232,15 +232,17 @@ def test_hub_id_from_the_local_cache(model, folder, tmp_path):
 def test_only_the_transformer_is_fetched(folder, tmp_path, monkeypatch):
     import huggingface_hub
 
-    asked = {}
+    calls = []
 
     def snapshot_download(repository, *, revision, allow_patterns):
-        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
+        calls.append((repository, revision, allow_patterns))
         return str(folder.parent)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     quiet("someone/sd3-tiny", tmp_path / "out", revision="v1")
-    assert asked["repository"] == "someone/sd3-tiny" and asked["revision"] == "v1"
+    (repository, revision, configs), (again, commit, weights) = calls
+    assert repository == again == "someone/sd3-tiny"
+    assert (revision, commit) == ("v1", folder.parent.name), "the weights are those of the config's commit"
     published = [
         "transformer/config.json",
         "vae/config.json",
@@ -253,7 +255,7 @@ def test_only_the_transformer_is_fetched(folder, tmp_path, monkeypatch):
         "vae/diffusion_pytorch_model.safetensors",
         "transformer/diffusion_pytorch_model.fp16.safetensors",
     ]
-    fetched = huggingface_hub.utils.filter_repo_objects(published + others, allow_patterns=asked["patterns"])
+    fetched = huggingface_hub.utils.filter_repo_objects(published + others, allow_patterns=configs + weights)
     assert list(fetched) == published
 
 

@@ -180,6 +180,27 @@ def test_places_that_hold_no_model(source, tmp_path, monkeypatch):
     refused("someone/sd3", "someone/sd3", "cannot be fetched", "no route", output=tmp_path / "place" / "out")
 
 
+def test_refused_before_the_weights_are_fetched(good, tmp_path, monkeypatch):
+    """A hub id costs its config alone where tp does not fit, and nothing where the output does not."""
+    hub, fetched = tmp_path / "hub" / "commit", []
+    (hub / "transformer").mkdir(parents=True)
+    shutil.copy(good / "config.json", hub / "transformer")
+
+    def snapshot_download(repository, *, revision, allow_patterns):
+        fetched.extend(allow_patterns)
+        return str(hub)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    place = tmp_path / "place" / "out"
+    refused("someone/sd3", "4 heads do not divide by tp 3; use 1, 2 or 4", output=place, tp_size=3)
+    assert fetched and not any("safetensors" in pattern for pattern in fetched)
+    fetched.clear()
+    place.mkdir(parents=True)
+    (place / "thesis.txt").write_text("years of work")
+    refused("someone/sd3", "holds something other than a checkpoint", output=place)
+    assert fetched == []
+
+
 def test_original_layout(tmp_path):
     path = tmp_path / "sd3.safetensors"
     tensors = original_layout(tiny_model())

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from ..config import Dtype, Mapping, TpLayout
+from ..config import Dtype, Mapping, ModelConfig, TpLayout
 from ..network.plan import PLANS, local_shape, shard
 from ..tiny.package import resolve_model
-from .atomic import complete_folder, require_space
+from .atomic import complete_folder, require_place, require_space
 from .keys import to_diffusers
 from .manifest import CONFIG_FILE, FORMAT_VERSION, checkpoint_config, is_checkpoint, rank_file, versions
 from .shapes import expected_shapes
@@ -68,9 +68,14 @@ def convert(
     if tp_layout not in PLANS:
         raise ValueError(f"tp_layout {tp_layout}: use {' or '.join(PLANS)}")
     mapping = Mapping.parse({"tp_size": tp_size, "cp_size": cp_size, "cfg_size": cfg_size}, "parallel layout")
-    source = find_source(resolve_model(model_path), variant, revision)
-    mapping.check(source.model, tp_layout=tp_layout)
     output = Path(output_dir).expanduser()
+    require_place(output, "checkpoint", is_checkpoint)  # a download may take long
+
+    def check(model: ModelConfig) -> None:
+        mapping.check(model, tp_layout=tp_layout)
+
+    source = find_source(resolve_model(model_path), variant, revision, check)
+    check(source.model)
     dtype = source.dtype if dtype == "auto" else dtype
     with complete_folder(output, "checkpoint", is_checkpoint) as partial:
         files = _write_ranks(source, partial, dtype, tp_size, tp_layout, progress)

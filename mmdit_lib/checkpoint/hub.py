@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+CONFIGS = ["model_index.json", "vae/config.json", "transformer/config.json"]
 
-def download(repository: str, variant: str | None, revision: str | None) -> tuple[Path, str]:
+
+def download(repository: str, patterns: list[str], revision: str | None) -> tuple[Path, str]:
     """The local folder and the commit of a hub id; only what is missing in the cache is fetched.
+
+    Args:
+        patterns: the files to fetch.
 
     Raises:
         ValueError: if there is no such path or repository, or it cannot be fetched.
@@ -19,9 +24,7 @@ def download(repository: str, variant: str | None, revision: str | None) -> tupl
     except ImportError:
         raise ValueError(f"{repository} does not exist here; for hub ids: pip install huggingface_hub") from None
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_patterns(variant))
-        )
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except huggingface_hub.errors.GatedRepoError:
         raise ValueError(
             f"{repository} asks for its licence to be accepted: do so at huggingface.co/{repository}, "
@@ -33,13 +36,11 @@ def download(repository: str, variant: str | None, revision: str | None) -> tupl
     return folder, folder.name
 
 
-def _patterns(variant: str | None) -> list[str]:
+def weights(variant: str | None) -> list[str]:
+    """Patterns of a transformer's files."""
     infix = f".{variant}" if variant else ""
     stem = "transformer/diffusion_pytorch_model"
     return [
-        "model_index.json",
-        "vae/config.json",
-        "transformer/config.json",
         f"{stem}.safetensors.index{infix}.json",
         f"{stem}{infix}.safetensors",
         f"{stem}{infix}-?????-of-?????.safetensors",

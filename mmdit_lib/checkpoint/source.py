@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +37,22 @@ class Source:
         return sizes.most_common(1)[0][0]
 
 
-def find_source(model_path: str | Path, variant: str | None = None, revision: str | None = None) -> Source:
-    """See `convert` for what `model_path` may be. Raises `ValueError`."""
+def find_source(
+    model_path: str | Path,
+    variant: str | None = None,
+    revision: str | None = None,
+    check: Callable[[ModelConfig], None] = lambda model: None,
+) -> Source:
+    """See `convert` for what `model_path` may be; `check` sees a hub id's config before the weights are fetched.
+
+    Raises:
+        ValueError: in one line, where there is no transformer, or its parts do not fit together.
+    """
     path = Path(model_path).expanduser()
     if not path.exists():
-        path, commit = hub.download(str(model_path), variant, revision)
+        path, commit = hub.download(str(model_path), hub.CONFIGS, revision)
+        check(_read_config(_transformer(path) / "config.json"))
+        path, commit = hub.download(str(model_path), hub.weights(variant), commit)
         return _from_folder(path, variant, commit)
     if revision:
         raise ValueError(f"revision {revision} applies to hub ids; {path} is on disk")
@@ -52,14 +64,20 @@ def find_source(model_path: str | Path, variant: str | None = None, revision: st
 
 
 def _from_folder(folder: Path, variant: str | None, revision: str | None) -> Source:
+    folder = _transformer(folder)
+    tensors = _read_headers(_weight_files(folder, variant))
+    return _source(folder, tensors, _read_config(folder / "config.json"), _vae_scale_factor(folder), revision)
+
+
+def _transformer(folder: Path) -> Path:
+    """Where the transformer's files lie."""
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} is neither a pipeline folder (with transformer/) nor a transformer (with config.json)"
         )
-    tensors = _read_headers(_weight_files(folder, variant))
-    return _source(folder, tensors, _read_config(folder / "config.json"), _vae_scale_factor(folder), revision)
+    return folder
 
 
 def _from_file(path: Path) -> Source:
