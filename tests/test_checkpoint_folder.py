@@ -136,6 +136,7 @@ def test_truncated_without_a_manifest(upstream):
         (lambda c: c["mmdit_lib"].update(format_version=2), "format 2"),
         (lambda c: c["mmdit_lib"].update(tp_layout="rows"), "tp_layout rows"),
         (lambda c: c.update(mapping=None), "not a checkpoint's config"),
+        (lambda c: c.update(pretrained_config={}), "is an engine folder, not a checkpoint"),
     ],
 )
 def test_config_that_does_not_fit(one, change, words):

@@ -240,27 +240,6 @@ def test_nothing_foreign_is_overwritten(source, tmp_path):
     refused(source, "holds something other than a checkpoint")
 
 
-def test_an_older_checkpoint_is_replaced_when_the_new_one_is_complete(source, tmp_path):
-    output = tmp_path / "place" / "out"
-    old = quiet(source, output, tp_size=2)
-    edit(source, lambda t: t["proj_out.weight"].fill_(1e6))
-    refused(source, "reaches 1e+06", dtype="float16")
-    assert Checkpoint.open(output, verify=True).files == old.files
-    assert list(quiet(source, output).files) == ["rank0.safetensors"]
-    assert os.listdir(output.parent) == ["out"]
-
-
-def test_full_disk(good, tmp_path, monkeypatch):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs privileges")
-    try:
-        refused(good, "disk full", "are needed", "are free", output=disk / "out")
-        # Found out only while writing, as when another process fills the disk:
-        monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
-        refused(good, "disk full", "no room for out", output=disk / "out")
-        assert list(disk.iterdir()) == []
 def test_a_checkpoint_is_known_by_its_config(source, tmp_path):
     """Two files of the right names are not enough to be replaced."""
     output = tmp_path / "place" / "out"
@@ -291,6 +270,27 @@ def test_a_mount_point_is_refused_at_once(source, tmp_path, monkeypatch):
     refused(source, "disk is a mount point", "give a folder inside it", output=tmp_path / "disk")
 
 
+def test_an_older_checkpoint_is_replaced_when_the_new_one_is_complete(source, tmp_path):
+    output = tmp_path / "place" / "out"
+    old = quiet(source, output, tp_size=2)
+    edit(source, lambda t: t["proj_out.weight"].fill_(1e6))
+    refused(source, "reaches 1e+06", dtype="float16")
+    assert Checkpoint.open(output, verify=True).files == old.files
+    assert list(quiet(source, output).files) == ["rank0.safetensors"]
+    assert os.listdir(output.parent) == ["out"]
+
+
+def test_full_disk(good, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs privileges")
+    try:
+        refused(good, "disk full", "are needed", "are free", output=disk / "out")
+        # Found out only while writing, as when another process fills the disk:
+        monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+        refused(good, "disk full", "no room for out", output=disk / "out")
+        assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -355,11 +355,6 @@ def test_interrupt(source, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "place") == []
 
 
-def test_a_living_process_keeps_its_partial_folder(source, tmp_path):
-    neighbour = tmp_path / "place" / f".out.partial-{os.getppid()}"
-    neighbour.mkdir(parents=True)
-    quiet(source, tmp_path / "place" / "out")
-    assert neighbour.is_dir()
 def test_interrupt_between_the_renames(source, tmp_path, monkeypatch):
     output = tmp_path / "place" / "out"
     old = quiet(source, output)
@@ -377,3 +372,8 @@ def test_interrupt_between_the_renames(source, tmp_path, monkeypatch):
     assert Checkpoint.open(output, verify=True).files == old.files
 
 
+def test_a_living_process_keeps_its_partial_folder(source, tmp_path):
+    neighbour = tmp_path / "place" / f".out.partial-{os.getppid()}"
+    neighbour.mkdir(parents=True)
+    quiet(source, tmp_path / "place" / "out")
+    assert neighbour.is_dir()

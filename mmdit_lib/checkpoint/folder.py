@@ -53,6 +53,8 @@ class Checkpoint:
         if not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"{folder} is not a checkpoint folder: it has no {CONFIG_FILE}")
         config = read_json(folder / CONFIG_FILE)
+        if "pretrained_config" in config:
+            raise ValueError(f"{folder} is an engine folder, not a checkpoint; `mmdit convert` writes checkpoints")
         try:
             checkpoint = _interpret(folder, config)
         except (KeyError, TypeError, AttributeError) as error:

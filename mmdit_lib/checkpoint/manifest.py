@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ARCHITECTURE, Mapping, ModelConfig
+from .source import read_json
 
 CONFIG_FILE = "config.json"
 OWN_KEY = "mmdit_lib"
@@ -91,18 +92,28 @@ def known_keys(model: ModelConfig) -> set[str]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that a conversion depends on; None where one is not installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    """Of the packages that a conversion depends on."""
+    return {package: version_of(package) for package in PACKAGES}
+
+
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder` holds a checkpoint and nothing else."""
     names = {path.name for path in folder.iterdir()}
     ranks = {name for name in names if name.startswith("rank") and name.endswith(".safetensors")}
-    return rank_file(0) in ranks and names == ranks | {CONFIG_FILE}
+    return rank_file(0) in ranks and names == ranks | {CONFIG_FILE} and "architecture" in keys_in(folder / CONFIG_FILE)
+
+
+def keys_in(path: Path) -> set[str]:
+    """The keys of a JSON object; none where the file holds anything else."""
+    try:
+        return set(read_json(path))
+    except ValueError:
+        return set()
