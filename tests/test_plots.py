@@ -78,6 +78,18 @@ def test_images_side_by_side(gap, words):
     assert len(plots.images_side_by_side([a, b, a], list("abc"), difference=False).axes) == 3
 
 
+def test_few_differing_pixels_are_enlarged_and_counted():
+    a = np.full((128, 128, 3), 100, np.uint8)
+    b = a.copy()
+    b[0, 0] += 2
+    b[64, 100, 2] += 1
+    figure = plots.images_side_by_side([a, b], ["one", "other"])
+    assert "at most 2 grey levels of 255, in 2 pixels,\neach drawn as a square of 7 x 7" in texts(figure)
+    shown = figure.axes[2].images[0].get_array()
+    assert (shown[:4, :4] == 254).all() and (shown > 0).any(-1).sum() == 4 * 4 + 7 * 7
+    assert shown[61:68, 97:104].max(-1).min() == 127 and not shown[61:68, 97:104, :2].any()
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_shard_map_gives_every_rank_its_share(tp_size):
     figure = plots.shard_map(MEDIUM, tp_size)
@@ -124,3 +136,8 @@ def test_bars_carry_numbers_and_ratios():
     said = texts(plots.traffic_bars({"megatron": 310e6, "trtllm": 775e6, "none": 0}))
     assert "310 MB\n" in said and "775 MB, 2.5 times the least" in said
     assert "2,610 MB" in texts(plots.traffic_bars({"trtllm": 2.6082e9}))
+
+
+def test_bars_are_of_one_colour():
+    bars = plots.time_bars({"a": 1.0, "b": 2.0, "c": 3.0}).axes[0].patches
+    assert len(bars) == 3 and len({to_hex(bar.get_facecolor()) for bar in bars}) == 1

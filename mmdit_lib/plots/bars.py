@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping as Values
 from collections.abc import Sequence
 
-from .figure import Figure, colours, new_axes
+from .figure import COLOURS, Figure, new_axes
 
 
 def time_bars(times: Values[str, float], *, unit: str = "ms", title: str = "Time per denoising step") -> Figure:
     """A bar per label and, on it, how many times faster it is than the slowest."""
     slowest = max(times.values())
     notes = [
-        f"{value:.3g} {unit}" + (f", {slowest / value:.2f} times faster" if value < slowest else "")
+        f"{value:.3g} {unit}" + (f", {slowest / value:.2f} times faster" if slowest / value > 1.005 else "")
         for value in times.values()
     ]
     return _bars(times, notes, unit, title)
@@ -35,7 +35,7 @@ def _megabytes(nbytes: float) -> str:
 
 def _bars(values: Values[str, float], notes: Sequence[str], unit: str, title: str) -> Figure:
     figure, axes = new_axes(8.5, 1.1 + 0.55 * len(values))
-    bars = axes.barh(list(values), list(values.values()), color=colours(len(values)), height=0.62)
+    bars = axes.barh(list(values), list(values.values()), color=COLOURS[0], height=0.62)
     most = max(values.values()) or 1
     for bar, note in zip(bars, notes, strict=True):
         inside = bar.get_width() > 0.6 * most

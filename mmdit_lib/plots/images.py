@@ -8,9 +8,14 @@ import numpy as np
 
 from .figure import GREY, Figure
 
+FEW = 0.01
+"""Differing pixels, as a share of all, that are enlarged: single ones would not be seen."""
+
 
 def images_side_by_side(images: Sequence, titles: Sequence[str], *, difference: bool = True) -> Figure:
     """Images in a row and, with `difference`, that of the first two, amplified so that it can be seen.
+
+    Where only a few pixels differ, each is drawn as a square of several, and the title says so.
 
     Args:
         images: PIL images or arrays [H, W, 3] of 0 to 255.
@@ -18,18 +23,39 @@ def images_side_by_side(images: Sequence, titles: Sequence[str], *, difference: 
     arrays = [np.asarray(image) for image in images]
     titles = list(titles)
     if difference:
-        gap = np.abs(arrays[0].astype(int) - arrays[1].astype(int))
-        most = int(gap.max())
-        gain = 255 // most if most else 1
-        arrays.append((gap * gain).astype(np.uint8))
-        says = f"at most {most} grey level{'s' * (most != 1)} of 255" if most else "none: equal in every pixel"
-        titles.append(f"difference{f', {gain} times' if gain > 1 else ''}\n{says}")
-    figure = Figure(figsize=(3.6 * len(arrays), 4.2), layout="constrained")
+        array, title = _difference(arrays[0].astype(int), arrays[1].astype(int))
+        arrays.append(array)
+        titles.append(title)
+    lines = 1 + max(title.count("\n") for title in titles)
+    figure = Figure(figsize=(3.6 * len(arrays), 3.65 + 0.19 * lines), layout="constrained")
     for axes, array, title in zip(figure.subplots(1, len(arrays), squeeze=False)[0], arrays, titles, strict=True):
         axes.imshow(array, interpolation="nearest" if array.shape[0] < 256 else "antialiased")
         axes.set_title(title, fontsize=11)
+        axes.set_anchor("S")  # room for titles above, none left below
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_color(GREY)
     return figure
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, str]:
+    gap = np.abs(a - b)
+    most, pixels = int(gap.max()), int(gap.any(-1).sum())
+    if not most:
+        return gap.astype(np.uint8), "difference\nnone: equal in every pixel"
+    gain = 255 // most
+    says = f"difference{f', {gain} times' if gain > 1 else ''}\n"
+    says += f"at most {most} grey level{'s' * (most != 1)} of 255, in {pixels:,} pixel{'s' * (pixels != 1)}"
+    gap = gap * gain
+    if pixels < FEW * gap.shape[0] * gap.shape[1]:
+        side = 2 * (min(gap.shape[:2]) // 50) + 3
+        gap = _enlarged(gap, side)
+        says += f",\neach drawn as a square of {side} x {side}"
+    return gap.astype(np.uint8), says
+
+
+def _enlarged(image: np.ndarray, side: int) -> np.ndarray:
+    """Every pixel becomes the brightest of the `side` x `side` around it."""
+    padded = np.pad(image, ((side // 2, side // 2), (side // 2, side // 2), (0, 0)))
+    return np.lib.stride_tricks.sliding_window_view(padded, (side, side), axis=(0, 1)).max((-2, -1))
