@@ -28,8 +28,14 @@ class Config(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            faults = (f"{'.'.join(map(str, e['loc'])) or 'values'}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{where}: {'; '.join(faults)}") from None
+            raise ValueError(f"{where}: {'; '.join(map(_fault, error.errors()))}") from None
+
+
+def _fault(error: dict[str, Any]) -> str:
+    """One of pydantic's errors; those of our own validators are sentences as they stand."""
+    message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+    place = ".".join(map(str, error["loc"]))
+    return f"{place}: {message}" if place else message
 
 
 class ModelConfig(Config):
@@ -170,7 +176,7 @@ class Resolution(Config):
         if isinstance(text, Resolution):
             return text
         sides = str(text).lower().split("x")
-        if len(sides) > 2 or not all(s.strip().isdigit() for s in sides):
+        if len(sides) > 2 or not all(s.strip().isdecimal() and int(s) > 0 for s in sides):
             raise ValueError(f"resolution '{text}': give HEIGHTxWIDTH in pixels, for instance 768x1344, or one number")
         return cls(height=int(sides[0]), width=int(sides[-1]))
 
@@ -194,13 +200,13 @@ class BuildConfig(Config):
 
     @model_validator(mode="after")
     def _ordered(self):
-        tokens = (self.min_text_tokens, self.opt_text_tokens, self.max_text_tokens)
-        if list(tokens) != sorted(tokens):
-            raise ValueError(f"text tokens must satisfy min <= opt <= max, not {tokens}")
-        for side in ("height", "width"):
-            sides = [getattr(r, side) for r in (self.min_resolution, self.opt_resolution, self.max_resolution)]
-            if sides != sorted(sides):
-                raise ValueError(f"{side} must satisfy min <= opt <= max, not {sides}")
+        for low, high in (("min", "opt"), ("opt", "max")):
+            fewer, more = (getattr(self, f"{end}_text_tokens") for end in (low, high))
+            if fewer > more:
+                raise ValueError(f"{low}_text_tokens {fewer} must not exceed {high}_text_tokens {more}")
+            small, large = (getattr(self, f"{end}_resolution") for end in (low, high))
+            if small.height > large.height or small.width > large.width:
+                raise ValueError(f"{low}_resolution {small} must not exceed {high}_resolution {large} on either side")
         return self
 
     @cached_property
@@ -208,8 +214,9 @@ class BuildConfig(Config):
         return self.min_resolution, self.opt_resolution, self.max_resolution
 
     def batches(self, cfg_size: int) -> tuple[int, int, int]:
-        """(min, opt, max) batch; with CFG parallelism a batch has one row per cfg rank at least."""
-        return cfg_size, max(cfg_size, (self.max_batch_size + 1) // 2), self.max_batch_size
+        """(min, opt, max) batch: multiples of `cfg_size`, each rank taking as many rows."""
+        middle = -(-self.max_batch_size // (2 * cfg_size)) * cfg_size
+        return cfg_size, middle, self.max_batch_size
 
     def check(self, model: ModelConfig, mapping: Mapping) -> None:
         """Raises `ValueError` where the profile does not fit the model."""

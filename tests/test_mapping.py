@@ -3,7 +3,7 @@
 import pytest
 from helpers import model_config
 
-from mmdit_lib.config import KNOWN_MODELS, Mapping
+from mmdit_lib.config import KNOWN_MODELS, BuildConfig, Mapping, Resolution
 from mmdit_lib.parallel.launch import check_launch
 
 LARGE = KNOWN_MODELS["stable-diffusion-3.5-large"]
@@ -73,6 +73,31 @@ def test_any_cp_size_gathers():
 def test_sizes_that_are_none(values):
     with pytest.raises(ValueError, match=r"^layout: [^\n]+$"):
         Mapping.parse(values, "layout")
+
+
+def test_a_validators_sentence_stands_as_it_is():
+    with pytest.raises(ValueError) as error:
+        Mapping.parse(dict(tp_size=2, rank=2), "layout")
+    assert str(error.value) == "layout: rank 2 does not exist in a world of 2"
+
+
+@pytest.mark.parametrize("text", [0, "0", "0x512", "512x0", "-512", "", "x", "1x2x3", "512.0", "²"])
+def test_sizes_that_are_no_resolution(text):
+    with pytest.raises(ValueError) as error:
+        Resolution.read(text)
+    assert str(error.value) == (
+        f"resolution '{text}': give HEIGHTxWIDTH in pixels, for instance 768x1344, or one number"
+    )
+
+
+@pytest.mark.parametrize("rows", range(1, 13))
+@pytest.mark.parametrize("cfg", [1, 2])
+def test_batches_of_a_profile(rows, cfg):
+    square = Resolution.read(64)
+    config = BuildConfig(max_batch_size=rows * cfg, min_resolution=square, opt_resolution=square, max_resolution=square)
+    low, middle, high = config.batches(cfg)
+    assert (low, high) == (cfg, rows * cfg)
+    assert middle % cfg == 0 and high <= 2 * middle <= high + 2 * cfg and middle <= high
 
 
 def test_number_of_processes():
