@@ -104,6 +104,8 @@ def test_default_profile(case):
         (dict(max_batch_size=0), "max_batch_size"),
         (dict(max_batch_size=3, cfg_size=2), "max_batch_size 3 must be even"),
         (dict(cfg_size=3), "cfg_size"),
+        (dict(cp_size=0), "cp_size"),
+        (dict(cfg_size=0), "cfg_size"),
         (dict(cp_size=3, cp_method="ulysses"), "the 4 heads of a tp rank do not divide by cp 3; use 1, 2 or 4"),
         (dict(compute_capability=("6.1",)), "compute_capability 6.1: use "),
     ],
@@ -134,6 +136,12 @@ def test_tensorrt_refuses(case, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="TensorRT built no plan for rank 0: ") as error:
         quick(case, tmp_path / "place" / "engine")
     assert "\n" not in str(error.value) and os.listdir(tmp_path / "place") == []
+
+
+def test_an_earlier_builds_error_is_not_told_again(case, tmp_path):
+    logger.logger().errors.append("an earlier build's")
+    quick(case, tmp_path / "engine", plan=False)
+    assert logger.logger().last_error() == "its log says nothing"
 
 
 def test_full_disk(case, tmp_path):

@@ -6,25 +6,17 @@ import json
 import os
 import resource
 import time
-from importlib import metadata
 from pathlib import Path
 
 from ..checkpoint.atomic import complete_folder
 from ..checkpoint.folder import Checkpoint
+from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, version_of
 from ..checkpoint.tensor_file import sha256_of
 from ..config import BuildConfig, CpMethod, Mapping, ModelConfig, Resolution
 from ..network.mmdit import MMDiT
 from ..network.network import Network
 from ..network.trt import installed, trt
-from .folder import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    OWN_KEY,
-    checkpoint_reference,
-    graph_file,
-    is_engine_folder,
-    plan_file,
-)
+from .folder import FORMAT_VERSION, checkpoint_reference, graph_file, is_engine_folder, plan_file
 from .graph import Graph
 from .logger import Progress, logger
 from .read_network import read_network
@@ -77,15 +69,19 @@ def build(
     """
     checkpoint = Checkpoint.open(checkpoint_dir)
     own = checkpoint.mapping
-    sizes = {"tp_size": own.tp_size, "cp_size": cp_size or own.cp_size, "cfg_size": cfg_size or own.cfg_size}
+    sizes = {
+        "tp_size": own.tp_size,
+        "cp_size": own.cp_size if cp_size is None else cp_size,
+        "cfg_size": own.cfg_size if cfg_size is None else cfg_size,
+    }
     mapping = Mapping.parse(sizes, "parallel layout")
     low, middle, high = default_resolutions(checkpoint.model, checkpoint.vae_scale_factor)
     config = BuildConfig.parse(
         {
             "max_batch_size": max_batch_size,
-            "min_resolution": Resolution.read(min_resolution or low),
-            "opt_resolution": Resolution.read(opt_resolution or middle),
-            "max_resolution": Resolution.read(max_resolution or high),
+            "min_resolution": Resolution.read(low if min_resolution is None else min_resolution),
+            "opt_resolution": Resolution.read(middle if opt_resolution is None else opt_resolution),
+            "max_resolution": Resolution.read(high if max_resolution is None else max_resolution),
             "min_text_tokens": min_text_tokens,
             "opt_text_tokens": opt_text_tokens,
             "max_text_tokens": max_text_tokens,
@@ -97,6 +93,7 @@ def build(
     config.check(checkpoint.model, mapping)
     output = Path(output_dir).expanduser()
     with complete_folder(output, "engine folder", is_engine_folder) as partial:
+        checkpoint.verify()
         report = [
             build_rank(checkpoint, rank, config, partial, compute_capability, plan, progress)
             for rank in mapping.ranks()
@@ -171,6 +168,7 @@ def build_rank(
 ) -> dict:
     """Write one rank's graph file and plan; returns what it took."""
     start = time.perf_counter()
+    logger().errors.clear()  # an earlier build's
     builder = trt.Builder(logger())
     definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     network = define(definition, checkpoint, mapping, config)
@@ -228,7 +226,7 @@ def _config(
     pretrained.pop(OWN_KEY, None)
     files = {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
     return {
-        "version": _version(),
+        "version": version_of("mmdit_lib"),
         "pretrained_config": pretrained,
         "build_config": config.model_dump(mode="json"),
         OWN_KEY: {
@@ -242,10 +240,3 @@ def _config(
             "files": files,
         },
     }
-
-
-def _version() -> str | None:
-    try:
-        return metadata.version("mmdit_lib")
-    except metadata.PackageNotFoundError:
-        return None
