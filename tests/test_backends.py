@@ -15,6 +15,7 @@ from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine import tensorrt_backend
 from mmdit_lib.engine.build import build
 from mmdit_lib.engine.capability import refused_capability
+from mmdit_lib.engine.folder import EngineFolder
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.engine.tensorrt_backend import TensorRTBackend, refusal
 from mmdit_lib.network.trt import installed
@@ -138,6 +139,28 @@ def test_checkpoint_changed_after_the_build(case, moved):
     path.write_bytes(content[:-4])
     with pytest.raises(ValueError, match=r"truncated|has changed: expected"):
         MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
+
+
+def test_only_this_ranks_file_is_verified(case, moved, monkeypatch):
+    convert(str(case.transformer), str(moved / "halved"), tp_size=2, progress=False)
+    folder = EngineFolder.open(build(str(moved / "halved"), str(moved / "two"), plan=False, progress=False))
+    path = moved / "halved" / "rank1.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+    folder.open_checkpoint(tp_rank=0)
+    for tp_rank in (1, None):
+        with pytest.raises(ValueError, match=r"rank1\.safetensors has changed since "):
+            folder.open_checkpoint(tp_rank=tp_rank)
+    monkeypatch.setattr("mmdit_lib.engine.folder.sha256_of", None)  # nothing is read through
+    folder.open_checkpoint(verify=False)
+    folder.graph(0, verify=False)
+
+
+def test_checkpoint_below_the_home_folder(moved, monkeypatch):
+    monkeypatch.setenv("HOME", str(moved))
+    checkpoint = EngineFolder.open(moved / "engine").open_checkpoint("~/checkpoint-float32")
+    assert checkpoint.folder == moved / "checkpoint-float32"
 
 
 def test_checkpoint_converted_anew(case, moved):

@@ -15,7 +15,7 @@ from mmdit_lib.config import BuildConfig, Resolution
 from mmdit_lib.engine import build as build_module
 from mmdit_lib.engine import logger
 from mmdit_lib.engine.build import build, default_resolutions
-from mmdit_lib.engine.folder import EngineFolder, graph_file, plan_file
+from mmdit_lib.engine.folder import EngineFolder, graph_file, is_engine_folder, plan_file
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.network.trt import installed
 
@@ -126,8 +126,56 @@ def test_refused_folders(case, tmp_path):
         quick(case, tmp_path / "mine", plan=False)
     with pytest.raises(ValueError, match="is not an engine folder"):
         EngineFolder.open(case.checkpoint().parent)
-    with pytest.raises(ValueError, match="not the config of an engine folder"):
+    with pytest.raises(ValueError, match="is a checkpoint folder; `mmdit build --checkpoint_dir ") as error:
         EngineFolder.open(case.checkpoint())
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="is an engine folder, not a checkpoint"):
+        build(str(case.engine()), str(tmp_path / "engine"), progress=False)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"mmdit_lib": {}}', '{"pretrained_config": {}}'])
+def test_a_users_config_is_not_deleted(case, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="holds something other than an engine folder"):
+        quick(case, tmp_path, plan=False)
+    assert (tmp_path / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("names", "keys", "known"),
+    [
+        (["rank0.engine"], ["version", "pretrained_config", "build_config"], True),  # TensorRT-LLM's
+        (["rank0.graph.json"], ["pretrained_config", "build_config", "mmdit_lib"], True),
+        ([], ["pretrained_config", "build_config"], False),
+        (["rank0.engine"], ["pretrained_config"], False),
+        (["rank0.engine", "notes.txt"], ["pretrained_config", "build_config", "mmdit_lib"], False),
+        (["ranking.engine"], ["pretrained_config", "build_config", "mmdit_lib"], False),
+    ],
+)
+def test_what_may_be_replaced(tmp_path, names, keys, known):
+    (tmp_path / "config.json").write_text(json.dumps({key: {} for key in keys}))
+    for name in names:
+        (tmp_path / name).touch()
+    assert is_engine_folder(tmp_path) == known
+
+
+def test_a_checkpoint_that_changed_is_not_built(case, tmp_path):
+    checkpoint = Path(shutil.copytree(case.checkpoint(), tmp_path / "checkpoint"))
+    path = checkpoint / "rank0.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rank0\.safetensors has changed: its sha256 is "):
+        build(str(checkpoint), str(tmp_path / "engine"), plan=False, progress=False)
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def test_cfg_parallel_plan_of_six_rows(case, tmp_path):
+    """The optimal batch is even too: half of six is not, and TensorRT would refuse the profile."""
+    options = dict(max_batch_size=6, cfg_size=2, min_resolution="32", opt_resolution="32", max_resolution="32")
+    folder = EngineFolder.open(quick(case, tmp_path / "engine", **options))
+    assert folder.build.batches(2) == (2, 4, 6)
+    folder.verify(plan_file(0), plan_file(1))
 
 
 def test_tensorrt_refuses(case, tmp_path, monkeypatch):
@@ -236,6 +284,14 @@ def test_a_file_that_changed_is_noticed(case, tmp_path, name):
         (lambda c: c["mmdit_lib"].update(format_version=99), "has format 99; this version reads up to 1"),
         (lambda c: c["pretrained_config"].update(num_layers="many"), "num_layers"),
         (lambda c: c["build_config"].update(max_batch_size=0), "max_batch_size"),
+        (lambda c: c.update(build_config=[]), "no valid 'build_config'"),
+        (lambda c: c.update(pretrained_config=None), "no valid 'pretrained_config'"),
+        (lambda c: c.update(mmdit_lib=3), "no valid 'mmdit_lib'"),
+        (lambda c: c["mmdit_lib"].update(format_version="1"), "no valid 'format_version'"),
+        (lambda c: c["mmdit_lib"].update(files=[]), "no valid 'files'"),
+        (lambda c: c["mmdit_lib"].update(checkpoint="there"), "no valid 'checkpoint'"),
+        (lambda c: c["pretrained_config"].update(mapping=[1, 1]), "no valid 'mapping'"),
+        (lambda c: c["pretrained_config"].update(dtype=None), "no valid 'dtype'"),
     ],
 )
 def test_damaged_configs_are_refused(case, tmp_path, change, words):
