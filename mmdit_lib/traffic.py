@@ -153,8 +153,18 @@ def summary(found: Counter[Collective]) -> list[tuple[str, int, str, int]]:
 def print_traffic(
     *, resolution: Resolution | None = None, text_tokens: int = 333, batch: int = 2, dtype: Dtype = "bfloat16"
 ) -> None:
-    """Print a `traffic_table` per published model, each as soon as it is counted; 1024x1024 if not told otherwise."""
+    """Print a `traffic_table` per published model, each as soon as it is counted; 1024x1024 if not told otherwise.
+
+    Raises:
+        ValueError: before anything is printed, where a size fits no model or the batch cannot be halved.
+    """
     console, size = Console(), resolution or Resolution(height=1024, width=1024)
+    if batch < 2 or batch % 2:
+        raise ValueError(f"--batch {batch} must be 2, 4 or another even number: the layout cfg 2 halves the batch")
+    if text_tokens < 1:
+        raise ValueError(f"--text_tokens {text_tokens} must be 1 or more")
+    for model in KNOWN_MODELS.values():
+        one_size(size, batch, text_tokens).check(model, Mapping())
     console.print(f"{size}, batch {batch}, {text_tokens} text tokens, {dtype}; counting takes some seconds a layout")
     for name in KNOWN_MODELS:
         console.print(traffic_table(name, resolution=size, text_tokens=text_tokens, batch=batch, dtype=dtype))

@@ -61,6 +61,22 @@ def test_impossible_layouts_are_left_out():
     assert all(layout.possible(model) for layout in TWO_RANKS.values() for model in KNOWN_MODELS.values())
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(batch=1), "--batch 1 must be 2, 4 or another even number"),
+        (dict(batch=0), "--batch 0 must be 2, 4 or another even number"),
+        (dict(text_tokens=0), "--text_tokens 0 must be 1 or more"),
+        (dict(resolution=Resolution.read(4096)), "the position table reaches 3072 pixels at most"),
+        (dict(resolution=Resolution.read(1000)), "must be multiples of 16 pixels"),
+    ],
+)
+def test_refused_before_anything_is_printed(capsys, options, said):
+    with pytest.raises(ValueError, match=said) as error:
+        print_traffic(**options)
+    assert "\n" not in str(error.value) and capsys.readouterr().out == ""
+
+
 def test_table(monkeypatch, capsys):
     one = {"two layers": KNOWN_MODELS["stable-diffusion-3-medium"].model_copy(update={"num_layers": 2})}
     monkeypatch.setattr("mmdit_lib.traffic.KNOWN_MODELS", one)

@@ -50,8 +50,7 @@ def dry_graph(
 
 
 def one_size(resolution: Resolution, batch: int, text_tokens: int, **options) -> BuildConfig:
-    """A profile of a single size."""
-    return BuildConfig(
-        max_batch_size=batch, min_resolution=resolution, opt_resolution=resolution, max_resolution=resolution,
-        min_text_tokens=text_tokens, opt_text_tokens=text_tokens, max_text_tokens=text_tokens, **options,
-    )  # fmt: skip
+    """A profile of a single size. Raises `ValueError` where there is none of this size."""
+    ends = ("min", "opt", "max")
+    sizes = {f"{end}_resolution": resolution for end in ends} | {f"{end}_text_tokens": text_tokens for end in ends}
+    return BuildConfig.parse({"max_batch_size": batch} | sizes | options, "sizes")
