@@ -70,14 +70,12 @@ SHUFFLE = dict(first_transpose=None, reshape_dims=None, second_transpose=None, z
 SLICE = dict(axes=[1], start=None, shape=None, stride=[1], mode="STRICT_BOUNDS")
 ATTENTION = dict(norm_op="SOFTMAX", causal_kind="NONE")
 QKV = ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8))
-TWO = {"SUM": np.add, "SUB": np.subtract, "PROD": np.multiply, "DIV": np.divide,
-       "FLOOR_DIV": np.floor_divide}  # fmt: skip
-ONE = {"SQRT": np.sqrt, "RECIP": np.reciprocal, "SIN": np.sin, "COS": np.cos, "EXP": np.exp}
+TWO = {"SUM": np.add, "SUB": np.subtract, "PROD": np.multiply, "FLOOR_DIV": np.floor_divide}
+ONE = {"SQRT": np.sqrt, "RECIP": np.reciprocal, "SIN": np.sin, "COS": np.cos}
 
 CASES = [
     OpCase("ACTIVATION", ((3, 7),), sigmoid, dict(kind="SIGMOID"), label="sigmoid"),
     OpCase("ACTIVATION", ((3, 7),), gelu_tanh, dict(kind="GELU_TANH"), label="gelu_tanh"),
-    OpCase("ACTIVATION", ((3, 7),), lambda x: np.maximum(x, 0), dict(kind="RELU"), label="relu"),
     OpCase(
         "ACTIVATION",
         ((3, 7),),
@@ -98,9 +96,7 @@ CASES = [
         dict(stride_nd=[3, 3], padding_nd=[0, 0], dilation_nd=[1, 1], num_groups=1),
     ),
     *[
-        OpCase(
-            "ELEMENTWISE", ((2, 3, 4), (1, 1, 4)), f, dict(op=name), positive=name in ("DIV", "FLOOR_DIV"), label=name
-        )
+        OpCase("ELEMENTWISE", ((2, 3, 4), (1, 1, 4)), f, dict(op=name), positive=name == "FLOOR_DIV", label=name)
         for name, f in TWO.items()
     ],
     OpCase("LINEAR", ((2, 3, 8), (1, 5, 8), (1, 1, 5)), lambda x, w, b: x @ w[0].T + b[0, 0]),
@@ -111,12 +107,9 @@ CASES = [
         dict(op0="NONE", op1="TRANSPOSE"),
         label="bt",
     ),
-    OpCase("MATRIX_MULTIPLY", ((8, 3), (8, 5)), lambda a, b: a.T @ b, dict(op0="TRANSPOSE", op1="NONE"), label="at"),
+    OpCase("MATRIX_MULTIPLY", ((3, 8), (8, 5)), lambda a, b: a @ b, dict(op0="NONE", op1="NONE"), label="plain"),
     OpCase("NORMALIZATION", ((2, 3, 8), (1, 1, 8), (1, 1, 8)), layer_norm, dict(axes=4, epsilon=1e-6)),
-    OpCase(
-        "REDUCE", ((2, 3, 8),), lambda x: x.mean(2, keepdims=True), dict(op="AVG", axes=4, keep_dims=True), label="avg"
-    ),
-    OpCase("REDUCE", ((2, 3, 8),), lambda x: x.sum((0, 1)), dict(op="SUM", axes=3, keep_dims=False), label="sum"),
+    OpCase("REDUCE", ((2, 3, 8),), lambda x: x.mean(2, keepdims=True), dict(op="AVG", axes=4, keep_dims=True)),
     OpCase(
         "SHUFFLE",
         ((2, 3, 8),),
@@ -128,9 +121,9 @@ CASES = [
     OpCase(
         "SHUFFLE",
         ((2, 3, 8),),
-        lambda x: x.transpose(2, 0, 1).reshape(8, 6).T,
-        dict(SHUFFLE, first_transpose=[2, 0, 1], reshape_dims=[8, 6], second_transpose=[1, 0]),
-        label="all",
+        lambda x: x.transpose(2, 0, 1).reshape(8, 6),
+        dict(SHUFFLE, first_transpose=[2, 0, 1], reshape_dims=[8, 6]),
+        label="transpose",
     ),
     OpCase("SHUFFLE", ((2, 3, 8),), lambda x: x.reshape(3, 16), SHUFFLE, fixed=((3, 16),), label="dynamic"),
     OpCase("SILU", ((3, 7),), lambda x: x * sigmoid(x)),
@@ -192,7 +185,10 @@ def test_shape_operator(op, inputs, attributes, wanted):
     ("op", "inputs", "attributes"),
     [
         ("ATTENTION", [torch.zeros(1, 1, 2, 2)] * 3, dict(norm_op="SOFTMAX", causal_kind="LOWER_RIGHT")),
+        ("MATRIX_MULTIPLY", [torch.zeros(2, 2)] * 2, dict(op0="TRANSPOSE", op1="NONE")),
         ("NORMALIZATION", [torch.zeros(2, 3)] * 3, dict(axes=1, epsilon=1e-6)),
+        ("REDUCE", [torch.zeros(2, 3)], dict(op="SUM", axes=2, keep_dims=True)),
+        ("SHUFFLE", [torch.zeros(2, 3)], dict(SHUFFLE, second_transpose=[1, 0])),
         ("SLICE", [torch.zeros(4), None, None], dict(axes=[0], start=[0], shape=[2], stride=[2], mode="STRICT_BOUNDS")),
     ],
 )

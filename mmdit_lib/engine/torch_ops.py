@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as nn
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from ..network.trt import TORCH_DTYPES as DTYPES
 
 
 def activation(x, *, kind, alpha=0.0, beta=0.0):
@@ -25,7 +25,7 @@ def gelu_tanh(x):
     return nn.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS: dict[str, Callable] = {"SIGMOID": torch.sigmoid, "GELU_TANH": gelu_tanh, "RELU": torch.relu}
+ACTIVATIONS: dict[str, Callable] = {"SIGMOID": torch.sigmoid, "GELU_TANH": gelu_tanh}
 
 
 def attention(q, k, v, *, norm_op, causal_kind, scale=1.0):
@@ -50,7 +50,6 @@ ELEMENTWISE: dict[str, Callable] = {
     "SUM": operator.add,
     "SUB": operator.sub,
     "PROD": operator.mul,
-    "DIV": operator.truediv,
     "FLOOR_DIV": operator.floordiv,
 }
 
@@ -60,7 +59,7 @@ def elementwise(a, b, *, op):
 
 
 def matrix_multiply(a, b, *, op0, op1):
-    a = a.transpose(-1, -2) if op0 == "TRANSPOSE" else a
+    assert op0 == "NONE", op0
     b = b.transpose(-1, -2) if op1 == "TRANSPOSE" else b
     return a @ b
 
@@ -71,19 +70,16 @@ def normalization(x, scale, bias, *, axes, epsilon):
 
 
 def reduce(x, *, op, axes, keep_dims):
-    dims = [i for i in range(x.dim()) if axes >> i & 1]
-    return {"AVG": torch.mean, "SUM": torch.sum}[op](x, dims, keepdim=keep_dims)
+    assert (op, keep_dims) == ("AVG", True), (op, keep_dims)
+    return x.mean([i for i in range(x.dim()) if axes >> i & 1], keepdim=True)
 
 
 def shuffle(x, shape=None, *, first_transpose, reshape_dims, second_transpose, zero_is_placeholder):
+    assert second_transpose is None and zero_is_placeholder
     if first_transpose:
         x = x.permute(first_transpose)
     shape = reshape_dims if shape is None else shape
-    if shape is not None:
-        if zero_is_placeholder:
-            shape = [x.shape[i] if size == 0 else size for i, size in enumerate(shape)]
-        x = x.reshape(shape)
-    return x.permute(second_transpose) if second_transpose else x
+    return x if shape is None else x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape)])
 
 
 def slice_(x, starts=None, sizes=None, *, axes, start, shape, stride, mode):
@@ -99,7 +95,7 @@ def slice_(x, starts=None, sizes=None, *, axes, start, shape, stride, mode):
 
 
 UNARY: dict[str, Callable] = {
-    "SQRT": torch.sqrt, "RECIP": torch.reciprocal, "SIN": torch.sin, "COS": torch.cos, "EXP": torch.exp,
+    "SQRT": torch.sqrt, "RECIP": torch.reciprocal, "SIN": torch.sin, "COS": torch.cos,
 }  # fmt: skip
 
 
