@@ -99,11 +99,16 @@ class MMDiTRunner:
                 cuda_graph=cuda_graph,
             )
         else:
-            checkpoint = folder.open_checkpoint(checkpoint_dir, verify=verify)
-            weights = checkpoint.weights(folder.mapping.at(rank).tp_rank)
+            tp_rank = folder.mapping.at(rank).tp_rank
+            weights = folder.open_checkpoint(checkpoint_dir, verify=verify, tp_rank=tp_rank).weights(tp_rank)
             groups = team.groups if team else None
             made = PyTorchBackend(
-                folder.graph(rank), weights, device=device, groups=groups, compile=compile, cuda_graph=cuda_graph
+                folder.graph(rank, verify=verify),
+                weights,
+                device=device,
+                groups=groups,
+                compile=compile,
+                cuda_graph=cuda_graph,
             )
         return cls(folder, made, reason, rank=rank, check_finite=check_finite)
 
