@@ -78,7 +78,7 @@ def test_manifest(folder, tmp_path):
     data = (tmp_path / "out" / "rank0.safetensors").read_bytes()
     assert own["files"] == {"rank0.safetensors": {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
     assert own["source"] == str(folder) and own["source_dtype"] == "float32" and own["format_version"] == 1
-    assert own["versions"]["torch"] == torch.__version__ and own["revision"] is None
+    assert torch.__version__.startswith(own["versions"]["torch"]) and own["revision"] is None
     assert checkpoint.mapping.world_size == 4 and checkpoint.config["mapping"]["world_size"] == 2
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "rank0.safetensors"]
 
