@@ -57,6 +57,12 @@ def test_the_reference_is_found_in_all_that_convert_takes(case, tmp_path):
         assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()), where
 
 
+def test_inputs_on_which_diffusers_itself_overflows(case):
+    inputs = case.inputs(dtype="float16") | {"encoder_hidden_states": torch.full((2, 154, 40), 6e4).half()}
+    found = compare(case.reference_in("float16"), case.open("float16", check_finite=False), inputs)
+    assert not all_ok(found) and "diffusers' own value is not finite" in verdict(found)
+
+
 def test_no_pickle_is_loaded(case, tmp_path):
     case.reference.save_pretrained(tmp_path, safe_serialization=False)
     assert list(tmp_path.glob("*.bin"))

@@ -52,7 +52,9 @@ def find_source(
     if not path.exists():
         path, commit = hub.download(str(model_path), hub.CONFIGS, revision)
         check(_read_config(_transformer(path) / "config.json"))
-        path, commit = hub.download(str(model_path), hub.weights(variant), commit)
+        path, again = hub.download(str(model_path), hub.weights(variant), revision)
+        if again != commit:  # asking for the commit itself fails offline with huggingface_hub 1
+            raise ValueError(f"{model_path} changed on the hub while it was fetched; try again")
         return _from_folder(path, variant, commit)
     if revision:
         raise ValueError(f"revision {revision} applies to hub ids; {path} is on disk")
