@@ -100,6 +100,12 @@ def test_missing_tensor(source):
     refused(source, "missing tensor 'transformer_blocks.1.ff.net.2.weight'", "[32, 128]")
 
 
+def test_renamed_tensor(source):
+    query = "transformer_blocks.1.attn.to_q.weight"
+    edit(source, lambda t: t.update({query.replace("to_q", "to_query"): t.pop(query)}))
+    refused(source, f"missing tensor '{query}'", "attn.to_query.weight is a name that the key table", "keys.py")
+
+
 def test_unknown_tensor(source):
     edit(source, lambda t: t.update({"transformer_blocks.1.attn.to_z.weight": torch.ones(2, 3)}))
     refused(source, "unknown tensor 'transformer_blocks.1.attn.to_z.weight'", "[2, 3]")

@@ -44,9 +44,14 @@ def first_fault(found: Shapes, expected: Shapes, spell: Callable[[str], str] = s
         others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         return f"{kind} tensor '{spell(names[0])}' {list(shape)}{others}"
 
-    if missing := [name for name in expected if name not in found]:
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    if missing and unknown:
+        known_by = "a name that the key table, checkpoint/keys.py, does not know"
+        return f"{described('missing', missing, expected[missing[0]])}; {unknown[0]} is {known_by}"
+    if missing:
         return described("missing", missing, expected[missing[0]])
-    if unknown := [name for name in found if name not in expected]:
+    if unknown:
         return described("unknown", unknown, found[unknown[0]])
     if wrong := [name for name in expected if tuple(found[name]) != tuple(expected[name])]:
         return f"{described('wrongly shaped', wrong, found[wrong[0]])}, expected {list(expected[wrong[0]])}"
