@@ -122,7 +122,9 @@ def run_alone(source: str, folder: Path) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory) -> Iterator[dict[str, Future]]:
     """The selected snippets, two at a time: most of their time one core imports torch and diffusers."""
-    sources = [item.callspec.params["source"] for item in request.session.items if "runs" in item.fixturenames]
+    sources = [
+        item.callspec.params["source"] for item in request.session.items if "runs" in getattr(item, "fixturenames", ())
+    ]
     with ThreadPoolExecutor(2) as pool:
         yield {source: pool.submit(run_alone, source, tmp_path_factory.mktemp("snippet")) for source in sources}
 
