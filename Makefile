@@ -7,6 +7,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet -
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 NBVAL := $(if $(NOTEBOOKS),--nbval-lax --nbval-current-env --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=120)
 
+# Test files and notebooks run two at a time, each by one process from its first test to its last; -n 0: one by one.
+XDIST := --numprocesses=2 --dist=loadscope
+
 # Idle OpenMP threads sleep: spinning ones take the cores from each other where anything else runs.
 export OMP_WAIT_POLICY := passive
 
@@ -20,7 +23,7 @@ demo: $(VENV)/.demo-installed ## convert, build and run the small model that shi
 	@$(BIN)/mmdit demo $(DEMO_ARGS)
 
 test: $(VENV)/.test-installed ## all tests, and every notebook from a fresh kernel
-	@IPP_NONINTERACTIVE=1 $(BIN)/python -m pytest $(NBVAL) tests $(NOTEBOOKS) $(PYTEST_ARGS)
+	@IPP_NONINTERACTIVE=1 $(BIN)/python -m pytest $(XDIST) $(NBVAL) tests $(NOTEBOOKS) $(PYTEST_ARGS)
 
 lab: $(VENV)/.test-installed ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=notebooks $(LAB_ARGS)

@@ -10,8 +10,6 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -110,27 +108,13 @@ def test_asserts_say_what_is_wrong(path):
             assert "," in statement, f"an assert without a message: {statement.strip()}"
 
 
-def run_alone(source: str, folder: Path) -> subprocess.CompletedProcess:
-    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
-    (folder / "snippet.py").write_text(source)
-    return subprocess.run(
-        [sys.executable, "snippet.py"],
-        cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory) -> Iterator[dict[str, Future]]:
-    """The selected snippets, two at a time: most of their time one core imports torch and diffusers."""
-    sources = [
-        item.callspec.params["source"] for item in request.session.items if "runs" in getattr(item, "fixturenames", ())
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        yield {source: pool.submit(run_alone, source, tmp_path_factory.mktemp("snippet")) for source in sources}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("source", snippets())
-def test_snippet_runs_alone(source, runs):
-    run = runs[source].result()
+def test_snippet_runs_alone(source, tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    script = tmp_path / "snippet.py"
+    script.write_text(source)
+    run = subprocess.run(
+        [sys.executable, script.name], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
     assert run.returncode == 0, run.stderr[-2000:]
