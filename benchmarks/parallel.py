@@ -24,15 +24,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
 from mmdit_lib.bench import step_times
+from mmdit_lib.network.mmdit import MMDiT
+from mmdit_lib.network.plan import shard
+
 from mmdit_lib.config import KNOWN_MODELS, Mapping, ModelConfig, Resolution
 from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.folder import EngineFolder, graph_file
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
-from mmdit_lib.network.mmdit import MMDiT
-from mmdit_lib.network.plan import shard
 
 MODELS = {
     "medium": KNOWN_MODELS["stable-diffusion-3.5-medium"],

@@ -1,10 +1,12 @@
-"""What the tiny model draws through diffusers and through our engines, judged from pixels.
+"""Scores of the tiny model with diffusers' transformer and with engines, judged from pixels.
 
-    python benchmarks/tiny_scores.py --runs diffusers-float32 engine-float32 engine-bfloat16
+From the repository's root:
 
-Writes one line per run into `benchmarks/results/tiny_scores.jsonl`, and the table beside it. Engines run with the
-`pytorch` backend, so their graph files suffice: with `--work DIR` they are kept, and `--build_only` on a machine with
-TensorRT makes the folder that a GPU machine without it can use.
+    python -m benchmarks.tiny_scores --runs diffusers-float32 engine-float32 engine-bfloat16
+
+Appends one line per run to `benchmarks/results/tiny_scores.jsonl` and rewrites the table beside it. Engines run on the
+`pytorch` backend, which needs only their graph files. `--work DIR` keeps the engine folders; with `--build_only`, a
+machine with TensorRT builds them for a GPU machine without it.
 """
 
 from __future__ import annotations
@@ -19,46 +21,49 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from mmdit_lib import build, convert, load_pipeline
-from mmdit_lib.pipeline import dtype_option
-from mmdit_lib.tiny import evaluate, heldout_prompts, model_path
+from mmdit_lib import build, convert, load_pipeline, tiny
+from training import evaluation
+from training.captions import heldout_prompts
 
-BATCH = 8  # pictures at once; guidance makes two rows of each
+BATCH = 8  # pictures; guidance doubles the batch of the transformer
+TITLE = "# Scores of the tiny model with engines"
+REPRODUCE = "Reproduce with `python -m benchmarks.tiny_scores` in the repository's root."
 NAMES = ("colour", "shape", "position", "size", "background", "count")
 
 
 def engine_folder(dtype: str, work: Path) -> Path:
-    """The tiny model's engine folder of this dtype in `work`, made if it is not there."""
+    """The tiny model's engine folder of this dtype in `work`, built if it does not exist."""
     checkpoint, engine = work / f"checkpoint-{dtype}", work / f"engine-{dtype}"
     if not checkpoint.exists():
-        convert(str(model_path()), str(checkpoint), dtype=dtype)
+        convert(str(tiny.model_path()), str(checkpoint), dtype=dtype)
     if not engine.exists():
         build(str(checkpoint), str(engine), max_batch_size=2 * BATCH, plan=False)
     return engine
 
 
-def pipeline(run: str, work: Path, device: str):
-    """'engine-bfloat16' has an engine of that dtype in the tiny pipeline, 'diffusers-...' diffusers' transformer."""
+def pipeline(run: str, work: Path, device: str) -> StableDiffusion3Pipeline:
+    """The tiny pipeline of a run: "engine-bfloat16" with an engine of that dtype, "diffusers-..." without an engine."""
     kind, dtype = run.split("-")
     if kind == "diffusers":
-        return StableDiffusion3Pipeline.from_pretrained(model_path(), **dtype_option(getattr(torch, dtype))).to(device)
-    # Text encoders and VAE stay in float32, so that the engine alone makes the difference.
+        return evaluation.load_pipeline(None, dtype, device)
+    # Text encoders and VAE stay in float32, so that runs differ only in the engine.
     options = {"backend": "pytorch"}
     return load_pipeline(
-        model_path(), engine_folder(dtype, work), device=device, dtype=torch.float32, runner_options=options
+        tiny.model_path(), engine_folder(dtype, work), device=device, dtype=torch.float32, runner_options=options
     )
 
 
 def table(rows: list[dict]) -> str:
+    """All runs as a Markdown table, below their conditions."""
     head = f"| run | device | {' | '.join(NAMES)} |\n|---|---|{'---:|' * len(NAMES)}\n"
     lines = (f"| {r['run']} | {r['device']} | {' | '.join(f'{r[name]:.1%}' for name in NAMES)} |" for r in rows)
     about = rows[0]
     conditions = (
         f"{about['prompts']} held-out prompts ({about['objects']} objects), {about['steps']} steps, guidance "
         f"{about['guidance']}, 128x128, {77 + about['max_sequence_length']} text tokens; "
-        f"torch {' and '.join(sorted({r['torch'] for r in rows}))}."
+        f"torch {' and '.join(sorted({r['torch'] for r in rows}))}.\n{REPRODUCE}"
     )
-    return f"# The tiny model through our engines\n\n{conditions}\n\n{head}" + "\n".join(lines) + "\n"
+    return f"{TITLE}\n\n{conditions}\n\n{head}" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -67,8 +72,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--max_sequence_length", type=int, default=77)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--work", type=Path, help="where engine folders are kept; a temporary folder if not given")
-    parser.add_argument("--build_only", action="store_true", help="make the engine folders in --work and stop")
+    parser.add_argument("--work", type=Path, help="folder to keep the engines in; a temporary one if not given")
+    parser.add_argument("--build_only", action="store_true", help="build the engine folders in --work and stop")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "tiny_scores.jsonl")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -84,11 +89,13 @@ def main() -> None:
 
 
 def measure(run: str, work: Path, options: argparse.Namespace) -> None:
-    """Score one run and add its line to the results."""
+    """Score one run and append its line to the results."""
     call = {"steps": 28, "guidance": 4.0, "max_sequence_length": options.max_sequence_length}
-    scores = evaluate(pipeline(run, work, options.device), heldout_prompts(options.prompts), batch=BATCH, **call)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu ({platform.machine()})"
-    row = {"run": run, **asdict(scores), **call, "device": where, "torch": torch.__version__}
+    scores = evaluation.evaluate(
+        pipeline(run, work, options.device), heldout_prompts(options.prompts), batch=BATCH, **call
+    )
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu ({platform.machine()})"
+    row = {"run": run, **asdict(scores), **call, "device": name, "torch": torch.__version__}
     with open(options.results, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(run, scores, flush=True)

@@ -1,20 +1,16 @@
 """Stable Diffusion 3 / 3.5's transformer (the MMDiT) as TensorRT engines, on one GPU or many.
 
-The way through the library: `convert` a checkpoint, `build` an engine folder, `load_pipeline` with it,
-`compare_layers` with diffusers. Each name is imported when first asked for.
+The road through the library: `convert` a checkpoint, `build` an engine folder, `load_pipeline` with it,
+`compare_layers` with diffusers. Each name is imported at its first use, so `import mmdit_lib` is quick.
 """
 
-from .lazy import names_from
+import lazy_loader
 
-_HOMES = {
-    "convert": "checkpoint",
-    "Checkpoint": "checkpoint",
-    "build": "engine.build",
-    "EngineFolder": "engine.folder",
-    "MMDiTRunner": "pipeline",
-    "install": "pipeline",
-    "load_pipeline": "pipeline",
-    "compare_layers": "parity",
-}
-__all__ = sorted(_HOMES)
-__getattr__ = names_from(__name__, _HOMES)
+__version__ = "0.1.0"
+
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [*__all__, "__version__"]
+
+
+def __dir__() -> list[str]:
+    return __all__

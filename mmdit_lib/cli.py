@@ -13,16 +13,22 @@ from rich.table import Table
 
 from .checkpoint import convert
 from .config import Dtype, Resolution
-from .demo import demo
+from .engine.backend import RunnerOptions
 from .engine.build import build
-from .parallel import guard
-from .pipeline import BackendName
+from .engine.folder import EngineFolder
+from .files import complete_file
+from .parallel import check_launch, guard, launched_rank, launched_size
+from .tiny.demo import demo
 
 console = Console(highlight=False)
 
+Runner = Annotated[RunnerOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+"""The options of `RunnerOptions`, without a prefix."""
+DEFAULTS = RunnerOptions()
 
-def picture_file(name: str) -> Path:
-    """Raises `ValueError` where no picture of this name can be written; asked before the work starts."""
+
+def picture_file(name: str | Path) -> Path:
+    """Raises `ValueError` if no picture can be written under this name; called before the work starts."""
     path = Path(name).expanduser()
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or path.is_dir():
         raise ValueError(f"{name}: give the picture's file a name such as picture.png")
@@ -31,63 +37,59 @@ def picture_file(name: str) -> Path:
     return path
 
 
-def check_ranks(engine_dir: str) -> None:
-    """Under mpirun: raises `ValueError` where the engine folder is for another number of ranks."""
-    from .engine.folder import EngineFolder
-    from .parallel import check_launch, launched_size
-
-    check_launch(EngineFolder.open(engine_dir).mapping, launched_size(), engine_dir)
+def check_ranks(engine_dir: str | Path) -> None:
+    """Under mpirun: raises `ValueError` if the engine folder is for another number of ranks."""
+    check_launch(EngineFolder.open(engine_dir).layout, launched_size(), engine_dir)
 
 
 def doctor_command() -> None:
-    """What is installed, which GPUs there are, whether a plan can run on them, and what is missing for what."""
-    from .doctor import print_doctor
+    """Show what is installed, which GPUs there are, whether they can run a plan, and how to get what is missing."""
+    from .reports.doctor import print_doctor
 
     print_doctor()
 
 
 def inspect_command(
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = "engine_outputs",
+    folder: Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = "engine_outputs",
 ) -> None:
     """Show what an engine folder or a checkpoint folder holds: inputs, profile, layers, sizes, origin.
 
     Args:
         folder: as `mmdit build` or `mmdit convert` wrote it.
     """
-    from .inspection import print_inspection
+    from .reports.inspection import print_inspection
 
     print_inspection(folder)
 
 
 def parity_command(
-    model_path: str,
-    engine_dir: str = "engine_outputs",
+    model_path: str | Path,
+    engine_dir: str | Path = "engine_outputs",
     *,
-    checkpoint_dir: str | None = None,
+    checkpoint_dir: str | Path | None = None,
     resolution: str | None = None,
     text_tokens: int | None = None,
     batch: int | None = None,
     seed: int = 0,
     full: bool = False,
-    plot: str | None = None,
+    plot: str | Path | None = None,
 ) -> None:
     """Compare every module of an engine's network with diffusers' transformer, on the same inputs.
 
-    Exits with 1 where a module differs.
+    Exits with 1 if a module differs.
 
     Args:
         model_path: the diffusers checkpoint that was converted; tiny is the one that ships with the package.
         engine_dir: as `mmdit build` wrote it.
         checkpoint_dir: where the converted checkpoint is, if it was moved away from the engine folder.
-        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimised for if not given.
-        text_tokens: length of the text; the same.
-        batch: rows; the same.
+        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimized for if not given.
+        text_tokens: length of the text; likewise.
+        batch: rows; likewise.
         seed: of the random inputs.
         full: show every module, not only the worst of each block.
-        plot: a PNG file for the error against depth; under mpirun rank 0's.
+        plot: a PNG file for a plot of the errors over depth; under mpirun, rank 0's.
     """
-    from .parallel import launched_rank
-    from .parity import all_ok, compare_layers, parity_report
+    from .reports.parity import all_ok, compare_layers, parity_report
 
     plot = picture_file(plot) if plot else None
     check_ranks(engine_dir)
@@ -113,19 +115,15 @@ def parity_command(
 def generate_command(
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")],
     *,
-    model_path: str = "tiny",
-    engine_dir: str = "engine_outputs",
-    checkpoint_dir: str | None = None,
-    output: str = "sd3.5-mmdit.png",
+    model_path: str | Path = "tiny",
+    engine_dir: str | Path = "engine_outputs",
+    output: str | Path = "sd3.5-mmdit.png",
     negative_prompt: str = "",
     resolution: str | None = None,
     num_inference_steps: int = 28,
     guidance_scale: float = 7.0,
     seed: int = 0,
-    backend: BackendName = "auto",
-    device: str | None = None,
-    compile: bool = False,
-    cuda_graph: bool = False,
+    runner: Runner = DEFAULTS,
 ) -> None:
     """Paint a prompt, with an engine in place of the transformer. Under mpirun all ranks paint one picture.
 
@@ -133,17 +131,12 @@ def generate_command(
         prompt: what to paint.
         model_path: the pipeline with text encoders and VAE: a folder, a hub id, or tiny.
         engine_dir: as `mmdit build` wrote it.
-        checkpoint_dir: where the converted checkpoint is, if it was moved away from the engine folder.
-        output: the PNG file to write.
+        output: the picture to write.
         negative_prompt: what not to paint.
-        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimised for if not given.
+        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimized for if not given.
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance; 1 turns it off.
         seed: of the noise.
-        backend: tensorrt, pytorch, or auto: tensorrt where the plan can run.
-        device: a CUDA device or cpu; CUDA where there is one, if not given.
-        compile: pytorch backend: compile with `torch.compile`.
-        cuda_graph: replay each step as a CUDA graph.
     """
     from .generate import generate
 
@@ -158,66 +151,46 @@ def generate_command(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         seed=seed,
-        device=device,
-        runner_options={
-            "checkpoint_dir": checkpoint_dir, "backend": backend, "compile": compile, "cuda_graph": cuda_graph,
-        },
-    )  # fmt: skip
+        runner_options=runner,
+    )
     if report.image is not None:  # rank 0
-        partial = file.with_name(f".{file.stem}.partial{file.suffix}")
-        report.image.save(partial)
-        os.replace(partial, file)
+        with complete_file(file) as partial:
+            report.image.save(partial)
         console.print(f"backend {report.backend} ({report.reason}); {report.seconds:.1f} s; picture: {output}")
 
 
 def bench_command(
-    engine_dir: str = "engine_outputs",
+    engine_dir: str | Path = "engine_outputs",
     *,
-    model_path: str | None = None,
-    checkpoint_dir: str | None = None,
+    model_path: str | Path | None = None,
     resolution: str | None = None,
     batch: int = 2,
     text_tokens: int = 333,
     repeats: int = 20,
-    backend: BackendName = "auto",
-    device: str | None = None,
-    compile: bool = False,
-    cuda_graph: bool = False,
+    runner: Runner = DEFAULTS,
 ) -> None:
-    """Time one denoising step of an engine and, where --model_path is given, of diffusers' transformer.
+    """Time one denoising step of an engine and, if --model_path is given, of diffusers' transformer.
 
     Args:
         engine_dir: as `mmdit build` wrote it.
-        model_path: the diffusers checkpoint to time beside it, or tiny.
-        checkpoint_dir: where the converted checkpoint is, if it was moved away from the engine folder.
-        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimised for if not given.
+        model_path: the diffusers checkpoint to time in the same run, or tiny.
+        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimized for if not given.
         batch: rows; guidance takes two per image.
         text_tokens: length of the text.
         repeats: timed steps; the median is shown.
-        backend: tensorrt, pytorch or auto.
-        device: a CUDA device or cpu.
-        compile: pytorch backend: compile with `torch.compile`.
-        cuda_graph: replay each step as a CUDA graph.
     """
-    from .bench import bench_step
-    from .pipeline import MMDiTRunner
+    from .reports.bench import bench_step
+    from .runner import MMDiTRunner
 
     check_ranks(engine_dir)
-    runner = MMDiTRunner.from_engine(
-        engine_dir,
-        checkpoint_dir=checkpoint_dir,
-        backend=backend,
-        device=device,
-        compile=compile,
-        cuda_graph=cuda_graph,
-    )
-    size = Resolution.read(resolution or runner.folder.build.opt_resolution)
+    opened = MMDiTRunner.from_engine(engine_dir, runner)
+    size = Resolution.read(resolution or opened.folder.build_config.opt_resolution)
     times = bench_step(
-        runner, resolution=size, batch=batch, text_tokens=text_tokens, repeats=repeats, model_path=model_path
+        opened, resolution=size, batch=batch, text_tokens=text_tokens, repeats=repeats, model_path=model_path
     )
-    if runner.rank == 0:
-        title = f"one step, {size}, batch {batch}, {text_tokens} text tokens, {runner.folder.dtype}, {runner.device}"
-        table = Table("", "ms (median)", *(["times as fast as diffusers"] if model_path else []), title=title)
+    if opened.rank == 0:
+        title = f"one step, {size}, batch {batch}, {text_tokens} text tokens, {opened.folder.dtype}, {opened.device}"
+        table = Table("", "ms (median)", *(["speed relative to diffusers"] if model_path else []), title=title)
         for name, ms in times.items():
             table.add_row(name, f"{ms:.2f}", *([f"{times['diffusers'] / ms:.2f}"] if model_path else []))
         console.print(table)
@@ -234,7 +207,7 @@ def traffic_command(
         batch: rows.
         dtype: of the network.
     """
-    from .traffic import print_traffic
+    from .reports.traffic import print_traffic
 
     print_traffic(resolution=Resolution.read(resolution), text_tokens=text_tokens, batch=batch, dtype=dtype)
 
@@ -253,8 +226,8 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Entry point: errors of the user's making are one line and exit code 1; under mpirun one rank's error ends all."""
-    # transformers' advice on image processors that nothing here uses.
+    """Entry point: a user's mistake is one line and exit code 1; under mpirun one rank's error ends all ranks."""
+    # Silences transformers' advice on image processors, which nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with guard():
         try:
@@ -264,12 +237,12 @@ def main() -> None:
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"mmdit: {first_line(error)}")
         except KeyboardInterrupt:
-            print("mmdit: interrupted; nothing half-written was left", file=sys.stderr)
+            print("mmdit: interrupted; no incomplete output is left", file=sys.stderr)
             sys.exit(130)
 
 
 def first_line(error: Exception) -> str:
-    """Our own messages have one line; those of diffusers and the hub go on with advice that is not for here."""
+    """Our own messages have one line; those of diffusers and the hub continue with advice that does not apply here."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

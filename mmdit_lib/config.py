@@ -1,22 +1,47 @@
-"""What a model, a parallel layout and a build are: frozen, flat, checked when made.
+"""What a parallel layout, an image size and a build are: frozen, flat, checked when made.
 
-Field names are diffusers' (model), TensorRT-LLM's (mapping, build).
+Field names are diffusers' (models), TensorRT-LLM's (parallel sizes, build).
 """
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 TpLayout = Literal["megatron", "trtllm"]
 CpMethod = Literal["allgather", "ulysses"]
 
-ARCHITECTURE = "SD3Transformer2DModel"
-TEXT_TOKENS_CLIP = 77
-"""Text tokens of one CLIP prompt; diffusers appends `max_sequence_length` T5 tokens to it."""
+
+class DtypeNames(NamedTuple):
+    """One data type in every library's words."""
+
+    torch: torch.dtype
+    tensorrt: str
+    """Member of `tensorrt.DataType`."""
+    safetensors: str
+    """Code in a safetensors header."""
+
+
+DTYPES = {
+    "float32": DtypeNames(torch.float32, "FLOAT", "F32"),
+    "float16": DtypeNames(torch.float16, "HALF", "F16"),
+    "bfloat16": DtypeNames(torch.bfloat16, "BF16", "BF16"),
+}
+"""What a network can compute in."""
+TORCH_DTYPES = {name: names.torch for name, names in DTYPES.items()} | {"int64": torch.int64}
+"""By name; int64 is the type of sizes and offsets inside a network."""
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """`from_pretrained`'s option for the dtype, which diffusers 0.42 renamed."""
+    import diffusers
+    from packaging import version
+
+    return {"dtype" if version.parse(diffusers.__version__) >= version.parse("0.42") else "torch_dtype": dtype}
 
 
 class Config(BaseModel):
@@ -24,7 +49,7 @@ class Config(BaseModel):
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str):
-        """Validate `values`; raises `ValueError` of one line that names `where` and every bad key."""
+        """Validate `values`. Raises `ValueError`, in one line that names `where` and every bad key."""
         try:
             return cls(**values)
         except ValidationError as error:
@@ -32,76 +57,69 @@ class Config(BaseModel):
 
 
 def _fault(error: dict[str, Any]) -> str:
-    """One of pydantic's errors; those of our own validators are sentences as they stand."""
+    """One of pydantic's errors; our own validators already raise whole sentences."""
     message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
     place = ".".join(map(str, error["loc"]))
     return f"{place}: {message}" if place else message
 
 
-class ModelConfig(Config):
-    """The fields of diffusers' `SD3Transformer2DModel.config`; sizes in latent pixels, tokens or channels."""
-
-    sample_size: int = Field(gt=0)
-    patch_size: int = Field(gt=0)
-    in_channels: int = Field(gt=0)
-    out_channels: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    attention_head_dim: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    joint_attention_dim: int = Field(gt=0)
-    caption_projection_dim: int = Field(gt=0)
-    pooled_projection_dim: int = Field(gt=0)
-    pos_embed_max_size: int = Field(gt=0)
-    dual_attention_layers: tuple[int, ...]
-    qk_norm: Literal["rms_norm"] | None
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.caption_projection_dim != self.hidden_size:
-            raise ValueError(
-                f"caption_projection_dim {self.caption_projection_dim} must equal num_attention_heads * "
-                f"attention_head_dim = {self.hidden_size}: joint attention concatenates the two streams"
-            )
-        beyond = [i for i in self.dual_attention_layers if not 0 <= i < self.num_layers]
-        if beyond:
-            raise ValueError(f"dual_attention_layers {beyond} lie outside the {self.num_layers} layers")
-        return self
-
-    @property
-    def hidden_size(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_diffusers(cls, config: dict[str, Any]) -> ModelConfig:
-        """From a transformer's `config.json`; keys that start with `_` are diffusers' own bookkeeping."""
-        # Checkpoints older than SD3.5 lack the two fields that came with it.
-        older = {"dual_attention_layers": (), "qk_norm": None}
-        values = older | {k: v for k, v in config.items() if not k.startswith("_")}
-        if values.get("out_channels") is None:
-            values["out_channels"] = values.get("in_channels")
-        return cls.parse(values, "transformer config")
-
-    def to_diffusers(self) -> dict[str, Any]:
-        return self.model_dump()
-
-
-class Mapping(Config):
-    """Which rank does what. Rank order as in TensorRT-LLM: tp fastest, then cp, then cfg."""
+class Layout(Config):
+    """How a model is spread over ranks. Rank order as in TensorRT-LLM: tp fastest, then cp, then cfg."""
 
     tp_size: int = Field(1, ge=1)
+    """Ranks that share each layer's weights (tensor parallelism)."""
     cp_size: int = Field(1, ge=1)
+    """Ranks that share the tokens (context parallelism)."""
     cfg_size: Literal[1, 2] = 1
-    rank: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _rank_in_world(self):
-        if self.rank >= self.world_size:
-            raise ValueError(f"rank {self.rank} does not exist in a world of {self.world_size}")
-        return self
+    """2: the conditional and the unconditional pass run on different ranks."""
+    tp_layout: TpLayout = "megatron"
+    """How weights are sharded; trtllm is TensorRT-LLM's way."""
+    cp_method: CpMethod = "allgather"
+    """How attention sees all tokens: keys and values are gathered, or heads are scattered (DeepSpeed-Ulysses)."""
 
     @property
     def world_size(self) -> int:
         return self.tp_size * self.cp_size * self.cfg_size
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"tp_size": self.tp_size, "cp_size": self.cp_size, "cfg_size": self.cfg_size}
+
+    def at(self, rank: int) -> RankMapping:
+        return RankMapping(layout=self, rank=rank)
+
+    def ranks(self) -> list[RankMapping]:
+        return [self.at(rank) for rank in range(self.world_size)]
+
+    def __str__(self) -> str:
+        """'tp 2 x cfg 2'; 'one rank'."""
+        named = {"tp": self.tp_size, "cp": self.cp_size, "cfg": self.cfg_size}
+        return " x ".join(f"{name} {size}" for name, size in named.items() if size > 1) or "one rank"
+
+
+class RankMapping(Config):
+    """One rank's place in a layout: TensorRT-LLM's `Mapping`."""
+
+    layout: Layout = Layout()
+    rank: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _rank_in_world(self):
+        if self.rank >= self.layout.world_size:
+            raise ValueError(f"rank {self.rank} does not exist in a world of {self.layout.world_size}")
+        return self
+
+    @property
+    def tp_size(self) -> int:
+        return self.layout.tp_size
+
+    @property
+    def cp_size(self) -> int:
+        return self.layout.cp_size
+
+    @property
+    def cfg_size(self) -> int:
+        return self.layout.cfg_size
 
     @property
     def tp_rank(self) -> int:
@@ -127,35 +145,17 @@ class Mapping(Config):
 
     @property
     def output_group(self) -> tuple[int, ...]:
-        """The ranks that together hold every row of the output: (cfg, cp) in that order, one tp rank."""
-        return tuple(range(self.tp_rank, self.world_size, self.tp_size))
+        """The ranks that together hold the whole output, ordered by (cfg, cp); all have the same tp rank."""
+        return tuple(range(self.tp_rank, self.layout.world_size, self.tp_size))
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Every group of ranks that this rank's collectives use."""
+        return self.tp_group, self.cp_group, self.output_group
 
     @property
     def largest_group(self) -> int:
-        return max(len(self.tp_group), len(self.cp_group), len(self.output_group))
-
-    def at(self, rank: int) -> Mapping:
-        return Mapping(tp_size=self.tp_size, cp_size=self.cp_size, cfg_size=self.cfg_size, rank=rank)
-
-    def ranks(self) -> list[Mapping]:
-        return [self.at(rank) for rank in range(self.world_size)]
-
-    def check(self, model: ModelConfig, *, tp_layout: TpLayout = "megatron", cp_method: CpMethod = "allgather") -> None:
-        """Raises `ValueError` with the legal sizes where this layout cannot hold `model`."""
-        heads = model.num_attention_heads
-        pixels = model.patch_size**2 * model.out_channels
-        # Upstream also cuts the rows of proj_out.
-        legal = [t for t in range(1, heads + 1) if heads % t == 0 and (tp_layout == "megatron" or pixels % t == 0)]
-        if self.tp_size not in legal:
-            what = f"{heads} heads" if heads % self.tp_size else f"{pixels} rows of proj_out"
-            raise ValueError(f"{what} do not divide by tp {self.tp_size}; use {either(legal)}")
-        local = heads // self.tp_size
-        if cp_method == "ulysses" and local % self.cp_size:
-            legal = [c for c in range(1, local + 1) if local % c == 0]
-            raise ValueError(
-                f"cp_method ulysses deals out heads, and the {local} heads of a tp rank do not divide by "
-                f"cp {self.cp_size}; use {either(legal)}, or cp_method allgather"
-            )
+        return max(map(len, self.groups))
 
 
 def either(choices) -> str:
@@ -184,19 +184,29 @@ class Resolution(Config):
         return f"{self.height}x{self.width}"
 
 
+class Sizes(NamedTuple):
+    """The dynamic sizes of one call. Batch counts rows: classifier-free guidance takes two per image."""
+
+    batch: int
+    height: int
+    """In image pixels, as is `width`."""
+    width: int
+    text_tokens: int
+
+
 class BuildConfig(Config):
-    """The optimisation profile and the options of a build. Batch counts rows: CFG doubles the images."""
+    """The optimization profile of a build. Batch counts rows, as in `Sizes`."""
 
     max_batch_size: int = Field(ge=1)
     min_resolution: Resolution
     opt_resolution: Resolution
     max_resolution: Resolution
-    min_text_tokens: int = Field(TEXT_TOKENS_CLIP, ge=1)
+    min_text_tokens: int = Field(77, ge=1)
+    """77 is one CLIP prompt; diffusers appends `max_sequence_length` T5 tokens to it."""
     opt_text_tokens: int = 333
     max_text_tokens: int = 589
     vae_scale_factor: int = Field(8, ge=1)
     """Image pixels per latent pixel."""
-    cp_method: CpMethod = "allgather"
 
     @model_validator(mode="after")
     def _ordered(self):
@@ -209,40 +219,25 @@ class BuildConfig(Config):
                 raise ValueError(f"{low}_resolution {small} must not exceed {high}_resolution {large} on either side")
         return self
 
+    @classmethod
+    def one_size(cls, resolution: Resolution, batch: int, text_tokens: int, **options) -> BuildConfig:
+        """A profile of a single size. Raises `ValueError` if a size is not legal."""
+        ends = ("min", "opt", "max")
+        sizes = {f"{end}_resolution": resolution for end in ends} | {f"{end}_text_tokens": text_tokens for end in ends}
+        return cls.parse({"max_batch_size": batch} | sizes | options, "sizes")
+
     @cached_property
     def resolutions(self) -> tuple[Resolution, Resolution, Resolution]:
         return self.min_resolution, self.opt_resolution, self.max_resolution
 
     def batches(self, cfg_size: int) -> tuple[int, int, int]:
-        """(min, opt, max) batch: multiples of `cfg_size`, each rank taking as many rows."""
+        """(min, opt, max) batch: multiples of `cfg_size`, since every cfg rank takes the same number of rows."""
         middle = -(-self.max_batch_size // (2 * cfg_size)) * cfg_size
         return cfg_size, middle, self.max_batch_size
 
-    def check(self, model: ModelConfig, mapping: Mapping) -> None:
-        """Raises `ValueError` where the profile does not fit the model."""
-        step = model.patch_size * self.vae_scale_factor
-        largest = model.pos_embed_max_size * step
-        for resolution in self.resolutions:
-            if resolution.height % step or resolution.width % step:
-                raise ValueError(f"resolution {resolution}: height and width must be multiples of {step} pixels")
-            if max(resolution.height, resolution.width) > largest:
-                raise ValueError(f"resolution {resolution}: the position table reaches {largest} pixels at most")
-        if self.max_batch_size % mapping.cfg_size:
-            raise ValueError(f"max_batch_size {self.max_batch_size} must be even: cfg 2 halves the batch")
-        mapping.check(model, cp_method=self.cp_method)
-
-
-def _known(heads: int, layers: int, table: int, dual: int, qk_norm: str | None) -> ModelConfig:
-    return ModelConfig(
-        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=layers, attention_head_dim=64,
-        num_attention_heads=heads, joint_attention_dim=4096, caption_projection_dim=64 * heads,
-        pooled_projection_dim=2048, pos_embed_max_size=table, dual_attention_layers=tuple(range(dual)), qk_norm=qk_norm,
-    )  # fmt: skip
-
-
-KNOWN_MODELS = {
-    "stable-diffusion-3-medium": _known(24, 24, 192, 0, None),
-    "stable-diffusion-3.5-medium": _known(24, 24, 384, 13, "rms_norm"),
-    "stable-diffusion-3.5-large": _known(38, 38, 192, 0, "rms_norm"),
-}
-"""The three published models, by the last part of their hub id."""
+    def sizes(self, cfg_size: int) -> tuple[Sizes, Sizes, Sizes]:
+        """(min, opt, max) of every dynamic size."""
+        tokens = (self.min_text_tokens, self.opt_text_tokens, self.max_text_tokens)
+        ends = zip(self.batches(cfg_size), self.resolutions, tokens, strict=True)
+        low, middle, high = (Sizes(batch, image.height, image.width, text) for batch, image, text in ends)
+        return low, middle, high

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,21 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from .config import Resolution
+from .checkpoint.hub import resolve_model
+from .config import Resolution, dtype_option
+from .engine.backend import RunnerOptions
 from .engine.folder import EngineFolder
-from .engine.profile import check_latent
-from .pipeline import dtype_option, load_pipeline
-from .tiny.package import resolve_model
+from .engine.inputs import check_sizes
+from .pipeline import load_pipeline, sample
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What a run of a pipeline gave.
+    """The result of one run of a pipeline.
 
     Attributes:
         image: None on every rank but the first.
-        seconds: of the pipeline's call, loading excluded.
+        seconds: of the pipeline's call, without loading.
         backend: 'tensorrt' or 'pytorch'.
         reason: why that backend.
     """
@@ -39,59 +41,56 @@ def generate(
     model: str | Path,
     engine_dir: str | Path,
     *,
-    resolution: str | Resolution | None = None,
+    resolution: str | int | Resolution | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
-    runner_options: dict[str, Any] | None = None,
+    runner_options: RunnerOptions | Mapping[str, Any] | None = None,
     **call_options,
 ) -> Picture:
-    """Paint `prompt`.
+    """Paint `prompt`. Under `mpirun` every rank calls this, and all paint one picture.
 
     Args:
-        model: the diffusers pipeline folder or hub id with text encoders, VAE and scheduler.
-        engine_dir: as `build` wrote it; one for several ranks must be run by as many MPI processes.
-        resolution: of the image in pixels; the one that the engine is optimised for if not given.
-        seed: of the noise, drawn on the CPU, so that it is the same on every device.
-        device: CUDA where there is one, if not given.
-        runner_options: passed to `MMDiTRunner.from_engine`.
+        model: the diffusers pipeline folder or hub id with text encoders, VAE and scheduler, or tiny.
+        engine_dir: as `build` wrote it; one for several ranks needs as many MPI processes.
+        resolution: of the image in pixels; the one that the engine is optimized for, if not given.
+        seed: of the noise, which is drawn on the CPU, so that it is the same on every device.
+        device: CUDA if it is available, if not given.
+        runner_options: how to open the engine, as for `load_pipeline`.
         call_options: passed to the pipeline's call, for instance `num_inference_steps`.
 
     Raises:
-        ValueError: in one line and before anything is loaded, where size or steps do not fit; then as `load_pipeline`.
+        ValueError: in one line and before anything is loaded, if size or steps do not fit; then as `load_pipeline`.
     """
     if call_options.get("num_inference_steps", 1) < 1:
         raise ValueError(f"num_inference_steps {call_options['num_inference_steps']}: give 1 or more")
     folder = EngineFolder.open(engine_dir)
-    size = Resolution.read(resolution or folder.build.opt_resolution)
-    scale = folder.build.vae_scale_factor
-    if size.height % scale or size.width % scale:
-        raise ValueError(f"resolution {size}: height and width must be multiples of {scale * folder.model.patch_size}")
-    check_latent(folder, size.height // scale, size.width // scale)
+    size = Resolution.read(resolution or folder.build_config.opt_resolution)
+    check_sizes(folder, folder.build_config.sizes(1)[1]._replace(height=size.height, width=size.width))
     call_options |= {"height": size.height, "width": size.width, "generator": torch.Generator().manual_seed(seed)}
-    if folder.mapping.world_size > 1:
-        from .parallel import generate_together
-
-        return generate_together(prompt, model, engine_dir, device, runner_options or {}, call_options)
-    pipe = load_pipeline(model, engine_dir, device=device, runner_options=runner_options)
-    start = time.perf_counter()
-    image = pipe(prompt, **call_options).images[0]
+    parallel = folder.layout.world_size > 1
+    pipe = load_pipeline(model, engine_dir, device=device, runner_options=runner_options, encode_on_rank_0=parallel)
     runner = pipe.transformer
-    return Picture(image, time.perf_counter() - start, runner.backend.name, runner.reason)
+    if runner.rank:
+        pipe.set_progress_bar_config(disable=True)
+    start = time.perf_counter()
+    images = sample(pipe, prompt, **call_options) if parallel else pipe(prompt, **call_options).images
+    seconds = time.perf_counter() - start
+    return Picture(images[0] if runner.rank == 0 else None, seconds, runner.backend.name, runner.reason)
 
 
 def generate_by_diffusers(
-    prompt: str, model: str | Path, *, dtype: torch.dtype, resolution: Resolution, seed: int = 0, **call_options
+    prompt: str,
+    model: str | Path,
+    pipeline_class: type,
+    *,
+    dtype: torch.dtype,
+    resolution: Resolution,
+    seed: int = 0,
+    **call_options,
 ) -> Picture:
-    """Paint `prompt` with diffusers' own transformer: what `generate` is compared with."""
-    from diffusers import StableDiffusion3Pipeline
-
-    pipe = StableDiffusion3Pipeline.from_pretrained(resolve_model(model), use_safetensors=True, **dtype_option(dtype))
+    """Paint `prompt` with diffusers' own transformer, to compare `generate` with."""
+    pipe = pipeline_class.from_pretrained(resolve_model(model), use_safetensors=True, **dtype_option(dtype))
+    generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    image = pipe(
-        prompt,
-        height=resolution.height,
-        width=resolution.width,
-        generator=torch.Generator().manual_seed(seed),
-        **call_options,
-    ).images[0]
-    return Picture(image, time.perf_counter() - start, "diffusers", "the reference")
+    picture = pipe(prompt, height=resolution.height, width=resolution.width, generator=generator, **call_options)
+    return Picture(picture.images[0], time.perf_counter() - start, "diffusers", "the reference")

@@ -1,8 +1,10 @@
-"""Small models for the tests of networks, engines and runners, and the folders made from them."""
+"""Small models, the folders made from them, and what several test files need."""
 
 from __future__ import annotations
 
-import math
+import os
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -11,22 +13,27 @@ from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel
 
-from mmdit_lib.checkpoint import convert
-from mmdit_lib.config import ModelConfig
-from mmdit_lib.engine.build import build
-from mmdit_lib.pipeline import MMDiTRunner
+from mmdit_lib import Checkpoint, MMDiTRunner, build, convert
+from mmdit_lib.checkpoint.random_weights import randomize
+from mmdit_lib.config import Sizes
+from mmdit_lib.engine.inputs import draw_inputs
+from mmdit_lib.parallel import mpi_environment
+from mmdit_lib.sd3 import SD3, SD3Config
+from mmdit_lib.sd3.keys import from_diffusers
 
-# These models are too small for threads to help, and threads that wait for a busy core cost a hundredfold.
+TESTS = Path(__file__).parent
+
+# These models are too small for threads to help; threads that wait for a busy core slow them down a hundredfold.
 torch.set_num_threads(1)
 
 
-def model_config(heads: int = 4, head_dim: int = 16, **fields) -> ModelConfig:
+def model_config(heads: int = 4, head_dim: int = 16, **fields) -> SD3Config:
     values = dict(
         sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=3, attention_head_dim=head_dim,
         num_attention_heads=heads, joint_attention_dim=40, caption_projection_dim=heads * head_dim,
         pooled_projection_dim=48, pos_embed_max_size=24, dual_attention_layers=(), qk_norm="rms_norm",
     )  # fmt: skip
-    return ModelConfig(**values | fields)
+    return SD3Config(**values | fields)
 
 
 MODELS = {
@@ -34,7 +41,7 @@ MODELS = {
     "sd3-medium": model_config(qk_norm=None),
     "sd3.5-medium": model_config(dual_attention_layers=(0, 1), pos_embed_max_size=48),
     "sd3.5-large": model_config(heads=2, head_dim=24, num_layers=4),
-    # Two that nothing was written for.
+    # Two that the library was not written for.
     "three-heads-of-8": model_config(
         heads=3, head_dim=8, num_layers=2, dual_attention_layers=(1,), in_channels=5, out_channels=7
     ),
@@ -45,30 +52,35 @@ MODELS = {
 }  # fmt: skip
 
 
-def random_transformer(config: ModelConfig, seed: int = 0) -> SD3Transformer2DModel:
+def random_transformer(config: SD3Config, seed: int = 0) -> SD3Transformer2DModel:
     """Every parameter random (biases and norms too), activations near unit size: each weight shows in the output."""
     model = SD3Transformer2DModel(**config.to_diffusers()).eval()
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {**dict(model.named_parameters()), "pos_embed.pos_embed": model.pos_embed.pos_embed}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            noise = torch.randn(tensor.shape, generator=generator)
-            if name == "pos_embed.pos_embed":
-                tensor.copy_(0.7 * noise)  # the size of sines and cosines
-            elif name.endswith("bias"):
-                tensor.copy_(0.3 * noise)
-            elif tensor.dim() == 1:  # norms
-                tensor.copy_(1 + 0.2 * noise)
-            else:
-                tensor.copy_(noise / math.sqrt(tensor[0].numel()))
-    return model
+    return randomize(model, torch.Generator().manual_seed(seed))
+
+
+TINY = {
+    "sample_size": 32, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 3, "attention_head_dim": 8,
+    "num_attention_heads": 4, "joint_attention_dim": 24, "caption_projection_dim": 32, "pooled_projection_dim": 40,
+    "pos_embed_max_size": 12, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm",
+}  # fmt: skip
+NO_NORM = TINY | {
+    "attention_head_dim": 64,
+    "num_attention_heads": 1,
+    "caption_projection_dim": 64,
+    "dual_attention_layers": (),
+    "qk_norm": None,
+}
+
+
+def tiny_model(seed: int = 0, **overrides) -> SD3Transformer2DModel:
+    return random_transformer(SD3Config(**TINY | overrides), seed)
 
 
 @dataclass
 class Case:
-    """A model and, made when first asked for, what comes of it: diffusers' folder, checkpoints, engines, runners."""
+    """A model and, made at first use, what is derived from it: diffusers' folder, checkpoints, engines, runners."""
 
-    config: ModelConfig
+    config: SD3Config
     root: Path
     _cache: dict = field(default_factory=dict)
 
@@ -111,19 +123,9 @@ class Case:
     def inputs(
         self, *, patches=(8, 8), tokens: int = 154, batch: int = 2, seed: int = 0, dtype: str = "float32"
     ) -> dict:
-        """Inputs by name, `patches` rows by columns; `timestep` fractional."""
-        p, config = self.config.patch_size, self.config
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape):
-            return torch.randn(shape, generator=generator).to(getattr(torch, dtype))
-
-        return {
-            "hidden_states": draw(batch, config.in_channels, patches[0] * p, patches[1] * p),
-            "encoder_hidden_states": draw(batch, tokens, config.joint_attention_dim),
-            "pooled_projections": draw(batch, config.pooled_projection_dim),
-            "timestep": 1000 * torch.rand(batch, generator=generator),
-        }
+        """Inputs by name, `patches` rows by columns; `timestep` is fractional."""
+        sizes = Sizes(batch, patches[0] * self.step, patches[1] * self.step, tokens)
+        return draw_inputs(SD3, self.config, sizes, dtype, seed=seed)
 
     def _once(self, key, make):
         if key not in self._cache:
@@ -136,7 +138,7 @@ _folders = tempfile.TemporaryDirectory(prefix="mmdit-test-")  # removed when the
 
 @cache
 def case(name: str) -> Case:
-    """One of `MODELS`; everything made from it is made once for all tests."""
+    """One of `MODELS`; everything derived from it is made once for all tests."""
     root = Path(_folders.name, name)
     root.mkdir()
     return Case(MODELS[name], root)
@@ -152,3 +154,86 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm."""
     expected = expected.double()
     return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+# Conversion ------------------------------------------------------------------------------------------
+
+
+def quiet(source, output, **options) -> Checkpoint:
+    return Checkpoint.open(convert(str(source), str(output), progress=False, **options), verify=True)
+
+
+def assert_same(weights: dict, reference: SD3Transformer2DModel, dtype: torch.dtype = torch.float32) -> None:
+    expected = {from_diffusers(name): tensor.to(dtype) for name, tensor in reference.state_dict().items()}
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert weights[name].dtype == dtype
+        assert torch.equal(weights[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+
+
+# The original layout: name in a block, and diffusers' modules whose rows it joins.
+STREAMS = {
+    "x_block": {
+        "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "attn.proj": ("attn.to_out.0",),
+        "attn.ln_q": ("attn.norm_q",), "attn.ln_k": ("attn.norm_k",),
+        "attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "attn2.proj": ("attn2.to_out.0",),
+        "attn2.ln_q": ("attn2.norm_q",), "attn2.ln_k": ("attn2.norm_k",),
+        "adaLN_modulation.1": ("norm1.linear",), "mlp.fc1": ("ff.net.0.proj",), "mlp.fc2": ("ff.net.2",),
+    },
+    "context_block": {
+        "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "attn.proj": ("attn.to_add_out",),
+        "attn.ln_q": ("attn.norm_added_q",), "attn.ln_k": ("attn.norm_added_k",),
+        "adaLN_modulation.1": ("norm1_context.linear",),
+        "mlp.fc1": ("ff_context.net.0.proj",), "mlp.fc2": ("ff_context.net.2",),
+    },
+}  # fmt: skip
+OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj", "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2", "context_embedder": "context_embedder",
+    "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
+}  # fmt: skip
+
+
+def original_layout(model: SD3Transformer2DModel, prefix: str = "model.diffusion_model.") -> dict[str, torch.Tensor]:
+    state, out = model.state_dict(), {}
+
+    def put(name: str, modules: tuple[str, ...], swap: bool = False) -> None:
+        for kind in ("weight", "bias"):
+            if f"{modules[0]}.{kind}" in state:
+                joined = torch.cat([state.pop(f"{m}.{kind}") for m in modules])
+                # Stability AI keeps (shift, scale), diffusers (scale, shift).
+                out[f"{prefix}{name}.{kind}"] = torch.cat(joined.chunk(2)[::-1]) if swap else joined
+
+    out[f"{prefix}pos_embed"] = state.pop("pos_embed.pos_embed")
+    for name, module in OUTSIDE.items():
+        put(name, (module,), swap=module == "norm_out.linear")
+    for i in range(model.config.num_layers):
+        for stream, modules in STREAMS.items():
+            for name, parts in modules.items():
+                swap = i == model.config.num_layers - 1 and parts == ("norm1_context.linear",)
+                put(f"joint_blocks.{i}.{stream}.{name}", tuple(f"transformer_blocks.{i}.{p}" for p in parts), swap)
+    assert not state, sorted(state)
+    return out
+
+
+# Ranks -----------------------------------------------------------------------------------------------
+
+
+def mpirun(ranks: int, *arguments, timeout: float) -> subprocess.CompletedProcess:
+    """`mpirun -n ranks python arguments`, in a process group of its own, ended with all it started on a timeout."""
+    beside = Path(sys.executable).parent / "mpirun"
+    command = [str(beside) if beside.exists() else "mpirun", "-n", str(ranks), sys.executable, *map(str, arguments)]
+    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | mpi_environment(ranks) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # mpirun ends its ranks
+            out, err = process.communicate(timeout=20)
+            raise AssertionError(f"{ranks} ranks did not end within {timeout} s\n{err[-3000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -27,6 +27,7 @@ def main() -> None:
     start_mpi(3 if WHAT == "unstarted" else 25)
     from mmdit_lib import MMDiTRunner, parallel
     from mmdit_lib.engine.folder import EngineFolder
+    from mmdit_lib.engine.inputs import sample_inputs
 
     if WHAT == "absent":
         if BAD:
@@ -34,13 +35,7 @@ def main() -> None:
             time.sleep(120)
         parallel.join(EngineFolder.open(ENGINE), "cpu", seconds=3)
     runner = MMDiTRunner.from_engine(ENGINE, backend="pytorch", device="cpu")
-    config = runner.folder.model
-    inputs = {
-        "hidden_states": torch.ones(2, config.in_channels, 16, 16),
-        "encoder_hidden_states": torch.ones(2, 154, config.joint_attention_dim),
-        "pooled_projections": torch.ones(2, config.pooled_projection_dim),
-        "timestep": torch.full((2,), 500.0),
-    }
+    inputs = sample_inputs(runner.folder, resolution=128, text_tokens=154, batch=2)
     runner.run(inputs)
     if BAD:
         mark()

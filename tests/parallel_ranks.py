@@ -9,8 +9,7 @@ import torch
 from helpers import relative_error
 from mpi4py import MPI
 
-from mmdit_lib import MMDiTRunner, parallel
-from mmdit_lib.parallel.generation import load_pipeline, sample
+from mmdit_lib import MMDiTRunner, load_pipeline, parallel, sample
 
 WORLD = MPI.COMM_WORLD
 
@@ -35,7 +34,12 @@ def refuse(task: dict) -> list[str]:
 
 def picture(task: dict) -> dict:
     pipe = load_pipeline(
-        task["model"], task["engine"], device="cpu", dtype=torch.float32, runner_options={"backend": "pytorch"}
+        task["model"],
+        task["engine"],
+        device="cpu",
+        dtype=torch.float32,
+        runner_options={"backend": "pytorch"},
+        encode_on_rank_0=True,
     )
     pipe.set_progress_bar_config(disable=True)
     # Only rank 0's prompt and noise count: the others' are wrong on purpose.

@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mmdit_lib import MMDiTRunner
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine import tensorrt_backend
+from mmdit_lib.engine.backend import RunnerOptions
 from mmdit_lib.engine.build import build
 from mmdit_lib.engine.capability import refused_capability
 from mmdit_lib.engine.folder import EngineFolder
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.engine.tensorrt_backend import TensorRTBackend, refusal
 from mmdit_lib.network.trt import installed
-from mmdit_lib.pipeline import MMDiTRunner
 
 REPOSITORY = Path(__file__).parents[1]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is refused without a GPU")
@@ -46,7 +47,9 @@ def test_without_a_gpu(case):
         MMDiTRunner.from_engine(case.engine(), backend="tensorrt")
     assert str(error.value) == "backend tensorrt: this machine has no CUDA GPU"
     with pytest.raises(ValueError, match=r"rank0\.engine cannot run here: this machine has no CUDA GPU"):
-        TensorRTBackend(case.engine() / "rank0.engine", installed())
+        TensorRTBackend.open(EngineFolder.open(case.engine()), RunnerOptions())
+    runner = MMDiTRunner.from_engine(case.engine(), backend="pytorch")
+    assert (runner.backend.name, runner.reason) == ("pytorch", "requested")
 
 
 def test_refusals_name_what_is_there(monkeypatch):
@@ -62,6 +65,8 @@ def test_refusals_name_what_is_there(monkeypatch):
 def test_unknown_backend(case):
     with pytest.raises(ValueError, match="backend 'onnx': use auto, tensorrt or pytorch"):
         MMDiTRunner.from_engine(case.engine(), backend="onnx")
+    with pytest.raises(ValueError, match="runner option 'cudagraph': use checkpoint_dir, backend, device, compile, "):
+        MMDiTRunner.from_engine(case.engine(), cudagraph=True)
 
 
 ONLY_TORCH = """
@@ -83,7 +88,7 @@ if "diffusers" in BLOCKED:  # the network alone
     folder = EngineFolder.open(sys.argv[1])
     output = PyTorchBackend(folder.graph(0), folder.open_checkpoint().weights())(inputs)
 else:
-    from mmdit_lib.pipeline import MMDiTRunner
+    from mmdit_lib import MMDiTRunner
     runner = MMDiTRunner.from_engine(sys.argv[1], device="cpu")
     print(runner.reason)
     output = runner.run(inputs)
@@ -119,7 +124,7 @@ def test_a_moved_folder_runs_where_there_is_no_tensorrt(case, moved, tmp_path, b
 def test_checkpoint_elsewhere(case, moved, tmp_path):
     os.rename(moved / "checkpoint-float32", tmp_path / "renamed")
     with pytest.raises(
-        ValueError, match=r"'checkpoint-float32', which is not at .*say where it is with --checkpoint_dir"
+        ValueError, match=r"'checkpoint-float32', which is not at .*; name its place with --checkpoint_dir"
     ):
         MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
     runner = MMDiTRunner.from_engine(
@@ -133,7 +138,7 @@ def test_checkpoint_changed_after_the_build(case, moved):
     content = bytearray(path.read_bytes())
     content[-4] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"rank0\.safetensors has changed since .*engine was built from it"):
+    with pytest.raises(ValueError, match=r"rank0\.safetensors has changed: its sha256 is "):
         MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
     MMDiTRunner.from_engine(moved / "engine", backend="pytorch", verify=False)
     path.write_bytes(content[:-4])
@@ -150,9 +155,9 @@ def test_only_this_ranks_file_is_verified(case, moved, monkeypatch):
     path.write_bytes(content)
     folder.open_checkpoint(tp_rank=0)
     for tp_rank in (1, None):
-        with pytest.raises(ValueError, match=r"rank1\.safetensors has changed since "):
+        with pytest.raises(ValueError, match=r"rank1\.safetensors has changed: its sha256 is "):
             folder.open_checkpoint(tp_rank=tp_rank)
-    monkeypatch.setattr("mmdit_lib.engine.folder.sha256_of", None)  # nothing is read through
+    monkeypatch.setattr("mmdit_lib.files.records.sha256_of", None)  # nothing is read through
     folder.open_checkpoint(verify=False)
     folder.graph(0, verify=False)
 
@@ -160,7 +165,7 @@ def test_only_this_ranks_file_is_verified(case, moved, monkeypatch):
 def test_checkpoint_below_the_home_folder(moved, monkeypatch):
     monkeypatch.setenv("HOME", str(moved))
     checkpoint = EngineFolder.open(moved / "engine").open_checkpoint("~/checkpoint-float32")
-    assert checkpoint.folder == moved / "checkpoint-float32"
+    assert checkpoint.path == moved / "checkpoint-float32"
 
 
 def test_checkpoint_converted_anew(case, moved):

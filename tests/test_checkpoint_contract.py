@@ -4,12 +4,12 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from mmdit_lib.checkpoint.keys import from_diffusers, to_diffusers
 from mmdit_lib.checkpoint.manifest import checkpoint_config
-from mmdit_lib.checkpoint.shapes import deduce_model, expected_shapes
-from mmdit_lib.config import KNOWN_MODELS, Mapping
-from mmdit_lib.network.mmdit import MMDiT
-from mmdit_lib.network.plan import local_shape
+from mmdit_lib.config import Layout
+from mmdit_lib.sd3 import KNOWN_MODELS, SD3
+from mmdit_lib.sd3.keys import from_diffusers, to_diffusers
+from mmdit_lib.sd3.tensor_parallel import SHARDINGS
+from mmdit_lib.sd3.transformer import MMDiT
 
 MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
 
@@ -24,14 +24,14 @@ MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
 )
 def test_published_models(name, tensors, parameters):
     config = KNOWN_MODELS[name]
-    shapes = expected_shapes(config)
+    shapes = SD3.parameters(config)
     assert len(shapes) == tensors
     assert sum(torch.Size(s).numel() for n, s in shapes.items() if n != "pos_embed.pos_embed") == parameters
     with torch.device("meta"):
         reference = SD3Transformer2DModel(**config.to_diffusers()).state_dict()
     assert {to_diffusers(n): tuple(s) for n, s in shapes.items()} == {n: tuple(t.shape) for n, t in reference.items()}
     assert {from_diffusers(n) for n in reference} == shapes.keys()
-    assert deduce_model(shapes) == config
+    assert SD3.infer_config(shapes, None) == config
 
 
 def test_key_table_is_two_way():
@@ -82,15 +82,17 @@ def megatron_parts(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...
 @pytest.mark.parametrize("layout, parts", [("trtllm", upstream_parts), ("megatron", megatron_parts)])
 def test_tensor_parallel_shapes_of_sd35_medium(layout, parts):
     cut = 0
-    for name, shape in expected_shapes(MEDIUM).items():
-        assert local_shape(name, shape, layout, 2) == parts(name, shape, 2), name
-        assert local_shape(name, shape, layout, 1) == shape
+    for name, shape in SD3.parameters(MEDIUM).items():
+        assert SHARDINGS[layout].local_shape(name, shape, 2) == parts(name, shape, 2), name
+        assert SHARDINGS[layout].local_shape(name, shape, 1) == shape
         cut += parts(name, shape, 2) != shape
     assert cut > 400
 
 
 def test_config_has_the_keys_of_the_contract_in_its_order():
-    config = checkpoint_config(MEDIUM, "float16", Mapping(tp_size=2, cp_size=4), "models/sd35", {"format_version": 1})
+    config = checkpoint_config(
+        SD3, MEDIUM, "float16", Layout(tp_size=2, cp_size=4), "models/sd35", {"format_version": 1}
+    )
     assert list(config) == [
         "architecture", "dtype", "sample_size", "patch_size", "in_channels", "out_channels", "num_layers",
         "attention_head_dim", "num_attention_heads", "joint_attention_dim", "caption_projection_dim",

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import TINY, assert_same, quiet, tiny_model
 from safetensors.torch import load_file
-from test_convert import TINY, assert_same, quiet, tiny_model
 
 from mmdit_lib.checkpoint import Checkpoint
 from mmdit_lib.checkpoint.random_weights import write_random_transformer
-from mmdit_lib.config import ModelConfig
-from mmdit_lib.network.plan import cut_dim
+from mmdit_lib.config import Layout
+from mmdit_lib.sd3 import SD3Config
+from mmdit_lib.sd3.tensor_parallel import SHARDINGS
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def resident() -> int:
 def test_weights_are_mapped_not_copied(tmp_path):
     folder = tmp_path / "big"
     folder.mkdir()
-    wide = ModelConfig(
+    wide = SD3Config(
         sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=64,
         num_attention_heads=8, joint_attention_dim=512, caption_projection_dim=512, pooled_projection_dim=64,
         pos_embed_max_size=384, dual_attention_layers=(), qk_norm=None,
@@ -77,10 +78,10 @@ def test_weights_are_mapped_not_copied(tmp_path):
 
 def test_upstream_checkpoint(made, upstream):
     checkpoint = Checkpoint.open(upstream, verify=True)
-    assert checkpoint.tp_layout == "trtllm" and checkpoint.tp_size == 2 and checkpoint.mapping.cp_size == 2
+    assert checkpoint.layout == Layout(tp_size=2, cp_size=2, tp_layout="trtllm")
     assert checkpoint.files == {} and checkpoint.vae_scale_factor == 8
     ranks = [checkpoint.weights(r) for r in range(2)]
-    dims = {name: cut_dim(name, "trtllm") for name in ranks[0]}
+    dims = {name: SHARDINGS["trtllm"].shard_dim(name) for name in ranks[0]}
     assert_same(
         {n: ranks[0][n] if d is None else torch.cat([r[n] for r in ranks], d) for n, d in dims.items()}, tiny_model()
     )
@@ -130,11 +131,11 @@ def test_truncated_without_a_manifest(upstream):
         (lambda c: c.pop("num_layers"), "num_layers"),
         (lambda c: c.update(num_layers=4), "missing tensor 'transformer_blocks.2."),
         (lambda c: c.update(dtype="float16"), "is F32, its config says float16"),
-        (lambda c: c["quantization"].update(quant_algo="FP8"), "quantised"),
+        (lambda c: c["quantization"].update(quant_algo="FP8"), "quantized"),
         (lambda c: c["mapping"].update(tp_size=2), "rank"),
-        (lambda c: c["mapping"].update(tp_size=3), "4 heads do not divide by tp 3"),
+        (lambda c: c["mapping"].update(tp_size=3), "4 heads are not divisible by tp_size=3"),
         (lambda c: c["mmdit_lib"].update(format_version=2), "format 2"),
-        (lambda c: c["mmdit_lib"].update(tp_layout="rows"), "tp_layout rows"),
+        (lambda c: c["mmdit_lib"].update(tp_layout="rows"), "tp_layout: Input should be 'megatron' or 'trtllm'"),
         (lambda c: c.update(mapping=None), "not a checkpoint's config"),
         (lambda c: c.update(pretrained_config={}), "is an engine folder, not a checkpoint"),
     ],
@@ -153,7 +154,7 @@ def test_unreadable(one, tmp_path):
 
 
 def test_random_weights(tmp_path):
-    model = ModelConfig(**TINY)
+    model = SD3Config(**TINY)
     write_random_transformer(tmp_path / "a", model, "bfloat16", shard_bytes=60_000)
     assert len(list((tmp_path / "a").glob("*-of-*"))) > 2
     write_random_transformer(tmp_path / "b", model, "bfloat16")

@@ -10,34 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from helpers import NO_NORM, TINY, assert_same, original_layout, quiet, tiny_model
 from safetensors.torch import load_file, save_file
 
-from mmdit_lib.checkpoint import Checkpoint, convert
-from mmdit_lib.checkpoint.keys import from_diffusers
-from mmdit_lib.config import ModelConfig
-from mmdit_lib.network.plan import cut_dim
-from mmdit_lib.tiny.random_pipeline import make_random_pipeline
-
-TINY = {
-    "sample_size": 32, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 3, "attention_head_dim": 8,
-    "num_attention_heads": 4, "joint_attention_dim": 24, "caption_projection_dim": 32, "pooled_projection_dim": 40,
-    "pos_embed_max_size": 12, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm",
-}  # fmt: skip
-NO_NORM = TINY | {
-    "attention_head_dim": 64,
-    "num_attention_heads": 1,
-    "caption_projection_dim": 64,
-    "dual_attention_layers": (),
-    "qk_norm": None,
-}
-
-
-def tiny_model(seed: int = 0, **overrides) -> SD3Transformer2DModel:
-    torch.manual_seed(seed)
-    model = SD3Transformer2DModel(**TINY | overrides)
-    for parameter in model.parameters():  # norms and biases too
-        torch.nn.init.normal_(parameter)
-    return model
+from mmdit_lib.checkpoint import Checkpoint
+from mmdit_lib.sd3 import SD3Config
+from mmdit_lib.sd3.tensor_parallel import SHARDINGS
+from training.random_pipeline import make_random_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +31,9 @@ def folder(model, tmp_path_factory) -> Path:
     return folder
 
 
-def quiet(source, output, **options) -> Checkpoint:
-    return Checkpoint.open(convert(str(source), str(output), progress=False, **options), verify=True)
-
-
-def assert_same(weights: dict, reference: SD3Transformer2DModel, dtype: torch.dtype = torch.float32) -> None:
-    expected = {from_diffusers(name): tensor.to(dtype) for name, tensor in reference.state_dict().items()}
-    assert weights.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert weights[name].dtype == dtype
-        assert torch.equal(weights[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
-
-
 def test_every_byte_arrives(model, folder, tmp_path):
     checkpoint = quiet(folder, tmp_path / "out")
-    assert checkpoint.model == ModelConfig(**TINY) and checkpoint.dtype == "float32"
+    assert checkpoint.model == SD3Config(**TINY) and checkpoint.dtype == "float32"
     assert_same(checkpoint.weights(0), model)
     assert_same(load_file(tmp_path / "out" / "rank0.safetensors"), model)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -79,7 +46,7 @@ def test_manifest(folder, tmp_path):
     assert own["files"] == {"rank0.safetensors": {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
     assert own["source"] == str(folder) and own["source_dtype"] == "float32" and own["format_version"] == 1
     assert torch.__version__.startswith(own["versions"]["torch"]) and own["revision"] is None
-    assert checkpoint.mapping.world_size == 4 and checkpoint.config["mapping"]["world_size"] == 2
+    assert checkpoint.layout.world_size == 4 and checkpoint.config["mapping"]["world_size"] == 2
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "rank0.safetensors"]
 
 
@@ -130,53 +97,6 @@ def test_single_file_in_diffusers_layout(model, folder, tmp_path):
     assert_same(quiet(tmp_path / "alone.safetensors", tmp_path / "alone").weights(), model)
 
 
-# The original layout: name in a block, and diffusers' modules whose rows it joins.
-STREAMS = {
-    "x_block": {
-        "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "attn.proj": ("attn.to_out.0",),
-        "attn.ln_q": ("attn.norm_q",), "attn.ln_k": ("attn.norm_k",),
-        "attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "attn2.proj": ("attn2.to_out.0",),
-        "attn2.ln_q": ("attn2.norm_q",), "attn2.ln_k": ("attn2.norm_k",),
-        "adaLN_modulation.1": ("norm1.linear",), "mlp.fc1": ("ff.net.0.proj",), "mlp.fc2": ("ff.net.2",),
-    },
-    "context_block": {
-        "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "attn.proj": ("attn.to_add_out",),
-        "attn.ln_q": ("attn.norm_added_q",), "attn.ln_k": ("attn.norm_added_k",),
-        "adaLN_modulation.1": ("norm1_context.linear",),
-        "mlp.fc1": ("ff_context.net.0.proj",), "mlp.fc2": ("ff_context.net.2",),
-    },
-}  # fmt: skip
-OUTSIDE = {
-    "x_embedder.proj": "pos_embed.proj", "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2", "context_embedder": "context_embedder",
-    "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
-}  # fmt: skip
-
-
-def original_layout(model: SD3Transformer2DModel, prefix: str = "model.diffusion_model.") -> dict[str, torch.Tensor]:
-    state, out = model.state_dict(), {}
-
-    def put(name: str, modules: tuple[str, ...], swap: bool = False) -> None:
-        for kind in ("weight", "bias"):
-            if f"{modules[0]}.{kind}" in state:
-                joined = torch.cat([state.pop(f"{m}.{kind}") for m in modules])
-                # Stability AI keeps (shift, scale), diffusers (scale, shift).
-                out[f"{prefix}{name}.{kind}"] = torch.cat(joined.chunk(2)[::-1]) if swap else joined
-
-    out[f"{prefix}pos_embed"] = state.pop("pos_embed.pos_embed")
-    for name, module in OUTSIDE.items():
-        put(name, (module,), swap=module == "norm_out.linear")
-    for i in range(model.config.num_layers):
-        for stream, modules in STREAMS.items():
-            for name, parts in modules.items():
-                swap = i == model.config.num_layers - 1 and parts == ("norm1_context.linear",)
-                put(f"joint_blocks.{i}.{stream}.{name}", tuple(f"transformer_blocks.{i}.{p}" for p in parts), swap)
-    assert not state, sorted(state)
-    return out
-
-
 @pytest.mark.parametrize("values", [TINY, NO_NORM], ids=["dual-qk-norm", "plain"])
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
 def test_original_single_file(tmp_path, values, prefix):
@@ -186,7 +106,7 @@ def test_original_single_file(tmp_path, values, prefix):
     save_file(original_layout(model, prefix) | extra, path)
     checkpoint = quiet(path, tmp_path / "out", tp_size=1)
     assert_same(checkpoint.weights(), model)
-    assert checkpoint.model == ModelConfig(**values | {"sample_size": 128})
+    assert checkpoint.model == SD3Config(**values | {"sample_size": 128})
 
 
 def test_original_file_is_what_diffusers_loads(model, folder, tmp_path):
@@ -206,7 +126,7 @@ def test_ranks_side_by_side_are_the_whole(model, folder, tmp_path, layout, tp):
     ranks = [checkpoint.weights(r) for r in range(tp)]
     whole = {}
     for name in ranks[0]:
-        dim = cut_dim(name, layout)
+        dim = SHARDINGS[layout].shard_dim(name)
         parts = [rank[name] for rank in ranks]
         assert dim is not None or all(torch.equal(parts[0], p) for p in parts)
         whole[name] = parts[0] if dim is None else torch.cat(parts, dim)
@@ -263,15 +183,14 @@ def test_memory_stays_below_two_of_the_largest_tensor(tmp_path):
     code = """
 import sys, torch
 from mmdit_lib.checkpoint import convert
-from mmdit_lib.checkpoint.shapes import expected_shapes
 from mmdit_lib.checkpoint.random_weights import write_random_transformer
-from mmdit_lib.config import KNOWN_MODELS, ModelConfig
+from mmdit_lib.sd3 import KNOWN_MODELS, SD3, SD3Config
 values = KNOWN_MODELS["stable-diffusion-3.5-medium"].model_dump()
 small = dict(num_attention_heads=16, caption_projection_dim=1024, num_layers=4, dual_attention_layers=())
 small["pos_embed_max_size"] = 64
-model = ModelConfig(**values | small)
+model = SD3Config(**values | small)
 write_random_transformer(sys.argv[1], model)
-warm = ModelConfig(**values | small | dict(num_attention_heads=1, caption_projection_dim=64, num_layers=1))
+warm = SD3Config(**values | small | dict(num_attention_heads=1, caption_projection_dim=64, num_layers=1))
 write_random_transformer(sys.argv[3], warm)
 for dtype in ("float16", "bfloat16"):
     convert(sys.argv[3], sys.argv[4], dtype=dtype, progress=False)
@@ -280,7 +199,7 @@ def peak():
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
 before = peak()
 convert(sys.argv[1], sys.argv[2], tp_size=2, dtype="bfloat16", progress=False)
-largest = 2 * max(torch.Size(s).numel() for s in expected_shapes(model).values())
+largest = 2 * max(torch.Size(s).numel() for s in SD3.parameters(model).values())
 print(before, peak(), largest)
 """
     folders = [str(tmp_path / name) for name in ("source", "out", "warm", "warm_out")]

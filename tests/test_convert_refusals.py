@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import original_layout, quiet, tiny_model
 from safetensors.torch import load_file, save_file
-from test_convert import original_layout, quiet, tiny_model
 
-from mmdit_lib.checkpoint import Checkpoint, atomic, convert
+from mmdit_lib.checkpoint import Checkpoint, convert
 from mmdit_lib.checkpoint.tensor_file import TensorFileWriter
+from mmdit_lib.files import atomic
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -103,7 +104,7 @@ def test_missing_tensor(source):
 def test_renamed_tensor(source):
     query = "transformer_blocks.1.attn.to_q.weight"
     edit(source, lambda t: t.update({query.replace("to_q", "to_query"): t.pop(query)}))
-    refused(source, f"missing tensor '{query}'", "attn.to_query.weight is a name that the key table", "keys.py")
+    refused(source, f"missing tensor '{query}'", "attn.to_query.weight is a name that the model's key table", "keys.py")
 
 
 def test_unknown_tensor(source):
@@ -198,7 +199,7 @@ def test_refused_before_the_weights_are_fetched(good, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     place = tmp_path / "place" / "out"
-    refused("someone/sd3", "4 heads do not divide by tp 3; use 1, 2 or 4", output=place, tp_size=3)
+    refused("someone/sd3", "4 heads are not divisible by tp_size=3; use 1, 2 or 4", output=place, tp_size=3)
     assert fetched and not any("safetensors" in pattern for pattern in fetched)
     fetched.clear()
     place.mkdir(parents=True)
@@ -222,11 +223,11 @@ def test_original_layout(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"tp_size": 3}, "4 heads do not divide by tp 3; use 1, 2 or 4"),
+        ({"tp_size": 3}, "4 heads are not divisible by tp_size=3; use 1, 2 or 4"),
         ({"tp_size": 0}, "tp_size"),
         ({"cfg_size": 3}, "cfg_size"),
         ({"dtype": "int8"}, "dtype int8"),
-        ({"tp_layout": "rows"}, "tp_layout rows"),
+        ({"tp_layout": "rows"}, "tp_layout: Input should be 'megatron' or 'trtllm'"),
     ],
 )
 def test_options(source, options, words):
@@ -303,7 +304,8 @@ def test_full_disk(good, tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from mmdit_lib.checkpoint import atomic, convert
+from mmdit_lib.checkpoint import convert
+from mmdit_lib.files import atomic
 from mmdit_lib.checkpoint.tensor_file import TensorFileWriter
 
 write, rename, count = TensorFileWriter.write, os.rename, 0

@@ -7,9 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from mmdit_lib import doctor as module
-from mmdit_lib.doctor import Check, doctor, print_doctor
 from mmdit_lib.engine.capability import plan_runs_here, refused_capability
+from mmdit_lib.reports import doctor as module
+from mmdit_lib.reports.doctor import Check, doctor, print_doctor
 
 
 def checks() -> dict[str, Check]:

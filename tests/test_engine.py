@@ -86,8 +86,12 @@ def test_two_builds_make_the_same_graph(case, tmp_path):
 def test_default_profile(case):
     assert default_resolutions(case.config, 8) == tuple(Resolution(height=n, width=n) for n in (32, 128, 192))
     folder = EngineFolder.open(quick(case, case.root / "default", plan=False))
-    assert (folder.build.min_text_tokens, folder.build.opt_text_tokens, folder.build.max_text_tokens) == (77, 333, 589)
-    assert folder.build.batches(1) == (1, 1, 2) and folder.build.batches(2) == (2, 2, 2)
+    assert (
+        folder.build_config.min_text_tokens,
+        folder.build_config.opt_text_tokens,
+        folder.build_config.max_text_tokens,
+    ) == (77, 333, 589)
+    assert folder.build_config.batches(1) == (1, 1, 2) and folder.build_config.batches(2) == (2, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_default_profile(case):
         (dict(cfg_size=3), "cfg_size"),
         (dict(cp_size=0), "cp_size"),
         (dict(cfg_size=0), "cfg_size"),
-        (dict(cp_size=3, cp_method="ulysses"), "the 4 heads of a tp rank do not divide by cp 3; use 1, 2 or 4"),
+        (dict(cp_size=3, cp_method="ulysses"), "the 4 heads of a tp rank are not divisible by cp_size=3; use 1, 2 or 4"),
         (dict(compute_capability=("6.1",)), "compute_capability 6.1: use "),
     ],
 )
@@ -126,7 +130,7 @@ def test_refused_folders(case, tmp_path):
         quick(case, tmp_path / "mine", plan=False)
     with pytest.raises(ValueError, match="is not an engine folder"):
         EngineFolder.open(case.checkpoint().parent)
-    with pytest.raises(ValueError, match="is a checkpoint folder; `mmdit build --checkpoint_dir ") as error:
+    with pytest.raises(ValueError, match="is a checkpoint folder; build an engine from it: mmdit build --checkpoint_dir ") as error:
         EngineFolder.open(case.checkpoint())
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="is an engine folder, not a checkpoint"):
@@ -174,7 +178,7 @@ def test_cfg_parallel_plan_of_six_rows(case, tmp_path):
     """The optimal batch is even too: half of six is not, and TensorRT would refuse the profile."""
     options = dict(max_batch_size=6, cfg_size=2, min_resolution="32", opt_resolution="32", max_resolution="32")
     folder = EngineFolder.open(quick(case, tmp_path / "engine", **options))
-    assert folder.build.batches(2) == (2, 4, 6)
+    assert folder.build_config.batches(2) == (2, 4, 6)
     folder.verify(plan_file(0), plan_file(1))
 
 
@@ -254,7 +258,7 @@ def test_an_older_folder_stays_until_the_new_one_is_complete(case, tmp_path, mon
             quick(case, output)
     assert (output / "config.json").read_bytes() == before and os.listdir(output.parent) == ["engine"]
     quick(case, output, plan=False, max_batch_size=4)
-    assert EngineFolder.open(output).build.max_batch_size == 4
+    assert EngineFolder.open(output).build_config.max_batch_size == 4
 
 
 @pytest.mark.parametrize("name", [plan_file(0), graph_file(0)])

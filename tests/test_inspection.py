@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine.build import build
-from mmdit_lib.inspection import CheckpointReport, EngineReport, describe, inspect, print_inspection, size
+from mmdit_lib.reports.inspection import CheckpointReport, EngineReport, describe, inspect, print_inspection, size
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_engine_folder(case):
         "?x16x?x?",
         "3x589x40",
         "rank0.engine",
-        "32x32 to 320x320 pixels, best at 128x128",
+        "32x32 to 320x320 pixels, optimized for 128x128",
         "3 blocks, dual attention in 2, 4 heads of 16, QK norm rms_norm",
         "1 (tp 1, cp 1, cfg 1)",
         "checkpoint-float32",
@@ -73,8 +73,8 @@ def test_parallel_layout_and_no_plan(case, tmp_path):
     convert(str(case.transformer), str(tmp_path / "c"), tp_size=2, progress=False)
     build(str(tmp_path / "c"), str(tmp_path / "e"), cp_size=2, plan=False, progress=False)
     text = printed(tmp_path / "e")
-    assert "4 (tp 2, cp 2, cfg 1; weights cut as megatron; cp by allgather)" in text
-    assert "no plan; network made with" in text and "rank3.graph.json" in text and "DIST_COLLECTIVE" in text
+    assert "4 (tp 2, cp 2, cfg 1; weights sharded as megatron; cp by allgather)" in text
+    assert "no plan; network defined with" in text and "rank3.graph.json" in text and "DIST_COLLECTIVE" in text
     assert describe(inspect(tmp_path / "c")) is not None
 
 

@@ -1,4 +1,4 @@
-"""The judge against procedural scenes, whose truth is known."""
+"""The judge on rendered scenes, whose content is known."""
 
 import random
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from mmdit_lib.tiny.captions import Prompt, caption
-from mmdit_lib.tiny.evaluation import score
-from mmdit_lib.tiny.judge import look
-from mmdit_lib.tiny.render import describe, picture_of, render
-from mmdit_lib.tiny.scenes import CELLS, COLOURS, RELATIONS, SHAPES, Scene, Thing, draw_scene
+from training.captions import Prompt, caption
+from training.evaluation import score
+from training.judge import look
+from training.render import describe, picture_of, render
+from training.scenes import CELLS, COLOURS, RELATIONS, SHAPES, Scene, Thing, draw_scene
 
 
 def prompts(count: int, seed: int = 7) -> list[Prompt]:
@@ -31,7 +31,7 @@ def test_right_on_clean_pictures(height, width):
 
 
 def test_right_on_blurred_noisy_pictures():
-    """As a lossy decoder would give them."""
+    """Similar to the output of a lossy decoder."""
     asked, rng = prompts(60), np.random.default_rng(0)
     pictures = [picture_of(p.scene, seed=i).filter(ImageFilter.GaussianBlur(1.0)) for i, p in enumerate(asked)]
     noisy = [np.asarray(p) / 255 + rng.normal(0, 0.03, (128, 128, 3)) for p in pictures]
@@ -39,7 +39,7 @@ def test_right_on_blurred_noisy_pictures():
 
 
 def test_wrong_pictures_score_low():
-    """Pictures of other scenes agree by chance only."""
+    """Pictures of other scenes match only by chance."""
     asked = prompts(60)
     seen = [look(picture_of(p.scene)) for p in asked[1:] + asked[:1]]
     scores = score(asked, seen)

@@ -3,8 +3,9 @@
 import pytest
 from helpers import model_config
 
-from mmdit_lib.config import KNOWN_MODELS, BuildConfig, Mapping, Resolution
+from mmdit_lib.config import BuildConfig, Layout, RankMapping, Resolution
 from mmdit_lib.parallel.launch import check_launch
+from mmdit_lib.sd3 import KNOWN_MODELS
 
 LARGE = KNOWN_MODELS["stable-diffusion-3.5-large"]
 MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
@@ -14,7 +15,7 @@ MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
 @pytest.mark.parametrize("cp", [1, 2, 3])
 @pytest.mark.parametrize("cfg", [1, 2])
 def test_ranks_as_in_tensorrt_llm(tp, cp, cfg):
-    ranks = Mapping(tp_size=tp, cp_size=cp, cfg_size=cfg).ranks()
+    ranks = Layout(tp_size=tp, cp_size=cp, cfg_size=cfg).ranks()
     assert [m.rank for m in ranks] == list(range(tp * cp * cfg))
     for m in ranks:
         # The contract's formulas; its world is one half of ours with CFG parallelism.
@@ -31,7 +32,7 @@ def test_ranks_as_in_tensorrt_llm(tp, cp, cfg):
 
 
 def test_eight_ranks_written_out():
-    ranks = Mapping(tp_size=2, cp_size=2, cfg_size=2).ranks()
+    ranks = Layout(tp_size=2, cp_size=2, cfg_size=2).ranks()
     assert [m.tp_group for m in ranks[::2]] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert [m.cp_group for m in ranks] == [(0, 2), (1, 3), (0, 2), (1, 3), (4, 6), (5, 7), (4, 6), (5, 7)]
     assert [m.output_group for m in ranks[:2]] == [(0, 2, 4, 6), (1, 3, 5, 7)]
@@ -42,42 +43,44 @@ def test_eight_ranks_written_out():
 @pytest.mark.parametrize(
     "model, sizes, options, said",
     [
-        (LARGE, dict(tp_size=4), {}, "38 heads do not divide by tp 4; use 1, 2, 19 or 38"),
-        (LARGE, dict(tp_size=4), dict(tp_layout="trtllm"), "38 heads do not divide by tp 4; use 1 or 2"),
-        (LARGE, dict(tp_size=19), dict(tp_layout="trtllm"), "64 rows of proj_out do not divide by tp 19; use 1 or 2"),
-        (MEDIUM, dict(tp_size=16), dict(tp_layout="trtllm"), "24 heads do not divide by tp 16; use 1, 2, 4 or 8"),
-        (MEDIUM, dict(tp_size=5), {}, "24 heads do not divide by tp 5; use 1, 2, 3, 4, 6, 8, 12 or 24"),
+        (LARGE, dict(tp_size=4), {}, "38 heads are not divisible by tp_size=4; use 1, 2, 19 or 38"),
+        (LARGE, dict(tp_size=4), dict(tp_layout="trtllm"), "38 heads are not divisible by tp_size=4; use 1 or 2"),
+        (LARGE, dict(tp_size=19), dict(tp_layout="trtllm"),
+         "64 rows of proj_out are not divisible by tp_size=19; use 1 or 2"),
+        (MEDIUM, dict(tp_size=16), dict(tp_layout="trtllm"),
+         "24 heads are not divisible by tp_size=16; use 1, 2, 4 or 8"),
+        (MEDIUM, dict(tp_size=5), {}, "24 heads are not divisible by tp_size=5; use 1, 2, 3, 4, 6, 8, 12 or 24"),
         (MEDIUM, dict(cp_size=5), dict(cp_method="ulysses"),
-         "cp_method ulysses deals out heads, and the 24 heads of a tp rank do not divide by cp 5; "
+         "cp_method ulysses scatters heads, and the 24 heads of a tp rank are not divisible by cp_size=5; "
          "use 1, 2, 3, 4, 6, 8, 12 or 24, or cp_method allgather"),
         (MEDIUM, dict(tp_size=8, cp_size=2), dict(cp_method="ulysses"),
-         "cp_method ulysses deals out heads, and the 3 heads of a tp rank do not divide by cp 2; "
+         "cp_method ulysses scatters heads, and the 3 heads of a tp rank are not divisible by cp_size=2; "
          "use 1 or 3, or cp_method allgather"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_legal_sizes(model, sizes, options, said):
     with pytest.raises(ValueError) as error:
-        Mapping(**sizes).check(model, **options)
+        model.check_layout(Layout(**sizes, **options))
     assert str(error.value) == said
 
 
 def test_any_cp_size_gathers():
     for cp in range(1, 9):
-        Mapping(cp_size=cp).check(LARGE)
-        Mapping(cp_size=cp).check(model_config(heads=3))
+        LARGE.check_layout(Layout(cp_size=cp))
+        model_config(heads=3).check_layout(Layout(cp_size=cp))
 
 
 @pytest.mark.parametrize(
-    "values", [dict(cfg_size=3), dict(tp_size=0), dict(cp_size=-1), dict(rank=1), dict(tp_size=2, rank=2)]
+    "values", [dict(cfg_size=3), dict(tp_size=0), dict(cp_size=-1), dict(tp_layout="rows"), dict(cp_method="ring")]
 )
-def test_sizes_that_are_none(values):
+def test_illegal_layouts(values):
     with pytest.raises(ValueError, match=r"^layout: [^\n]+$"):
-        Mapping.parse(values, "layout")
+        Layout.parse(values, "layout")
 
 
 def test_a_validators_sentence_stands_as_it_is():
     with pytest.raises(ValueError) as error:
-        Mapping.parse(dict(tp_size=2, rank=2), "layout")
+        RankMapping.parse(dict(layout=Layout(tp_size=2), rank=2), "layout")
     assert str(error.value) == "layout: rank 2 does not exist in a world of 2"
 
 
@@ -101,10 +104,10 @@ def test_batches_of_a_profile(rows, cfg):
 
 
 def test_number_of_processes():
-    check_launch(Mapping(tp_size=2, cfg_size=2), 4)
+    check_launch(Layout(tp_size=2, cfg_size=2), 4)
     with pytest.raises(
         ValueError, match=r"is for tp 2 x cfg 2, 4 ranks, and 3 ranks are running: start it with mpirun -n 4$"
     ):
-        check_launch(Mapping(tp_size=2, cfg_size=2), 3)
+        check_launch(Layout(tp_size=2, cfg_size=2), 3)
     with pytest.raises(ValueError, match=r"is for cp 3, 3 ranks, and 1 rank is running: start it with mpirun -n 3$"):
-        check_launch(Mapping(cp_size=3), 1)
+        check_launch(Layout(cp_size=3), 1)

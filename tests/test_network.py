@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers import MODELS, case, diffusers_output, model_config, relative_error
 
-from mmdit_lib.checkpoint.keys import from_diffusers
-from mmdit_lib.config import KNOWN_MODELS
 from mmdit_lib.engine.folder import plan_file
-from mmdit_lib.network.mmdit import MMDiT
-from mmdit_lib.parity import all_ok, compare, verdict
+from mmdit_lib.reports.parity import all_ok, compare, verdict
+from mmdit_lib.sd3 import KNOWN_MODELS
+from mmdit_lib.sd3.keys import from_diffusers
+from mmdit_lib.sd3.transformer import MMDiT
 
 FLOAT32_LIMIT = 5e-6
 HALF_RATIO = 1.1
@@ -81,7 +81,7 @@ def test_half_precision_is_no_further_from_float32_than_diffusers(name, dtype):
 def test_tensorrt_builds_the_plan(name, dtype):
     folder = case(name).runner(dtype).folder
     weights = sum(t.numel() * t.element_size() for t in folder.open_checkpoint().weights().values())
-    assert (folder.folder / plan_file(0)).stat().st_size == folder.files[plan_file(0)]["bytes"] > 0.3 * weights
+    assert (folder.path / plan_file(0)).stat().st_size == folder.files[plan_file(0)].nbytes > 0.3 * weights
     assert folder.tensorrt and folder.dtype == dtype
 
 

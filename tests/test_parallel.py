@@ -11,18 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import diffusers_output, model_config, random_transformer
+from helpers import diffusers_output, model_config, mpirun, random_transformer
 from PIL import Image
 
 from mmdit_lib.checkpoint import convert
+from mmdit_lib.config import Sizes
 from mmdit_lib.engine.build import build
 from mmdit_lib.engine.folder import EngineFolder
+from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.pipeline import load_pipeline
-from mmdit_lib.reference import load_reference
+from mmdit_lib.reports.reference import load_reference
+from mmdit_lib.sd3 import SD3, SD3Config
 from mmdit_lib.tiny import model_path
 
 pytest.importorskip("mpi4py")
-from parallel_launch import mpirun
 
 BOUND = 5e-6
 TWELVE = dict(heads=12, head_dim=8, pos_embed_max_size=24)  # 12 heads: cut by 2, 3, 4 and 2 x 2
@@ -89,17 +91,11 @@ def engine(root: Path, model: str, layout: str = "one") -> Path:
 
 @cache
 def cases(root: Path, model: str) -> Path:
-    """Inputs, and what diffusers makes of them."""
-    reference = load_reference(source(root, model), torch.float32)
-    config, found = reference.config, []
-    generator = torch.Generator().manual_seed(0)
-    for tokens, (rows, columns), batch in CASES:
-        inputs = {
-            "hidden_states": torch.randn(batch, config.in_channels, 2 * rows, 2 * columns, generator=generator),
-            "encoder_hidden_states": torch.randn(batch, tokens, config.joint_attention_dim, generator=generator),
-            "pooled_projections": torch.randn(batch, config.pooled_projection_dim, generator=generator),
-            "timestep": 1000 * torch.rand(batch, generator=generator),
-        }
+    """Inputs, and diffusers' outputs for them."""
+    reference = load_reference(source(root, model), SD3, torch.float32)
+    config, found = SD3Config.from_diffusers(dict(reference.config)), []
+    for seed, (tokens, (rows, columns), batch) in enumerate(CASES):
+        inputs = draw_inputs(SD3, config, Sizes(batch, 16 * rows, 16 * columns, tokens), seed=seed)
         found.append((inputs, diffusers_output(reference, inputs)))
     torch.save(found, root / f"{model}.pt")
     return root / f"{model}.pt"
@@ -236,7 +232,7 @@ def test_every_rank_has_a_plan(tmp_path):
         folders = {name: EngineFolder.open(future.result()) for name, future in futures.items()}
     collectives = 0
     for name, folder in folders.items():
-        for rank in range(folder.mapping.world_size):
+        for rank in range(folder.layout.world_size):
             assert f"rank{rank}.engine" in folder.files, name
             folder.verify(f"rank{rank}.engine")
             found = [x for x in folder.graph(rank).layers if x.type == "DIST_COLLECTIVE"]

@@ -13,7 +13,7 @@ from mmdit_lib.engine.build import build
 from mmdit_lib.parallel.faults import START_SECONDS
 
 pytest.importorskip("mpi4py")
-from parallel_launch import TESTS, mpirun
+from helpers import TESTS, mpirun
 from parallel_tasks import fail, greet, join_twice
 
 LIMIT = 30

@@ -8,15 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import Case
+from helpers import Case, original_layout
 from rich.console import Console
 from safetensors.torch import save_file
-from test_convert import original_layout
 
-from mmdit_lib.config import Mapping
+from mmdit_lib.config import Layout
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
-from mmdit_lib.network.mmdit import MMDiT
-from mmdit_lib.parity import (
+from mmdit_lib.reports.parity import (
     TOLERANCES,
     align,
     all_ok,
@@ -26,7 +24,9 @@ from mmdit_lib.parity import (
     parity_report,
     verdict,
 )
-from mmdit_lib.reference import load_reference
+from mmdit_lib.reports.reference import load_reference
+from mmdit_lib.sd3 import SD3
+from mmdit_lib.sd3.transformer import MMDiT
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_the_reference_is_found_in_all_that_convert_takes(case, tmp_path):
         tmp_path / "alone.safetensors",
         tmp_path / "original.safetensors",
     ):
-        found = load_reference(where, torch.float32).state_dict()
+        found = load_reference(where, SD3, torch.float32).state_dict()
         assert found.keys() == wanted.keys(), where
         assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()), where
 
@@ -67,7 +67,7 @@ def test_no_pickle_is_loaded(case, tmp_path):
     case.reference.save_pretrained(tmp_path, safe_serialization=False)
     assert list(tmp_path.glob("*.bin"))
     with pytest.raises((OSError, ValueError), match="safetensors"):
-        load_reference(tmp_path, torch.float32)
+        load_reference(tmp_path, SD3, torch.float32)
 
 
 def text_of(renderable, width: int = 160) -> str:
@@ -182,7 +182,7 @@ def test_other_models_and_sizes_are_refused(case):
         compare_layers(case.transformer, case.engine(), batch=9, device="cpu")
 
 
-LAYOUT = Mapping(tp_size=2, cp_size=3, cfg_size=2)
+LAYOUT = Layout(tp_size=2, cp_size=3, cfg_size=2)
 
 
 @pytest.mark.parametrize("rank", range(12))
@@ -214,5 +214,5 @@ def test_align_takes_the_part_that_a_rank_holds(rank):
 
 
 def test_align_on_a_rank_without_rows():
-    mapping = Mapping(cp_size=4, rank=3)  # 5 tokens in parts of 2: the last rank has none
+    mapping = Layout(cp_size=4).at(3)  # 5 tokens in parts of 2: the last rank has none
     assert align(torch.zeros(1, 5, 3), (1, 2, 3), mapping).shape == (1, 0, 3)

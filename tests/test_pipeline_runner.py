@@ -16,11 +16,11 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 
+from mmdit_lib import MMDiTRunner, install, load_pipeline
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine.build import build
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
-from mmdit_lib.pipeline import MMDiTRunner, install, load_pipeline
-from mmdit_lib.tiny.random_pipeline import make_random_pipeline
+from training.random_pipeline import make_random_pipeline
 
 CALL = dict(prompt="a small red circle", num_inference_steps=3, guidance_scale=4.0)
 
@@ -217,12 +217,12 @@ def test_outside_the_profile(case, sizes, words):
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        ("hidden_states", (2, 16, 17, 16), "height 136 must be a multiple of 16 pixels"),
-        ("hidden_states", (2, 16, 16, 5), "width 40 must be a multiple of 16 pixels"),
-        ("hidden_states", (2, 4, 16, 16), "hidden_states channels: expected 16, got 4"),
+        ("hidden_states", (2, 16, 17, 16), "resolution 136x128: height and width must be multiples of 16 pixels"),
+        ("hidden_states", (2, 16, 16, 5), "resolution 128x40: height and width must be multiples of 16 pixels"),
+        ("hidden_states", (2, 4, 16, 16), "hidden_states: expected in_channels 16, got 4"),
         ("hidden_states", (16, 16, 16), "hidden_states must have 4 dimensions"),
-        ("encoder_hidden_states", (2, 154, 41), "encoder_hidden_states features: expected 40, got 41"),
-        ("pooled_projections", (2, 47), "pooled_projections features: expected 48, got 47"),
+        ("encoder_hidden_states", (2, 154, 41), "encoder_hidden_states: expected joint_attention_dim 40, got 41"),
+        ("pooled_projections", (2, 47), "pooled_projections: expected pooled_projection_dim 48, got 47"),
         ("timestep", (), "timestep must have 1 dimensions"),
         ("timestep", (3,), "the batch differs between inputs"),
     ],

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from mmdit_lib import plots
-from mmdit_lib.config import KNOWN_MODELS
+from mmdit_lib.sd3 import KNOWN_MODELS
 
 MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
 
@@ -111,7 +111,7 @@ def test_shard_map_gives_every_rank_its_share(tp_size):
 
 def test_shard_map_refuses_and_knows_both_layouts():
     assert "colwise_gather" in texts(plots.shard_map(MEDIUM, 2, tp_layout="trtllm"))
-    with pytest.raises(ValueError, match="38 heads do not divide by tp 4; use 1, 2, 19 or 38"):
+    with pytest.raises(ValueError, match="38 heads are not divisible by tp_size=4; use 1, 2, 19 or 38"):
         plots.shard_map(KNOWN_MODELS["stable-diffusion-3.5-large"], 4)
 
 

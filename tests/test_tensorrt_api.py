@@ -114,7 +114,7 @@ def recorded_build(rtx, tmp_path, monkeypatch) -> set[tuple[str, str]]:
     """(class, member) of all that building a tiny model for two ranks uses."""
     from mmdit_lib.checkpoint import convert
     from mmdit_lib.engine.build import build
-    from mmdit_lib.tiny import make_random_pipeline
+    from training.random_pipeline import make_random_pipeline
 
     model = make_random_pipeline(tmp_path / "model")
     checkpoint = convert(str(model), str(tmp_path / "checkpoint"), dtype="float16", progress=False)

@@ -1,13 +1,13 @@
-"""Scenes and captions: what is held out, and that captions say what is in their scene."""
+"""Scenes and captions: what is held out, and captions that match their scenes."""
 
 import random
 
 import pytest
 
-from mmdit_lib.tiny.captions import COLOUR_WORDS, SHAPE_WORDS, SIZE_WORDS, caption, heldout_prompts, words
-from mmdit_lib.tiny.data import make_data, tokenize
-from mmdit_lib.tiny.scenes import COLOURS, HELD_OUT, SHAPES, SIZES, draw_scene, is_held_out
-from mmdit_lib.tiny.tokenizers import clip_tokenizer, t5_tokenizer
+from training.captions import COLOUR_WORDS, SHAPE_WORDS, SIZE_WORDS, caption, heldout_prompts, words
+from training.data import make_data, tokenize
+from training.scenes import COLOURS, HELD_OUT, SHAPES, SIZES, draw_scene, is_held_out
+from training.tokenizers import clip_tokenizer, t5_tokenizer
 
 
 def test_training_and_heldout_share_no_combination():
@@ -52,7 +52,7 @@ def test_known_words_are_one_token_and_no_text_fails(make):
 def test_no_caption_is_cut_in_training():
     rng = random.Random(2)
     _, t5 = tokenize([caption(draw_scene(rng), rng).text for _ in range(2000)])
-    assert (t5 != 0).sum(1).max() <= 40  # the shortest text length trained with
+    assert (t5 != 0).sum(1).max() <= 40  # the shortest text length in training
 
 
 def test_data_is_seeded():

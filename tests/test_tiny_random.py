@@ -1,4 +1,4 @@
-"""The random pipeline: complete, deterministic, and every weight of its transformer matters."""
+"""The random pipeline is complete and deterministic, and its output depends on every weight of the transformer."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from mmdit_lib.tiny.random_pipeline import make_random_pipeline
+from training.random_pipeline import make_random_pipeline
 
 
 def load(folder: Path, **kwargs) -> StableDiffusion3Pipeline:
@@ -77,7 +77,7 @@ def test_overrides(tmp_path, overrides):
 
 
 def test_refusals(folder, tmp_path):
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         make_random_pipeline(folder)
     with pytest.raises(ValueError, match="unknown transformer arguments"):
         make_random_pipeline(tmp_path / "x", layers=2)

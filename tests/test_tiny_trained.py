@@ -1,4 +1,4 @@
-"""The trained pipeline that ships with the package: it draws what it is told."""
+"""The trained pipeline that ships with the package follows its prompts."""
 
 import json
 
@@ -6,20 +6,20 @@ import pytest
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import save_file
 
-from mmdit_lib import Checkpoint, build, convert, load_pipeline
-from mmdit_lib.tiny import heldout_prompts, model_path
-from mmdit_lib.tiny.evaluation import draw, evaluate
+from mmdit_lib import Checkpoint, build, convert, load_pipeline, tiny
+from training.captions import heldout_prompts
+from training.evaluation import draw, evaluate
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = StableDiffusion3Pipeline.from_pretrained(model_path())
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny.model_path())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def test_size_and_features(pipe):
-    files = [path for path in model_path().rglob("*") if path.is_file()]
+    files = [path for path in tiny.model_path().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 25_000_000
     config = pipe.transformer.config
     assert config.dual_attention_layers and config.qk_norm == "rms_norm"
@@ -45,13 +45,13 @@ def test_odd_prompts_give_a_picture(pipe, text):
 
 
 def test_a_broken_conversion_shows(tmp_path):
-    """Two weights swapped in a converted checkpoint: every name and shape still fits, the judge's scores collapse."""
-    checkpoint = convert(str(model_path()), str(tmp_path / "checkpoint"), dtype="float32", progress=False)
+    """Swapping two weights of a converted checkpoint keeps all names and shapes, but the scores collapse."""
+    checkpoint = convert(str(tiny.model_path()), str(tmp_path / "checkpoint"), dtype="float32", progress=False)
     prompts, call = heldout_prompts(4), {"steps": 10, "max_sequence_length": 77}
 
     def scores(name: str):
         engine = build(str(checkpoint), str(tmp_path / name), max_batch_size=16, plan=False, progress=False)
-        return evaluate(load_pipeline(model_path(), engine), prompts, **call)
+        return evaluate(load_pipeline(tiny.model_path(), engine), prompts, **call)
 
     whole = scores("whole")
     weights = Checkpoint.open(checkpoint).weights()
@@ -62,9 +62,9 @@ def test_a_broken_conversion_shows(tmp_path):
     }
     save_file(swapped, checkpoint / "rank0.safetensors")
     config = json.loads((checkpoint / "config.json").read_text())
-    del config["mmdit_lib"]["files"]  # the checksums would tell
+    del config["mmdit_lib"]["files"]  # they would reveal the change
     (checkpoint / "config.json").write_text(json.dumps(config))
 
-    broken = scores("broken")  # opens, builds and runs: nothing but the picture is wrong
+    broken = scores("broken")  # opens, builds and runs: only the pictures are wrong
     assert min(whole.colour, whole.shape, whole.position) >= 0.85, whole
     assert broken.shape <= whole.shape / 2, broken

@@ -2,8 +2,9 @@
 
 import pytest
 
-from mmdit_lib.config import KNOWN_MODELS, Mapping, Resolution
-from mmdit_lib.traffic import TWO_RANKS, Collective, Layout, count_traffic, print_traffic
+from mmdit_lib.config import Layout, Resolution
+from mmdit_lib.reports.traffic import TWO_RANKS, Collective, count_traffic, possible, print_traffic
+from mmdit_lib.sd3 import KNOWN_MODELS
 
 SIZE = dict(resolution=Resolution(height=1024, width=1024), text_tokens=333, batch=2)
 
@@ -57,8 +58,8 @@ def test_what_leaves_a_rank():
 
 
 def test_impossible_layouts_are_left_out():
-    assert not Layout(Mapping(tp_size=4)).possible(KNOWN_MODELS["stable-diffusion-3.5-large"])
-    assert all(layout.possible(model) for layout in TWO_RANKS.values() for model in KNOWN_MODELS.values())
+    assert not possible(KNOWN_MODELS["stable-diffusion-3.5-large"], Layout(tp_size=4))
+    assert all(possible(model, layout) for layout in TWO_RANKS.values() for model in KNOWN_MODELS.values())
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_refused_before_anything_is_printed(capsys, options, said):
 
 def test_table(monkeypatch, capsys):
     one = {"two layers": KNOWN_MODELS["stable-diffusion-3-medium"].model_copy(update={"num_layers": 2})}
-    monkeypatch.setattr("mmdit_lib.traffic.KNOWN_MODELS", one)
+    monkeypatch.setattr("mmdit_lib.reports.traffic.KNOWN_MODELS", one)
     monkeypatch.setenv("COLUMNS", "150")
     print_traffic(resolution=Resolution.read(512), text_tokens=154, batch=2)
     shown = " ".join(capsys.readouterr().out.split())

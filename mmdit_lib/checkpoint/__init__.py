@@ -1,4 +1,4 @@
-"""From diffusers' SD3 checkpoints to TensorRT-LLM's checkpoint folder, and reading such a folder."""
+"""From diffusers' checkpoints to TensorRT-LLM's checkpoint folder, and reading such a folder."""
 
 from .conversion import convert
 from .folder import Checkpoint

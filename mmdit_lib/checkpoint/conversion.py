@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -11,23 +10,22 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from ..config import Dtype, Mapping, ModelConfig, TpLayout
-from ..network.plan import PLANS, local_shape, shard
-from ..tiny.package import resolve_model
-from .atomic import complete_folder, require_place, require_space
-from .keys import to_diffusers
+from ..architecture import ModelConfig
+from ..config import DTYPES, Dtype, Layout, TpLayout
+from ..files import complete_folder, require_place, require_space, write_synced
+from ..files.records import Files, to_json
+from .hub import resolve_model
 from .manifest import CONFIG_FILE, FORMAT_VERSION, checkpoint_config, is_checkpoint, rank_file, versions
-from .shapes import expected_shapes
 from .source import Source, find_source
-from .tensor_file import CODES, TensorFileWriter
+from .tensor_file import TensorFileWriter
 
 CAST_BLOCK = 1 << 24
 """Elements cast and checked at a time: bounds the memory of the check."""
 
 
 def convert(
-    model_path: str,
-    output_dir: str = "tllm_checkpoint",
+    model_path: str | Path,
+    output_dir: str | Path = "tllm_checkpoint",
     *,
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto",
     tp_size: int = 1,
@@ -40,18 +38,18 @@ def convert(
 ) -> Path:
     """Convert the transformer of a Stable Diffusion 3 or 3.5 checkpoint to a rank-sharded checkpoint folder.
 
-    Weights pass through memory one tensor at a time. The folder appears only when complete; an older
-    checkpoint there is replaced then.
+    Weights pass through memory one tensor at a time. The folder appears only when complete, and replaces an
+    older checkpoint of that name then.
 
     Args:
         model_path: a diffusers pipeline folder, a `transformer` folder, a safetensors file in diffusers' or in
             Stability AI's original layout, a hub id, or tiny: the small model that ships with the package.
         output_dir: the folder to write.
         dtype: of the weights; auto keeps the source's.
-        tp_size: over how many ranks tensor parallelism cuts the weights.
-        cp_size: ranks of context parallelism. They share their tp rank's file.
-        cfg_size: 2 where the two halves of classifier-free guidance run on ranks of their own.
-        tp_layout: megatron, or trtllm for files as TensorRT-LLM cuts them; the same where tp_size is 1.
+        tp_size: ranks over which tensor parallelism shards the weights.
+        cp_size: ranks of context parallelism; they share their tp rank's file.
+        cfg_size: 2 to run the conditional and the unconditional pass on different ranks.
+        tp_layout: megatron, or trtllm to shard as TensorRT-LLM does; both are the same if tp_size is 1.
         variant: of the files in the folder, for instance fp16.
         revision: branch, tag or commit of a hub id.
         progress: show a progress bar.
@@ -60,25 +58,24 @@ def convert(
         The folder.
 
     Raises:
-        ValueError: in one line, before anything is written, where source, config and options do not fit together;
+        ValueError: in one line, before anything is written, if source, config and options do not fit together;
             or while writing, if the disk is full or a weight is too large for `dtype`. Nothing is left behind then.
     """
-    if dtype not in ("auto", *CODES):
-        raise ValueError(f"dtype {dtype}: use auto, {', '.join(CODES)}")
-    if tp_layout not in PLANS:
-        raise ValueError(f"tp_layout {tp_layout}: use {' or '.join(PLANS)}")
-    mapping = Mapping.parse({"tp_size": tp_size, "cp_size": cp_size, "cfg_size": cfg_size}, "parallel layout")
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype {dtype}: use auto, {', '.join(DTYPES)}")
+    sizes = {"tp_size": tp_size, "cp_size": cp_size, "cfg_size": cfg_size, "tp_layout": tp_layout}
+    layout = Layout.parse(sizes, "parallel layout")
     output = Path(output_dir).expanduser()
     require_place(output, "checkpoint", is_checkpoint)  # a download may take long
 
     def check(model: ModelConfig) -> None:
-        mapping.check(model, tp_layout=tp_layout)
+        model.check_layout(layout)
 
     source = find_source(resolve_model(model_path), variant, revision, check)
     check(source.model)
     dtype = source.dtype if dtype == "auto" else dtype
     with complete_folder(output, "checkpoint", is_checkpoint) as partial:
-        files = _write_ranks(source, partial, dtype, tp_size, tp_layout, progress)
+        files = _write_ranks(source, partial, dtype, layout, progress)
         own = {
             "format_version": FORMAT_VERSION,
             "tp_layout": tp_layout,
@@ -89,31 +86,31 @@ def convert(
             "source_dtype": source.dtype,
             "vae_scale_factor": source.vae_scale_factor,
             "versions": versions(),
-            "files": files,
+            "files": to_json(files),
         }
-        config = checkpoint_config(source.model, dtype, mapping, str(model_path), own)
-        _write_synced(partial / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        config = checkpoint_config(source.architecture, source.model, dtype, layout, str(model_path), own)
+        write_synced(partial / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     return output
 
 
-def _write_ranks(source: Source, folder: Path, dtype: Dtype, tp_size: int, layout: TpLayout, progress: bool) -> dict:
-    """Every tensor is read once and dealt to all tp ranks; returns {file: {sha256, bytes}}."""
-    shapes = expected_shapes(source.model)
-    local = {name: local_shape(name, shape, layout, tp_size) for name, shape in shapes.items()}
-    tensors = source.tensors
+def _write_ranks(source: Source, folder: Path, dtype: Dtype, layout: Layout, progress: bool) -> Files:
+    """Every tensor is read once, and each tp rank's part of it written to that rank's file."""
+    architecture, tensors, tp_size = source.architecture, source.tensors, layout.tp_size
+    sharding = architecture.shardings[layout.tp_layout]
+    local = architecture.local_parameters(source.model, layout)
     buffer = torch.empty(max(t.nbytes for t in tensors.values()), dtype=torch.uint8)
     total = sum(t.nbytes for t in tensors.values())
     with ExitStack() as stack:
-        names = [rank_file(rank) for rank in range(tp_size)]
-        writers = [stack.enter_context(TensorFileWriter(folder / name, dtype, local)) for name in names]
+        paths = [folder / rank_file(rank) for rank in range(tp_size)]
+        writers = [stack.enter_context(TensorFileWriter(path, dtype, local)) for path in paths]
         require_space(folder, sum(w.nbytes for w in writers))
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not progress))
-        for name in shapes:
-            tensor = cast(tensors[name].read_into(buffer), dtype, to_diffusers(name))
+        for name in local:
+            tensor = cast(tensors[name].read_into(buffer), dtype, architecture.keys.to_diffusers(name))
             for rank, writer in enumerate(writers):
-                writer.write(name, shard(name, tensor, layout, tp_size, rank))
+                writer.write(name, sharding.shard(name, tensor, tp_size, rank))
             bar.update(tensors[name].nbytes)
-        return {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
+        return {path.name: writer.finish() for path, writer in zip(paths, writers, strict=True)}
 
 
 def cast(tensor: torch.Tensor, dtype: Dtype, name: str) -> torch.Tensor:
@@ -134,11 +131,7 @@ def _overflow(block: torch.Tensor, dtype: Dtype, name: str) -> str:
         return f"tensor '{name}' holds values that are not finite"
     most = torch.finfo(getattr(torch, dtype)).max
     advice = "bfloat16 or float32" if dtype == "float16" else "float32"
-    return f"tensor '{name}' reaches {block.abs().max():.6g}, beyond {dtype}'s {most:.6g}: use --dtype {advice}"
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    return (
+        f"tensor '{name}' reaches {block.abs().max():.6g}, more than {dtype} can represent ({most:.6g}): "
+        f"use --dtype {advice}"
+    )

@@ -10,33 +10,31 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..config import ARCHITECTURE, Dtype, Mapping, ModelConfig, TpLayout
-from ..network.plan import PLANS, local_shape
+from .. import models
+from ..architecture import Architecture, ModelConfig
+from ..config import DTYPES, Dtype, Layout
+from ..files import read_json
+from ..files.records import Files, from_json
 from .manifest import CONFIG_FILE, FORMAT_VERSION, OWN_KEY, known_keys, rank_file
-from .shapes import expected_shapes, first_fault
-from .source import read_json
-from .tensor_file import CODES, StoredTensor, read_header, sha256_of
+from .shapes import first_fault
+from .tensor_file import StoredTensor, read_header
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder whose files are all there and fit its config."""
 
-    folder: Path
+    path: Path
+    architecture: Architecture
     model: ModelConfig
     dtype: Dtype
-    mapping: Mapping
-    tp_layout: TpLayout
+    layout: Layout
     vae_scale_factor: int
     """Image pixels per latent pixel."""
-    files: dict[str, dict[str, Any]]
-    """{file: {sha256, bytes}}; empty where TensorRT-LLM wrote the folder."""
+    files: Files
+    """Empty if TensorRT-LLM wrote the folder."""
     config: dict[str, Any]
-    """`config.json` as it stands."""
-
-    @property
-    def tp_size(self) -> int:
-        return self.mapping.tp_size
+    """`config.json` as it is."""
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = False) -> Checkpoint:
@@ -66,59 +64,54 @@ class Checkpoint:
             checkpoint.verify()
         return checkpoint
 
+    @property
+    def rank_files(self) -> list[str]:
+        """One per tp rank."""
+        return [rank_file(rank) for rank in range(self.layout.tp_size)]
+
     def weights(self, tp_rank: int = 0) -> dict[str, torch.Tensor]:
         """The tensors of one tp rank, by name: mapped from the file, not copied."""
-        if not 0 <= tp_rank < self.tp_size:
-            raise ValueError(f"tp rank {tp_rank} does not exist: the checkpoint is cut for tp {self.tp_size}")
-        with safe_open(self.folder / rank_file(tp_rank), framework="pt") as file:
+        if not 0 <= tp_rank < self.layout.tp_size:
+            raise ValueError(f"tp rank {tp_rank} does not exist: the checkpoint has tp_size {self.layout.tp_size}")
+        with safe_open(self.path / rank_file(tp_rank), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def verify(self) -> None:
         """Raises `ValueError` naming the first file that is not the one that was written."""
-        for name, written in self.files.items():
-            path = self.folder / name
-            _check_size(path, written)
-            found = sha256_of(path)
-            if found != written["sha256"]:
-                raise ValueError(f"{path} has changed: its sha256 is {found}, {CONFIG_FILE} says {written['sha256']}")
+        for file in self.files.values():
+            file.verify(self.path)
 
     def _check_files(self) -> None:
-        expected = expected_shapes(self.model)
-        local = {name: local_shape(name, shape, self.tp_layout, self.tp_size) for name, shape in expected.items()}
-        for rank in range(self.tp_size):
-            path = self.folder / rank_file(rank)
+        local = self.architecture.local_parameters(self.model, self.layout)
+        for name in self.rank_files:
+            path = self.path / name
             if not path.is_file():
-                raise ValueError(f"{path} is missing: the checkpoint is cut for tp {self.tp_size}")
-            if path.name in self.files:
-                _check_size(path, self.files[path.name])
+                raise ValueError(f"{path} is missing: the checkpoint has tp_size {self.layout.tp_size}")
+            if name in self.files:
+                self.files[name].check_size(self.path)
             _check_header(path, read_header(path), local, self.dtype)
 
 
 def _interpret(folder: Path, config: dict[str, Any]) -> Checkpoint:
-    if config["architecture"] != ARCHITECTURE:
-        raise ValueError(f"{folder} holds a {config['architecture']}, not a {ARCHITECTURE}")
-    if config["dtype"] not in CODES or (config.get("quantization") or {}).get("quant_algo"):
-        raise ValueError(f"{folder} is quantised or of dtype {config['dtype']}; {', '.join(CODES)} can be read")
-    model = ModelConfig.parse({key: config[key] for key in ModelConfig.model_fields}, str(folder / CONFIG_FILE))
-    if unknown := sorted(config.keys() - known_keys(model)):
-        warnings.warn(f"{folder / CONFIG_FILE}: unknown keys are kept but not used: {', '.join(unknown)}", stacklevel=3)
+    where = folder / CONFIG_FILE
+    architecture = models.find(config["architecture"], folder)
+    if config["dtype"] not in DTYPES or (config.get("quantization") or {}).get("quant_algo"):
+        raise ValueError(f"{folder} is quantized or of dtype {config['dtype']}; {', '.join(DTYPES)} can be read")
+    fields = {key: config[key] for key in architecture.config.model_fields}
+    model = architecture.config.parse(fields, str(where))
+    if unknown := sorted(config.keys() - known_keys(architecture, model)):
+        warnings.warn(f"{where}: unknown keys are kept but not used: {', '.join(unknown)}", stacklevel=3)
     own = config.get(OWN_KEY) or {}
     if own.get("format_version", 1) > FORMAT_VERSION:
         raise ValueError(f"{folder} has format {own['format_version']}; this version reads up to {FORMAT_VERSION}")
     sizes = {key: config["mapping"][key] for key in ("tp_size", "cp_size")} | {"cfg_size": own.get("cfg_size", 1)}
-    mapping = Mapping.parse(sizes, f"{folder / CONFIG_FILE}: mapping")
-    layout = own["tp_layout"] if own else ("trtllm" if mapping.tp_size > 1 else "megatron")
-    if layout not in PLANS:
-        raise ValueError(f"{folder / CONFIG_FILE}: tp_layout {layout} is not one of {', '.join(PLANS)}")
-    mapping.check(model, tp_layout=layout)
-    scale = own.get("vae_scale_factor", 8)
-    return Checkpoint(folder, model, config["dtype"], mapping, layout, scale, own.get("files", {}), config)
-
-
-def _check_size(path: Path, written: dict[str, Any]) -> None:
-    found = path.stat().st_size if path.is_file() else 0
-    if found != written["bytes"]:
-        raise ValueError(f"{path} has changed: expected {written['bytes']} bytes, found {found}")
+    # Without our key TensorRT-LLM wrote the folder; with one tp rank both tables give the same files.
+    tp_layout = own["tp_layout"] if own else ("trtllm" if sizes["tp_size"] > 1 else "megatron")
+    layout = Layout.parse(sizes | {"tp_layout": tp_layout}, f"{where}: mapping")
+    model.check_layout(layout)
+    scale = own.get("vae_scale_factor", architecture.vae_scale_factor)
+    files = from_json(own.get("files", {}))
+    return Checkpoint(folder, architecture, model, config["dtype"], layout, scale, files, config)
 
 
 def _check_header(path: Path, found: dict[str, StoredTensor], local: dict[str, tuple[int, ...]], dtype: Dtype) -> None:

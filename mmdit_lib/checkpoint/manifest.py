@@ -6,8 +6,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..config import ARCHITECTURE, Mapping, ModelConfig
-from .source import read_json
+from ..architecture import Architecture, ModelConfig
+from ..config import Layout
+from ..files.records import keys_in
 
 CONFIG_FILE = "config.json"
 OWN_KEY = "mmdit_lib"
@@ -19,17 +20,15 @@ def rank_file(rank: int) -> str:
     return f"rank{rank}.safetensors"
 
 
-def checkpoint_config(model: ModelConfig, dtype: str, mapping: Mapping, model_path: str, own: dict[str, Any]) -> dict:
-    """The contents of `config.json`; `own` goes under the key of our own."""
+def checkpoint_config(
+    architecture: Architecture, model: ModelConfig, dtype: str, layout: Layout, model_path: str, own: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of `config.json`; `own` is stored under the key of our own."""
     return {
-        "architecture": ARCHITECTURE,
+        "architecture": architecture.name,
         "dtype": dtype,
-        **model.model_dump(mode="json"),
-        "skip_layers": None,
-        "use_pretrained_pos_emb": True,
-        "model_path": model_path,
-        **_base_keys(model),
-        "mapping": _mapping(mapping),
+        **model.to_trtllm(model_path),
+        "mapping": trtllm_mapping(layout),
         "quantization": {
             "quant_algo": None,
             "kv_cache_quant_algo": None,
@@ -45,31 +44,9 @@ def checkpoint_config(model: ModelConfig, dtype: str, mapping: Mapping, model_pa
     }
 
 
-def _base_keys(model: ModelConfig) -> dict:
-    """What TensorRT-LLM's config of any transformer asks for; nothing here reads them."""
-    return {
-        "logits_dtype": "float32",
-        "vocab_size": None,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_key_value_heads": model.num_attention_heads,
-        "hidden_act": "gelu",
-        "intermediate_size": 4 * model.hidden_size,
-        "norm_epsilon": 1e-5,
-        "position_embedding_type": "learned_absolute",
-        "max_position_embeddings": None,
-        "use_parallel_embedding": False,
-        "embedding_sharding_dim": 0,
-        "head_size": model.attention_head_dim,
-        "qk_layernorm": False,
-        "rotary_embedding_dim": model.attention_head_dim,
-        "runtime_defaults": None,
-    }
-
-
-def _mapping(mapping: Mapping) -> dict:
-    """TensorRT-LLM knows no CFG parallelism: its world is one half of ours then."""
-    tp, cp = mapping.tp_size, mapping.cp_size
+def trtllm_mapping(layout: Layout) -> dict[str, Any]:
+    """TensorRT-LLM has no CFG parallelism: its world is one cfg rank's share of ours."""
+    tp, cp = layout.tp_size, layout.cp_size
     return {
         "world_size": tp * cp,
         "gpus_per_node": 8,
@@ -87,8 +64,8 @@ def _mapping(mapping: Mapping) -> dict:
     }
 
 
-def known_keys(model: ModelConfig) -> set[str]:
-    return set(checkpoint_config(model, "float32", Mapping(), "", {}))
+def known_keys(architecture: Architecture, model: ModelConfig) -> set[str]:
+    return set(checkpoint_config(architecture, model, "float32", Layout(), "", {}))
 
 
 def versions() -> dict[str, str | None]:
@@ -97,7 +74,7 @@ def versions() -> dict[str, str | None]:
 
 
 def version_of(package: str) -> str | None:
-    """None where it is not installed."""
+    """None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -109,11 +86,3 @@ def is_checkpoint(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     ranks = {name for name in names if name.startswith("rank") and name.endswith(".safetensors")}
     return rank_file(0) in ranks and names == ranks | {CONFIG_FILE} and "architecture" in keys_in(folder / CONFIG_FILE)
-
-
-def keys_in(path: Path) -> set[str]:
-    """The keys of a JSON object; none where the file holds anything else."""
-    try:
-        return set(read_json(path))
-    except ValueError:
-        return set()

@@ -1,4 +1,4 @@
-"""Random transformers of any size in diffusers' layout: to time conversions and builds, and to test them."""
+"""Random weights, and random transformers of any size in diffusers' layout: for tests and for timing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..config import ARCHITECTURE, Dtype, ModelConfig
-from .keys import to_diffusers
-from .shapes import Shapes, expected_shapes
+from ..architecture import ModelConfig, Shapes
+from ..config import Dtype
+from ..models import architecture_of
+from .source import STEM
 from .tensor_file import TensorFileWriter
 
 SHARD_BYTES = 4_000_000_000
@@ -21,42 +22,40 @@ DRAWN_AT_A_TIME = 1 << 22
 def write_random_transformer(
     folder: str | Path, config: ModelConfig, dtype: Dtype = "float16", seed: int = 0, shard_bytes: int = SHARD_BYTES
 ) -> Path:
-    """Write `config.json` and safetensors, sharded as diffusers does, with every weight drawn anew.
-
-    Weights have a deviation of 1 / sqrt(inputs), so that activations stay near unit size at any width.
+    """Write a transformer folder as diffusers does: `config.json` and safetensors of at most `shard_bytes` each.
 
     Args:
-        folder: a transformer folder to make; weights there already are written over.
+        folder: the transformer folder; weights that are already there are overwritten.
         config: one of `KNOWN_MODELS`, or any other.
         dtype: of the weights.
-        seed: the same gives the same bytes.
-        shard_bytes: the most that one file may hold (a larger tensor gets a file of its own).
+        seed: the same seed gives the same bytes.
+        shard_bytes: size limit of a file (a larger tensor gets a file of its own).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"_class_name": ARCHITECTURE, **config.to_diffusers()}
+    architecture = architecture_of(config)
+    values = {"_class_name": architecture.name, **config.to_diffusers()}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    shapes = {to_diffusers(name): shape for name, shape in expected_shapes(config).items()}
+    shapes = {architecture.keys.to_diffusers(n): shape for n, shape in architecture.parameters(config).items()}
     shards = list(_shards(shapes, shard_bytes // getattr(torch, dtype).itemsize))
-    stem = "diffusion_pytorch_model"
-    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [f"{STEM}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        names = [f"{stem}.safetensors"]
+        names = [f"{STEM}.safetensors"]
     else:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     generator = torch.Generator().manual_seed(seed)
     for file, shard in zip(names, shards, strict=True):
         with TensorFileWriter(folder / file, dtype, shard) as writer:
             for name, shape in shard.items():
-                writer.write(name, _draw(name, shape, getattr(torch, dtype), generator))
+                writer.write(name, draw_weight(name, shape, generator, getattr(torch, dtype)))
             writer.finish()
     return folder
 
 
 def _shards(shapes: Shapes, limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Runs of tensors with at most `limit` elements together."""
+    """Groups of consecutive tensors of at most `limit` elements together."""
     shard, size = {}, 0
     for name, shape in shapes.items():
         if shard and size + math.prod(shape) > limit:
@@ -67,17 +66,38 @@ def _shards(shapes: Shapes, limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
     yield shard
 
 
-def _draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    if name == "pos_embed.pos_embed":
-        mean, deviation = 0.0, 0.7  # as sines and cosines have
-    elif name.endswith("bias"):
-        mean, deviation = 0.0, 0.02
-    elif len(shape) == 1:
-        mean, deviation = 1.0, 0.02  # norms
+def draw_weight(
+    name: str,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """A random weight for the parameter `name`: activations stay near unit size, and each weight shows in the output.
+
+    Biases 0.3 n, norms 1 + 0.2 n, tables (position, token embeddings) 0.7 n, all else n / sqrt(inputs), with n
+    drawn from a unit normal.
+    """
+    mean = 0.0
+    if name.endswith("bias") or "relative_attention_bias" in name:
+        deviation = 0.3
+    elif name.endswith(".pos_embed") or any(word in name for word in ("embedding", "shared", "embed_tokens")):
+        deviation = 0.7  # about that of sines and cosines
+    elif len(shape) == 1:  # norms
+        mean, deviation = 1.0, 0.2
     else:
-        mean, deviation = 0.0, 1 / math.sqrt(math.prod(shape[1:]))
-    tensor = torch.empty(shape, dtype=dtype)
-    # Drawn in float32, blockwise: twice as fast as in half precision, and in little memory.
+        deviation = 1 / math.sqrt(math.prod(shape[1:]))
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    # Drawn in float32, block by block: twice as fast as in half precision, and in little memory.
     for block in tensor.view(-1).split(DRAWN_AT_A_TIME):
-        block.copy_(torch.empty(block.shape).normal_(mean, deviation, generator=generator))
+        block.copy_(torch.empty(block.shape, device=device).normal_(mean, deviation, generator=generator))
     return tensor
+
+
+@torch.no_grad()
+def randomize(module: torch.nn.Module, generator: torch.Generator) -> torch.nn.Module:
+    """`draw_weight` for every parameter and every stored table of a module, in the order of their names."""
+    for name, tensor in sorted(module.state_dict().items()):
+        if tensor.is_floating_point():
+            tensor.copy_(draw_weight(name, tuple(tensor.shape), generator, device=tensor.device))
+    return module

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import ARCHITECTURE, ModelConfig
-from . import hub, original
-from .keys import from_diffusers, to_diffusers
-from .shapes import check_shapes, deduce_model
-from .tensor_file import CODES, StoredTensor, read_header, refuse_pickles
+from .. import models
+from ..architecture import Architecture, ModelConfig
+from ..config import DTYPES
+from ..files import read_json
+from . import hub
+from .shapes import check_shapes
+from .single_file import as_diffusers, is_layout
+from .tensor_file import StoredTensor, read_header, refuse_pickles
 
 STEM = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A transformer whose headers have been read and found to fit its config; no weights are in memory."""
+    """A transformer whose headers have been read and fit its config; no weights are in memory."""
 
+    architecture: Architecture
     model: ModelConfig
     tensors: dict[str, StoredTensor]
     """By our names."""
@@ -43,15 +46,18 @@ def find_source(
     revision: str | None = None,
     check: Callable[[ModelConfig], None] = lambda model: None,
 ) -> Source:
-    """See `convert` for what `model_path` may be; `check` sees a hub id's config before the weights are fetched.
+    """Find a transformer; see `convert` for what `model_path` may be.
+
+    A hub id's config is passed to `check` before its weights are fetched.
 
     Raises:
-        ValueError: in one line, where there is no transformer, or its parts do not fit together.
+        ValueError: in one line, if there is no transformer, or its parts do not fit together.
     """
     path = Path(model_path).expanduser()
     if not path.exists():
         path, commit = hub.download(str(model_path), hub.CONFIGS, revision)
-        check(_read_config(_transformer(path) / "config.json"))
+        _, model = _read_config(_transformer(path) / "config.json")
+        check(model)
         path, again = hub.download(str(model_path), hub.weights(variant), revision)
         if again != commit:  # asking for the commit itself fails offline with huggingface_hub 1
             raise ValueError(f"{model_path} changed on the hub while it was fetched; try again")
@@ -68,11 +74,12 @@ def find_source(
 def _from_folder(folder: Path, variant: str | None, revision: str | None) -> Source:
     folder = _transformer(folder)
     tensors = _read_headers(_weight_files(folder, variant))
-    return _source(folder, tensors, _read_config(folder / "config.json"), _vae_scale_factor(folder), revision)
+    architecture, model = _read_config(folder / "config.json")
+    return _source(folder, tensors, architecture, model, _vae_scale_factor(folder, architecture), revision)
 
 
 def _transformer(folder: Path) -> Path:
-    """Where the transformer's files lie."""
+    """The folder of the transformer's files."""
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
     if not (folder / "config.json").is_file():
@@ -85,47 +92,70 @@ def _transformer(folder: Path) -> Path:
 def _from_file(path: Path) -> Source:
     refuse_pickles([path])
     tensors = _read_headers(_shards(path) if path.name.endswith(".json") else [path])
-    if original.is_original(tensors):
-        return _source(path, original.as_diffusers(tensors, path), None, 8, None)
+    for architecture in models.ARCHITECTURES.values():
+        layout = architecture.single_file
+        if is_layout(tensors, layout):
+            tensors = as_diffusers(tensors, layout, path)
+            return _source(path, tensors, architecture, None, architecture.vae_scale_factor, None)
     config = path.parent / "config.json"
-    model = _read_config(config) if config.is_file() else None
-    return _source(path, tensors, model, _vae_scale_factor(path.parent), None)
+    if config.is_file():
+        architecture, model = _read_config(config)
+        return _source(path, tensors, architecture, model, _vae_scale_factor(path.parent, architecture), None)
+    return _without_config(path, tensors)
+
+
+def _without_config(path: Path, tensors: dict[str, StoredTensor]) -> Source:
+    """The first architecture that the tensors fit; the last one's complaint if none does."""
+    fault = None
+    for architecture in models.ARCHITECTURES.values():
+        try:
+            scale = _vae_scale_factor(path.parent, architecture)
+            return _source(path, tensors, architecture, None, scale, None)
+        except ValueError as error:
+            fault = error
+    raise fault
 
 
 def _source(
-    where: Path, tensors: dict[str, StoredTensor], model: ModelConfig | None, scale: int, revision: str | None
+    where: Path,
+    tensors: dict[str, StoredTensor],
+    architecture: Architecture,
+    model: ModelConfig | None,
+    scale: int,
+    revision: str | None,
 ) -> Source:
+    keys = architecture.keys
     try:
-        tensors = {from_diffusers(name): tensor for name, tensor in tensors.items()}
+        tensors = {keys.from_diffusers(name): tensor for name, tensor in tensors.items()}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if model is None:
-        model = deduce_model(shapes)
-    check_shapes(shapes, model, str(where), to_diffusers)
+        model = architecture.infer_config(shapes, None)
+    check_shapes(shapes, architecture, model, str(where), keys.to_diffusers)
     for name, tensor in tensors.items():
         if tensor.dtype is None:
             raise ValueError(
-                f"{where}: tensor '{to_diffusers(name)}' is {tensor.code}; {', '.join(CODES)} can be converted"
+                f"{where}: tensor '{keys.to_diffusers(name)}' is {tensor.code}; {', '.join(DTYPES)} can be converted"
             )
-    return Source(model, tensors, scale, revision)
+    return Source(architecture, model, tensors, scale, revision)
 
 
-def _read_config(path: Path) -> ModelConfig:
+def _read_config(path: Path) -> tuple[Architecture, ModelConfig]:
     config = read_json(path)
-    found = config.get("_class_name")
-    if found != ARCHITECTURE:
-        raise ValueError(f"{path} describes a {found}; only {ARCHITECTURE} can be converted")
+    architecture = models.find(config.get("_class_name"), path)
     try:
-        return ModelConfig.from_diffusers(config)
+        return architecture, architecture.config.from_diffusers(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _vae_scale_factor(transformer: Path) -> int:
-    """Image pixels per latent pixel, from the VAE beside the transformer; the published models' 8 without one."""
+def _vae_scale_factor(transformer: Path, architecture: Architecture) -> int:
+    """Image pixels per latent pixel, from the VAE beside the transformer; the published models' without one."""
     path = transformer.parent / "vae" / "config.json"
-    return 2 ** (len(read_json(path)["block_out_channels"]) - 1) if path.is_file() else 8
+    if not path.is_file():
+        return architecture.vae_scale_factor
+    return 2 ** (len(read_json(path)["block_out_channels"]) - 1)
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -168,14 +198,3 @@ def _read_headers(paths: list[Path]) -> dict[str, StoredTensor]:
             raise ValueError(f"tensor '{twice[0]}' is in both {tensors[twice[0]].path.name} and {path.name}")
         tensors |= found
     return tensors
-
-
-def read_json(path: Path) -> dict:
-    """Raises `ValueError` of one line."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return values

@@ -1,7 +1,7 @@
 """Safetensors files, one tensor at a time: plain reads and writes at known offsets.
 
-Not through the safetensors package, because its memory maps count as resident memory while a file
-is read through, and its writer wants every tensor at once.
+The safetensors package would map a whole file, which counts as resident memory while it is read, and
+its writer takes every tensor at once.
 Format: https://huggingface.co/docs/safetensors/index#format
 """
 
@@ -18,8 +18,11 @@ from pathlib import Path
 
 import torch
 
-CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-DTYPES = {code: dtype for dtype, code in CODES.items()}
+from ..config import DTYPES
+from ..files import FileRecord
+
+CODES = {names.safetensors: dtype for dtype, names in DTYPES.items()}
+"""Our name of a data type by its code in the format."""
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_HEADER = 100_000_000
 """The format's own limit, in bytes."""
@@ -31,7 +34,7 @@ class StoredTensor:
 
     path: Path
     code: str
-    """Its dtype in the format's letters, for instance 'BF16'."""
+    """Its dtype as the format spells it, for instance 'BF16'."""
     shape: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
 
@@ -41,8 +44,8 @@ class StoredTensor:
 
     @property
     def dtype(self) -> str | None:
-        """As a config names it; None where it is not one that can be converted."""
-        return DTYPES.get(self.code)
+        """As a config names it; None if it cannot be converted."""
+        return CODES.get(self.code)
 
     def read_into(self, buffer: torch.Tensor) -> torch.Tensor:
         """Read the bytes to the start of `buffer` (uint8); returns it as a tensor of the right dtype and shape."""
@@ -55,7 +58,7 @@ class StoredTensor:
                 while first < end:
                     count = file.readinto(view[first:end])
                     if not count:
-                        raise ValueError(f"{self.path} became shorter while it was read")
+                        raise ValueError(f"{self.path} became shorter while it was being read")
                     first += count
         return buffer[: self.nbytes].view(getattr(torch, self.dtype)).view(self.shape)
 
@@ -84,7 +87,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _stored(path: Path, data: int, entry: dict) -> StoredTensor:
     (first, last), shape, code = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
-    item = ITEM_SIZES.get(code)  # others (8-bit floats, for instance) are refused later, by name
+    item = ITEM_SIZES.get(code)  # others (8-bit floats, for instance) are refused later, by tensor name
     if first < 0 or last < first or (item and last - first != item * math.prod(shape)):
         raise ValueError(f"{last - first} bytes for {code} of shape {list(shape)}")
     return StoredTensor(path, code, shape, ((data + first, last - first),))
@@ -98,10 +101,11 @@ class TensorFileWriter:
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for name, shape in shapes.items():
             first, end = end, end + item * math.prod(shape)
-            header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [first, end]}
+            header[name] = {"dtype": DTYPES[dtype].safetensors, "shape": shape, "data_offsets": [first, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
         self.nbytes = 8 + len(text) + end
+        self._path = path
         self._awaited = iter(shapes.items())
         self._dtype = getattr(torch, dtype)
         self._sha256 = hashlib.sha256()
@@ -115,7 +119,7 @@ class TensorFileWriter:
         self._put(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
 
     def _put(self, data: bytes | memoryview) -> None:
-        hashed = self._hasher.submit(self._sha256.update, data)  # beside the write: neither holds the interpreter
+        hashed = self._hasher.submit(self._sha256.update, data)  # during the write: neither holds the GIL
         try:
             rest = memoryview(data)
             while rest:
@@ -123,11 +127,11 @@ class TensorFileWriter:
         finally:
             hashed.result()  # the caller reuses the memory
 
-    def finish(self) -> dict[str, int | str]:
-        """Bring the file to disk; returns its {sha256, bytes}."""
+    def finish(self) -> FileRecord:
+        """Bring the file to disk."""
         assert next(self._awaited, None) is None, "tensors are missing"
         os.fsync(self._file.fileno())
-        return {"sha256": self._sha256.hexdigest(), "bytes": self.nbytes}
+        return FileRecord(self._path.name, self.nbytes, self._sha256.hexdigest())
 
     def __enter__(self) -> TensorFileWriter:
         return self
@@ -137,16 +141,8 @@ class TensorFileWriter:
         self._file.close()
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def refuse_pickles(paths: Iterable[Path]) -> None:
-    """Raises `ValueError` for the first file that only `pickle` could read: loading one runs code."""
+    """Raises `ValueError` for the first pickle: loading one runs code."""
     for path in paths:
         if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
             raise ValueError(f"{path} is a pickle, which can run code when loaded: convert it to safetensors first")

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import time
 from pathlib import Path
 
-from ..checkpoint.atomic import complete_folder
+from ..architecture import ModelConfig
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, version_of
-from ..checkpoint.tensor_file import sha256_of
-from ..config import BuildConfig, CpMethod, Mapping, ModelConfig, Resolution
-from ..network.mmdit import MMDiT
+from ..config import BuildConfig, CpMethod, Layout, RankMapping, Resolution
+from ..files import FileRecord, complete_folder, write_synced
+from ..files.records import to_json
 from ..network.network import Network
 from ..network.trt import installed, trt
 from .folder import FORMAT_VERSION, checkpoint_reference, graph_file, is_engine_folder, plan_file
-from .graph import Graph
+from .inputs import check_build, declared_shape, input_dtype, profile_shapes
 from .logger import Progress, logger
 from .read_network import read_network
 
 
 def build(
-    checkpoint_dir: str = "tllm_checkpoint",
-    output_dir: str = "engine_outputs",
+    checkpoint_dir: str | Path = "tllm_checkpoint",
+    output_dir: str | Path = "engine_outputs",
     *,
     max_batch_size: int = 2,
     min_resolution: str | None = None,
@@ -42,21 +41,21 @@ def build(
 ) -> Path:
     """Build one TensorRT plan and one graph file per rank from a checkpoint folder.
 
-    With `tensorrt_rtx` this needs no GPU. The folder appears only when every rank is built.
+    `tensorrt_rtx` needs no GPU for this. The folder appears only when every rank is built.
 
     Args:
         checkpoint_dir: as `convert` writes it, or as TensorRT-LLM (<= 1.2.1) did.
         output_dir: the engine folder to write.
         max_batch_size: rows of the largest batch; classifier-free guidance takes two per image.
-        min_resolution: smallest image, HEIGHTxWIDTH in pixels; a quarter of the model's own side if not given.
-        opt_resolution: the size to optimise for; the model's own if not given.
-        max_resolution: largest image; one and a half of the model's own side if not given.
+        min_resolution: smallest image, HEIGHTxWIDTH in pixels; a quarter of the model's default side if not given.
+        opt_resolution: the size to optimize for; the model's default if not given.
+        max_resolution: largest image; 1.5 times the model's default side if not given.
         min_text_tokens: shortest text.
-        opt_text_tokens: 77 of CLIP and 256 of T5, diffusers' default.
-        max_text_tokens: longest text: 77 and 512.
+        opt_text_tokens: 77 tokens of CLIP and 256 of T5, diffusers' default.
+        max_text_tokens: longest text: 77 and 512 tokens.
         cp_size: ranks of context parallelism; the checkpoint's if not given.
         cfg_size: 2 for CFG parallelism; the checkpoint's if not given.
-        cp_method: allgather (keys and values travel) or ulysses (heads are dealt out).
+        cp_method: allgather (keys and values are gathered) or ulysses (heads are scattered).
         compute_capability: GPUs to build for, for instance 8.9 12.0 (tensorrt_rtx only; its own list if not given).
         plan: with --no-plan only the graph files for the pytorch backend are written.
         progress: show a progress bar.
@@ -65,16 +64,16 @@ def build(
         The folder.
 
     Raises:
-        ValueError: in one line, where checkpoint, layout and profile do not fit together, or TensorRT refuses.
+        ValueError: in one line, if checkpoint, layout and profile do not fit together, or TensorRT refuses.
     """
     checkpoint = Checkpoint.open(checkpoint_dir)
-    own = checkpoint.mapping
-    sizes = {
-        "tp_size": own.tp_size,
+    own = checkpoint.layout
+    changes = {
         "cp_size": own.cp_size if cp_size is None else cp_size,
         "cfg_size": own.cfg_size if cfg_size is None else cfg_size,
+        "cp_method": cp_method,
     }
-    mapping = Mapping.parse(sizes, "parallel layout")
+    layout = Layout.parse(own.model_dump() | changes, "parallel layout")
     low, middle, high = default_resolutions(checkpoint.model, checkpoint.vae_scale_factor)
     config = BuildConfig.parse(
         {
@@ -86,107 +85,75 @@ def build(
             "opt_text_tokens": opt_text_tokens,
             "max_text_tokens": max_text_tokens,
             "vae_scale_factor": checkpoint.vae_scale_factor,
-            "cp_method": cp_method,
         },
         "build options",
     )
-    config.check(checkpoint.model, mapping)
+    check_build(checkpoint.model, config, layout)
     output = Path(output_dir).expanduser()
     with complete_folder(output, "engine folder", is_engine_folder) as partial:
         checkpoint.verify()
         report = [
-            build_rank(checkpoint, rank, config, partial, compute_capability, plan, progress)
-            for rank in mapping.ranks()
+            build_rank(checkpoint, mapping, config, partial, compute_capability, plan, progress)
+            for mapping in layout.ranks()
         ]
-        content = _config(checkpoint, mapping, config, partial, output, plan, report)
-        (partial / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        content = _config(checkpoint, layout, config, partial, output, plan, report)
+        write_synced(partial / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
     return output
 
 
 def default_resolutions(model: ModelConfig, vae_scale_factor: int) -> tuple[Resolution, ...]:
-    """(min, opt, max): a quarter of the model's own side, its side, one and a half of it (or its whole table)."""
-    step = model.patch_size * vae_scale_factor
-    side = model.sample_size * vae_scale_factor
-    most = model.pos_embed_max_size * step
+    """(min, opt, max): a quarter of the model's default side, that side, 1.5 times it; no more than its table holds."""
+    step, most = model.pixel_step(vae_scale_factor), model.max_side(vae_scale_factor)
+    side = model.default_side(vae_scale_factor)
     sides = (max(step, side // 4), min(side, most), min(side * 3 // 2, most))
     return tuple(Resolution(height=s // step * step, width=s // step * step) for s in sides)
 
 
-def define(definition, checkpoint: Checkpoint, mapping: Mapping, config: BuildConfig) -> Network:
+def define(definition, checkpoint: Checkpoint, mapping: RankMapping, config: BuildConfig) -> Network:
     """Add one rank's whole network to an empty `INetworkDefinition`. The result owns the weights' memory."""
-    model = checkpoint.model
+    architecture, model = checkpoint.architecture, checkpoint.model
     network = Network(
         definition,
         weights=checkpoint.weights(mapping.tp_rank),
         dtype=checkpoint.dtype,
         mapping=mapping,
-        tp_layout=checkpoint.tp_layout,
-        cp_method=config.cp_method,
+        sharding=architecture.shardings[mapping.layout.tp_layout],
     )
     inputs = {
-        name: network.input(name, dtype, shape) for name, (dtype, shape) in inputs_of(model, checkpoint.dtype).items()
+        x.name: network.input(x.name, input_dtype(x, checkpoint.dtype), declared_shape(x, model))
+        for x in architecture.inputs
     }
-    step = model.patch_size * config.vae_scale_factor
-    largest = config.max_resolution
-    output = MMDiT(model)(*inputs.values(), max_patches=(largest.height // step, largest.width // step))
-    network.output(output, "output")
+    network.output(architecture.define(model, inputs, config), architecture.output.name)
     return network
-
-
-def inputs_of(model: ModelConfig, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape), in the order of `MMDiT.forward`; `timestep` keeps float32, as in diffusers."""
-    return {
-        "hidden_states": (dtype, (-1, model.in_channels, -1, -1)),
-        "encoder_hidden_states": (dtype, (-1, -1, model.joint_attention_dim)),
-        "pooled_projections": (dtype, (-1, model.pooled_projection_dim)),
-        "timestep": ("float32", (-1,)),
-    }
-
-
-def profile_shapes(model: ModelConfig, config: BuildConfig, cfg_size: int) -> dict[str, list[tuple[int, ...]]]:
-    """The smallest, the optimal and the largest shape of every input."""
-    tokens = (config.min_text_tokens, config.opt_text_tokens, config.max_text_tokens)
-    shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in inputs_of(model, "float32")}
-    for batch, image, text in zip(config.batches(cfg_size), config.resolutions, tokens, strict=True):
-        scale = config.vae_scale_factor
-        latent = (image.height // scale, image.width // scale)
-        shapes["hidden_states"].append((batch, model.in_channels, *latent))
-        shapes["encoder_hidden_states"].append((batch, text, model.joint_attention_dim))
-        shapes["pooled_projections"].append((batch, model.pooled_projection_dim))
-        shapes["timestep"].append((batch,))
-    return shapes
 
 
 def build_rank(
     checkpoint: Checkpoint,
-    mapping: Mapping,
+    mapping: RankMapping,
     config: BuildConfig,
     folder: Path,
-    capabilities,
+    capabilities: tuple[str, ...],
     plan: bool,
     progress: bool,
 ) -> dict:
-    """Write one rank's graph file and plan; returns what it took."""
+    """Write one rank's graph file and plan; returns a report of sizes and times."""
     start = time.perf_counter()
     logger().errors.clear()  # an earlier build's
     builder = trt.Builder(logger())
     definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     network = define(definition, checkpoint, mapping, config)
-    graph: Graph = read_network(definition, network.module_outputs())
+    graph = read_network(definition, network.module_outputs())
     graph.save(folder / graph_file(mapping.rank))
     report = {"rank": mapping.rank, "layers": len(graph.layers), "define_seconds": time.perf_counter() - start}
     if plan:
-        shapes = profile_shapes(checkpoint.model, config, mapping.cfg_size)
+        shapes = profile_shapes(checkpoint.architecture, checkpoint.model, config, mapping.cfg_size)
         options = builder_config(builder, checkpoint.dtype, shapes, capabilities)
         with Progress(f"build rank {mapping.rank}", progress) as monitor:
             options.progress_monitor = monitor
             serialized = builder.build_serialized_network(definition, options)
         if serialized is None:
             raise ValueError(f"TensorRT built no plan for rank {mapping.rank}: {logger().last_error()}")
-        with open(folder / plan_file(mapping.rank), "wb") as file:
-            file.write(memoryview(serialized))
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(folder / plan_file(mapping.rank), memoryview(serialized))
         report["plan_bytes"] = serialized.nbytes
     report["seconds"] = time.perf_counter() - start
     report["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -219,24 +186,23 @@ def builder_config(builder, dtype: str, shapes: dict[str, list[tuple[int, ...]]]
 
 
 def _config(
-    checkpoint: Checkpoint, mapping: Mapping, config: BuildConfig, folder: Path, output: Path, plan: bool, report: list
+    checkpoint: Checkpoint, layout: Layout, config: BuildConfig, folder: Path, output: Path, plan: bool, report: list
 ) -> dict:
-    sizes = {"tp_size": mapping.tp_size, "cp_size": mapping.cp_size, "world_size": mapping.tp_size * mapping.cp_size}
+    sizes = {"tp_size": layout.tp_size, "cp_size": layout.cp_size, "world_size": layout.tp_size * layout.cp_size}
     pretrained = checkpoint.config | {"mapping": checkpoint.config["mapping"] | sizes}
     pretrained.pop(OWN_KEY, None)
-    files = {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
     return {
         "version": version_of("mmdit_lib"),
         "pretrained_config": pretrained,
-        "build_config": config.model_dump(mode="json"),
+        "build_config": config.model_dump(mode="json") | {"cp_method": layout.cp_method},
         OWN_KEY: {
             "format_version": FORMAT_VERSION,
             "tensorrt": installed() if plan else None,
             "network_made_with": installed(),
-            "tp_layout": checkpoint.tp_layout,
-            "cfg_size": mapping.cfg_size,
+            "tp_layout": layout.tp_layout,
+            "cfg_size": layout.cfg_size,
             "checkpoint": checkpoint_reference(checkpoint, output),
             "report": report,
-            "files": files,
+            "files": to_json({path.name: FileRecord.of(path) for path in sorted(folder.iterdir())}),
         },
     }

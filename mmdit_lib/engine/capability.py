@@ -1,15 +1,15 @@
-"""On which GPUs a plan runs (measured and documented facts of TensorRT and TensorRT-RTX)."""
+"""Which GPUs a plan can run on: measured and documented facts about TensorRT and TensorRT-RTX."""
 
 from __future__ import annotations
 
 import torch
 
 RTX_CAPABILITIES = {(7, 5), (8, 0), (8, 6), (8, 9)}
-"""Besides these TensorRT-RTX runs on every compute capability 12.x; it refuses 9.0."""
+"""Besides these, TensorRT-RTX runs on every compute capability 12.x. It refuses 9.0."""
 
 
 def refused_capability(package: str, capability: tuple[int, int]) -> str | None:
-    """Why `package` ('tensorrt' or 'tensorrt_rtx') runs no plan on this compute capability; None if it does."""
+    """Why `package` ('tensorrt' or 'tensorrt_rtx') does not support this compute capability; None if it does."""
     if package == "tensorrt_rtx":
         fine = capability in RTX_CAPABILITIES or capability[0] == 12
         legal = "7.5, 8.0, 8.6, 8.9 and 12.x"

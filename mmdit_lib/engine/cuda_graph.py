@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 
-Inputs = Mapping[str, torch.Tensor]
+from .backend import Inputs
 
 
 class GraphedStep:
@@ -35,7 +35,7 @@ class GraphedStep:
     def _capture(self, inputs: Inputs):
         buffers = {name: value.contiguous().clone() for name, value in inputs.items()}
         device = next(iter(buffers.values())).device
-        # Warm up and capture on one stream: NCCL hangs where the two differ.
+        # Warm up and capture on one stream: NCCL hangs if the two differ.
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):

@@ -57,14 +57,14 @@ class Graph:
 
     def save(self, path: Path) -> None:
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        # One layer a line: readable, and a difference of two graphs shows where they part.
+        # One layer per line: readable, and `diff` shows where two graphs differ.
         layers = ",\n  ".join(json.dumps(layer) for layer in content.pop("layers"))
         head = json.dumps(content)[:-1]
         path.write_text(f'{head}, "layers": [\n  {layers}\n]}}\n')
 
     @classmethod
     def load(cls, path: Path) -> Graph:
-        """Raises `ValueError` where the file is no graph of this format."""
+        """Raises `ValueError` if the file is no graph of this format."""
         try:
             content = json.loads(path.read_text())
             version = content["format_version"]

@@ -1,4 +1,4 @@
-"""What TensorRT says while it works: its log through Python's `logging`, its progress as a bar."""
+"""TensorRT's log, forwarded to Python's `logging`, and its build progress as a bar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("tensorrt")
 
 @cache
 def logger():
-    """The process's TensorRT logger: TensorRT keeps the first that it is given."""
+    """The process's TensorRT logger. TensorRT keeps the first one that it is given."""
 
     class Logger(trt.ILogger):
         def __init__(self):
@@ -24,7 +24,7 @@ def logger():
         def log(self, severity, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
-                log.debug(message)  # it comes back in the exception
+                log.debug(message)  # the exception repeats it
             elif severity == trt.ILogger.Severity.WARNING:
                 log.info(message)
             else:

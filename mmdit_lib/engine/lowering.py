@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import fx
 
+from ..config import TORCH_DTYPES
 from .graph import Graph, Layer
-from .torch_ops import DTYPES, OPS, SHAPE_OPS
+from .torch_ops import OPS, SHAPE_OPS
 
 
 def lower(
@@ -20,12 +21,18 @@ def lower(
     device: torch.device | str = "cpu",
     groups: Mapping[tuple[int, ...], str] | None = None,
 ) -> fx.GraphModule:
-    """Args:
-        weights: the checkpoint tensors of this rank; on the CPU they are used where they lie.
+    """Translate each layer of `graph` into a call of its operator in `torch_ops`.
+
+    Args:
+        weights: the checkpoint tensors of this rank; on the CPU they are used without a copy.
         groups: the process group's name for every group of ranks that the collectives name.
 
-    Returns a module that takes the graph's inputs in order; each node's `meta['tensor']` is the name
-    of the TensorRT tensor that it calculates.
+    Returns:
+        A module that takes the graph's inputs in order. Each node's `meta['tensor']` is the name of the TensorRT
+        tensor that it computes.
+
+    Raises:
+        ValueError: naming a layer whose type has no operator.
     """
     root = torch.nn.Module()
     target = fx.Graph()
@@ -42,16 +49,22 @@ def lower(
             node = target.get_attr(name)
             node.meta["weight"] = layer.attributes.get("weight")
         else:
-            ops = SHAPE_OPS if layer.output.dtype == "int64" else OPS
             attributes = dict(layer.attributes)
             if layer.type == "DIST_COLLECTIVE":
                 ranks = tuple(attributes["group"])
                 attributes |= {"group": (groups or {})[ranks], "size": len(ranks)}
-            node = target.call_function(ops[layer.type], tuple(values[i] for i in layer.inputs), attributes)
+            node = target.call_function(operator_of(layer), tuple(values[i] for i in layer.inputs), attributes)
         values[layer.output.name] = _named(node, layer.output.name)
     target.output(values[graph.outputs[0]])
     target.eliminate_dead_code()
     return fx.GraphModule(root, target)
+
+
+def operator_of(layer: Layer) -> Callable:
+    ops = SHAPE_OPS if layer.output.dtype == "int64" else OPS
+    if layer.type not in ops:
+        raise ValueError(f"layer '{layer.name}': the pytorch backend has no operator for layers of type {layer.type}")
+    return ops[layer.type]
 
 
 def _named(node: fx.Node, name: str) -> fx.Node:
@@ -63,15 +76,15 @@ def constant(layer: Layer, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The value of a CONSTANT layer: a view of a checkpoint tensor, or the network's own numbers."""
     source = layer.attributes
     if "values" in source:
-        return torch.tensor(source["values"], dtype=DTYPES[source["dtype"]]).expand(source["shape"])
+        return torch.tensor(source["values"], dtype=TORCH_DTYPES[source["dtype"]]).expand(source["shape"])
     tensor = weights[source["weight"]].reshape(source["shape"])
     for dim, (start, size) in source.get("crop", {}).items():
         tensor = tensor.narrow(int(dim), start, size)
     return tensor
 
 
-# Fusions that also change rounding: TensorRT fuses these pairs too, and so does diffusers, which
-# calls the fused operator in the first place. Only values between the two layers disappear.
+# Fusions that also change rounding. TensorRT fuses these pairs too, and diffusers calls the fused operator
+# in the first place. Only the values between the two layers disappear.
 
 
 def fuse(graph: Graph) -> list[Layer]:

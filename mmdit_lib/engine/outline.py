@@ -1,6 +1,6 @@
-"""Outlining: transformer blocks of one kind become one function, called once per block.
+"""Outlining: all blocks of one kind become one function, called once per block.
 
-A whole MMDiT takes `torch.compile` more than a minute; its two or three kinds of block take seconds.
+`torch.compile` takes more than a minute for a whole MMDiT, but seconds for its two or three kinds of block.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from itertools import groupby
 import torch
 from torch import fx
 
-BLOCK = re.compile(r"transformer_blocks\.(\d+)\b")
 
-
-def outline_blocks(module: fx.GraphModule, compile: Callable = lambda f: f) -> fx.GraphModule:
+def outline_blocks(module: fx.GraphModule, blocks: str, compile: Callable = lambda f: f) -> fx.GraphModule:
     """Rewrite a lowered graph: each block is a call of the function of its kind, with its weights as arguments.
 
     Args:
+        blocks: path of the module list, for instance 'transformer_blocks'.
         compile: applied to the function of every kind.
     """
     root = torch.nn.Module()
@@ -32,7 +31,8 @@ def outline_blocks(module: fx.GraphModule, compile: Callable = lambda f: f) -> f
     for node in nodes:  # weights first: a block takes them all as arguments
         if node.op == "get_attr":
             copies[node] = target.node_copy(node)
-    for block, members in groupby((n for n in nodes if n.op != "get_attr"), key=block_of):
+    number = re.compile(rf"{re.escape(blocks)}\.(\d+)\b")
+    for block, members in groupby((n for n in nodes if n.op != "get_attr"), key=lambda n: block_of(n, number)):
         if block is None:
             for node in members:
                 copies[node] = target.node_copy(node, copies.__getitem__)
@@ -50,13 +50,13 @@ def outline_blocks(module: fx.GraphModule, compile: Callable = lambda f: f) -> f
     return fx.GraphModule(root, target)
 
 
-def block_of(node: fx.Node) -> str | None:
-    found = BLOCK.match(node.meta.get("tensor", "")) if node.op == "call_function" else None
+def block_of(node: fx.Node, number: re.Pattern) -> str | None:
+    found = number.match(node.meta.get("tensor", "")) if node.op == "call_function" else None
     return found and found[1]
 
 
 def boundary(members: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """What a block takes from outside, in the order of use, and what is used outside of it."""
+    """The values that a block takes from outside, in the order of use, and those that are used outside it."""
     inside = set(members)
     inputs = dict.fromkeys(n for member in members for n in member.all_input_nodes if n not in inside)
     outputs = [member for member in members if any(user not in inside for user in member.users)]
@@ -64,7 +64,7 @@ def boundary(members: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def signature(members: list[fx.Node], inputs: list[fx.Node]) -> str:
-    """The same for blocks that do the same with other weights."""
+    """Equal for blocks that differ only in their weights."""
     index = {node: i for i, node in enumerate([*inputs, *members])}
     lines = []
     for node in members:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from .backend import Inputs, Ranks, RunnerOptions
 from .cuda_graph import GraphedStep
+from .folder import EngineFolder
 from .graph import Graph
 from .lowering import lower
 from .outline import outline_blocks
@@ -17,10 +19,10 @@ class PyTorchBackend:
     """Runs one rank's graph on a CPU or a CUDA device.
 
     Args:
-        graph: what TensorRT was given.
+        graph: the network that TensorRT was given.
         weights: this rank's checkpoint tensors; on a CPU they stay mapped from disk.
         groups: names of process groups, by ranks, for a graph with collectives.
-        compile: compile with `torch.compile`, once per kind of transformer block.
+        compile_blocks: path of the module list whose blocks are compiled with `torch.compile`; None: no compilation.
         cuda_graph: capture and replay a CUDA graph per set of input shapes.
     """
 
@@ -33,33 +35,52 @@ class PyTorchBackend:
         *,
         device: torch.device | str = "cpu",
         groups: Mapping[tuple[int, ...], str] | None = None,
-        compile: bool = False,
+        compile_blocks: str | None = None,
         cuda_graph: bool = False,
     ):
         self.graph = graph
+        self.modules = graph.modules
         self.device = torch.device(device)
         self.module = lower(graph, weights, device=self.device, groups=groups)
         self.inputs = {value.name: value for value in graph.inputs}
-        self._module = outline_blocks(self.module, torch.compile) if compile else self.module
+        self._module = outline_blocks(self.module, compile_blocks, torch.compile) if compile_blocks else self.module
         self._step = GraphedStep(self._run) if cuda_graph else self._run
 
+    @staticmethod
+    def refusal(folder: EngineFolder, device: torch.device) -> str | None:
+        return None
+
+    @classmethod
+    def open(cls, folder: EngineFolder, options: RunnerOptions, team: Ranks | None = None) -> PyTorchBackend:
+        rank = team.rank if team else 0
+        tp_rank = folder.layout.at(rank).tp_rank
+        checkpoint = folder.open_checkpoint(options.checkpoint_dir, verify=options.verify, tp_rank=tp_rank)
+        return cls(
+            folder.graph(rank, verify=options.verify),
+            checkpoint.weights(tp_rank),
+            device=options.torch_device,
+            groups=team.groups if team else None,
+            compile_blocks=folder.architecture.blocks if options.compile else None,
+            cuda_graph=options.cuda_graph,
+        )
+
     @torch.inference_mode()
-    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
         return self._step(inputs)
 
-    def _run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _run(self, inputs: Inputs) -> torch.Tensor:
         return self._module(*(inputs[name] for name in self.inputs))
 
     @torch.inference_mode()
-    def intermediates(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Every named tensor of the network, by its TensorRT name (what fusions skip is left out)."""
+    def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """Every named tensor of the network, by its TensorRT name (fused-away values are left out)."""
         recorder = Recorder(self.module)
         recorder.run(*(inputs[name] for name in self.inputs))
         return recorder.found
 
 
 class Recorder(fx.Interpreter):
-    """Runs a lowered graph and keeps each tensor that it calculates."""
+    """Runs a lowered graph and keeps each tensor that it computes."""
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module, garbage_collect_values=False)

@@ -1,7 +1,7 @@
 """Reading an `INetworkDefinition` back, layer by layer, into a `Graph`.
 
-`network.get_layer` gives a plain `ILayer`; once its class is set to the one of its type, the
-attributes are there.
+`network.get_layer` returns a plain `ILayer`; once its class is set to that of its type, its attributes can
+be read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from .graph import Graph, Layer, Value
 
 
 def read_network(definition, modules: dict[str, list[str]]) -> Graph:
-    """Args: definition: a TensorRT network; modules: the tensor names that each module returned."""
+    """Read every layer of a network.
+
+    Args:
+        definition: a TensorRT `INetworkDefinition`.
+        modules: the names of the tensors that each module returned.
+
+    Raises:
+        ValueError: naming a layer of a type that the graph file does not support.
+    """
     layers = []
     attention_inputs: dict[str, tuple[str, ...]] = {}
     for index in range(definition.num_layers):
@@ -42,7 +50,7 @@ def value(tensor) -> Value:
 
 def attributes(layer, kind: str) -> dict:
     if kind not in READERS:
-        raise ValueError(f"layer '{layer.name}': the graph file does not know layers of type {kind}")
+        raise ValueError(f"layer '{layer.name}': the graph file does not support layers of type {kind}")
     class_name, read = READERS[kind]
     layer.__class__ = getattr(trt, class_name)
     return read(layer)

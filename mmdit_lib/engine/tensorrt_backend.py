@@ -8,35 +8,33 @@ from pathlib import Path
 
 import torch
 
-from ..network.trt import TORCH_DTYPES, dtype_name, installed, trt
+from ..config import TORCH_DTYPES
+from ..network.trt import dtype_name, installed, trt
+from .backend import Inputs, Ranks, RunnerOptions
 from .capability import plan_runs_here
 from .cuda_graph import GraphedStep
+from .folder import EngineFolder, plan_file
 from .logger import logger
 
 
 class TensorRTBackend:
-    """Deserialises one rank's plan and runs it on torch's current stream.
+    """Deserializes one rank's plan and runs it on torch's current stream.
 
     Args:
         plan: the `rank{r}.engine` file.
-        built_with: package and version that built it, for instance 'tensorrt_rtx 1.7.1.116'.
         device: the CUDA device to run on.
         communicator: the `ncclComm_t` of all ranks as a capsule, for a plan with collectives. Setting
             it is collective: every rank must construct its backend at the same time.
         cuda_graph: capture one CUDA graph per set of input shapes and replay it.
 
     Raises:
-        ValueError: in one line, where the plan cannot run here.
+        ValueError: in one line, if TensorRT cannot deserialize the plan.
     """
 
     name = "tensorrt"
+    modules: Mapping[str, tuple[str, ...]] = {}
 
-    def __init__(
-        self, plan: Path, built_with: str, *, device: torch.device | str = "cuda", communicator=None, cuda_graph=False
-    ):
-        why_not = refusal(built_with, device)
-        if why_not:
-            raise ValueError(f"{plan.name} cannot run here: {why_not}")
+    def __init__(self, plan: Path, *, device: torch.device | str = "cuda", communicator=None, cuda_graph: bool = False):
         self.device = torch.device(device)
         self._buffers: dict[tuple, dict[str, torch.Tensor]] = {}
         self._contexts: dict[tuple | None, object] = {}
@@ -50,6 +48,25 @@ class TensorRTBackend:
         (self.output,) = set(names) - set(self.inputs)
         self.dtypes = {name: TORCH_DTYPES[dtype_name(self.engine.get_tensor_dtype(name))] for name in names}
 
+    @staticmethod
+    def refusal(folder: EngineFolder, device: torch.device) -> str | None:
+        return refusal(folder.tensorrt, device)
+
+    @classmethod
+    def open(cls, folder: EngineFolder, options: RunnerOptions, team: Ranks | None = None) -> TensorRTBackend:
+        plan = plan_file(team.rank if team else 0)
+        why_not = cls.refusal(folder, options.torch_device)
+        if why_not:
+            raise ValueError(f"{plan} cannot run here: {why_not}")
+        if options.verify:
+            folder.verify(plan)
+        return cls(
+            folder.path / plan,
+            device=options.torch_device,
+            communicator=team.nccl_communicator() if team else None,
+            cuda_graph=options.cuda_graph,
+        )
+
     def _deserialize(self, plan: Path):
         self.runtime = trt.Runtime(logger())
         with open(plan, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -58,15 +75,17 @@ class TensorRTBackend:
             raise ValueError(f"{plan.name} cannot run here: {logger().last_error()}")
         return engine
 
-    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """`inputs` by name, on this device -> the output."""
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
         return self._step(inputs)
 
-    def _context(self, shapes: tuple):
-        """One context for all shapes; one for each where CUDA graphs are captured.
+    def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        raise ValueError("intermediates: the tensorrt backend keeps none; open the engine with backend='pytorch'")
 
-        A graph goes on using the memory and the state of the context that it was captured from, so that
-        context must not be given other shapes.
+    def _context(self, shapes: tuple):
+        """One context for all shapes, or one for each if CUDA graphs are captured.
+
+        A CUDA graph goes on using the memory and the state of the context that it was captured from, so
+        that context must not be given other shapes.
         """
         key = shapes if self._graphed else None
         if key not in self._contexts:
@@ -78,8 +97,8 @@ class TensorRTBackend:
             self._contexts[key] = context
         return self._contexts[key]
 
-    def _run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """One execution on the current stream, in buffers that are this backend's own."""
+    def _run(self, inputs: Inputs) -> torch.Tensor:
+        """One execution on the current stream, in this backend's own buffers."""
         shapes = tuple(tuple(inputs[name].shape) for name in self.inputs)
         context = self._context(shapes)
         for name, shape in zip(self.inputs, shapes, strict=True):
@@ -89,22 +108,22 @@ class TensorRTBackend:
             self._buffers[shapes] = self._allocate(context, inputs)
         buffers = self._buffers[shapes]
         for name in self.inputs:
-            buffers[name].copy_(inputs[name])  # diffusers' timestep has stride 0: its address alone would not do
+            buffers[name].copy_(inputs[name])  # a copy: diffusers' timestep has stride 0
         for name, buffer in buffers.items():
             context.set_tensor_address(name, buffer.data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
             raise RuntimeError(f"TensorRT failed to run the plan: {logger().last_error()}")
         return buffers[self.output].clone()
 
-    def _allocate(self, context, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Buffers for inputs of these shapes and, as the context infers it from them, for the output."""
+    def _allocate(self, context, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """Buffers for inputs of these shapes and for the output, whose shape the context infers."""
         shapes = {name: tuple(inputs[name].shape) for name in self.inputs}
         shapes[self.output] = tuple(context.get_tensor_shape(self.output))
         return {name: torch.empty(s, dtype=self.dtypes[name], device=self.device) for name, s in shapes.items()}
 
 
 def refusal(built_with: str | None, device: torch.device | str = "cuda") -> str | None:
-    """Why a plan made by `built_with` cannot run in this process on `device`, in one line; None if it can be tried."""
+    """Why a plan built with `built_with` cannot run in this process on `device`; None if it can be tried."""
     if built_with is None:
         return "the engine folder holds no plan (it was built with --no-plan)"
     here = installed()

@@ -1,7 +1,7 @@
 """TensorRT's layers in PyTorch: one short function per layer type, its attributes as keywords.
 
-int64 tensors are shapes (sizes and offsets that TensorRT keeps on the host); here they are tuples
-of int, so nothing is read back from a GPU and `torch.compile` sees plain sizes.
+int64 tensors are shapes (sizes and offsets that TensorRT keeps on the host). Here they are tuples of
+int, so nothing is read back from a GPU and `torch.compile` sees plain sizes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import operator
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as nn
+import torch.nn.functional as F
 
-from ..network.trt import TORCH_DTYPES as DTYPES
+from ..config import TORCH_DTYPES
 
 
 def activation(x, *, kind, alpha=0.0, beta=0.0):
@@ -22,7 +22,7 @@ def activation(x, *, kind, alpha=0.0, beta=0.0):
 
 
 def gelu_tanh(x):
-    return nn.gelu(x, approximate="tanh")
+    return F.gelu(x, approximate="tanh")
 
 
 ACTIVATIONS: dict[str, Callable] = {"SIGMOID": torch.sigmoid, "GELU_TANH": gelu_tanh}
@@ -31,11 +31,11 @@ ACTIVATIONS: dict[str, Callable] = {"SIGMOID": torch.sigmoid, "GELU_TANH": gelu_
 def attention(q, k, v, *, norm_op, causal_kind, scale=1.0):
     """softmax(scale * q k^T) v; TensorRT's layer has scale 1."""
     assert (norm_op, causal_kind) == ("SOFTMAX", "NONE"), (norm_op, causal_kind)
-    return nn.scaled_dot_product_attention(q, k, v, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def cast(x, *, to_type):
-    return x.to(DTYPES[to_type])
+    return x.to(TORCH_DTYPES[to_type])
 
 
 def concatenation(*parts, axis):
@@ -43,7 +43,7 @@ def concatenation(*parts, axis):
 
 
 def convolution(x, kernel, bias, *, stride_nd, padding_nd, dilation_nd, num_groups):
-    return nn.conv2d(x, kernel, bias, stride_nd, padding_nd, dilation_nd, num_groups)
+    return F.conv2d(x, kernel, bias, stride_nd, padding_nd, dilation_nd, num_groups)
 
 
 ELEMENTWISE: dict[str, Callable] = {
@@ -66,7 +66,7 @@ def matrix_multiply(a, b, *, op0, op1):
 
 def normalization(x, scale, bias, *, axes, epsilon):
     assert axes == 1 << (x.dim() - 1), "only the last dimension is normalised"
-    return nn.layer_norm(x, x.shape[-1:], scale.flatten(), bias.flatten(), epsilon)
+    return F.layer_norm(x, x.shape[-1:], scale.flatten(), bias.flatten(), epsilon)
 
 
 def reduce(x, *, op, axes, keep_dims):
@@ -89,7 +89,7 @@ def slice_(x, starts=None, sizes=None, *, axes, start, shape, stride, mode):
     for dim, first, length in zip(axes, starts, sizes, strict=True):
         beyond = first + length - x.shape[dim]
         if mode == "FILL" and beyond > 0:
-            x = nn.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, beyond])
+            x = F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, beyond])
         x = x.narrow(dim, first, length)
     return x
 
@@ -117,16 +117,16 @@ def dist_collective(x, *, operation, group, size):
     return collective.wait_tensor(y)
 
 
-# What the fusions of `lowering.py` put in.
+# What the fusions of `lowering.py` insert.
 
 
 def linear(x, weight, bias):
     """A matrix multiply by a transposed constant, and its bias: one rounding instead of two."""
-    return nn.linear(x, weight.reshape(weight.shape[-2:]), bias.flatten())
+    return F.linear(x, weight.reshape(weight.shape[-2:]), bias.flatten())
 
 
 def silu(x):
-    return nn.silu(x)
+    return F.silu(x)
 
 
 OPS: dict[str, Callable] = {

@@ -1,8 +1,8 @@
-"""Context parallelism: each cp rank holds a part of the image tokens and a part of the text tokens.
+"""Context parallelism: each cp rank holds a part of the tokens of every stream (image, text).
 
-A stream of N tokens is cut into cp parts of ceil(N / cp) rows; the rows past the end, on the last
-ranks, are zero. They never enter an attention as keys: the gathered keys and values are cut back to
-N before softmax, so every size is exact. With cp = 1 all of this is the identity.
+A stream of N tokens is split into cp parts of ceil(N / cp) rows; the last ranks' rows past the end are
+zero padding. Padded rows never enter an attention as keys: the gathered keys and values are sliced
+back to N rows before the softmax, so every size is exact. With cp = 1 all of this is the identity.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class QKV(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A token stream: its whole length and the rows that each cp rank holds."""
+    """A token stream: its full length and the number of rows that each cp rank holds."""
 
     length: F.Size
     local: F.Size
 
     @classmethod
-    def cut(cls, length: F.Size, ranks: int) -> Stream:
+    def split_over(cls, length: F.Size, ranks: int) -> Stream:
         return cls(length, length if ranks == 1 else F.ceil_div(length, ranks))
 
     def split(self, x: Tensor) -> Tensor:
@@ -36,16 +36,15 @@ class Stream(NamedTuple):
         mapping = x.network.mapping
         if mapping.cp_size == 1:
             return x
-        return F.narrow(x, 1, self.local * mapping.cp_rank, self.local, fill=True)
+        return F.narrow(x, 1, self.local * mapping.cp_rank, self.local, pad=True)
 
 
 def attend(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
     """Joint attention over all streams: every token sees every token. [B, heads, local tokens, d] per stream."""
-    network = parts[0].q.network
-    if network.mapping.cp_size == 1:
-        joint = attention_over(parts)
-        return uncat(joint, [s.length for s in streams])
-    return (ulysses if network.cp_method == "ulysses" else gathered)(streams, parts)
+    mapping = parts[0].q.network.mapping
+    if mapping.cp_size == 1:
+        return uncat(attention_over(parts), [s.length for s in streams])
+    return (ulysses if mapping.layout.cp_method == "ulysses" else gathered)(streams, parts)
 
 
 def attention_over(parts: list[QKV]) -> Tensor:
@@ -66,8 +65,7 @@ def uncat(x: Tensor, lengths: list[F.Size]) -> list[Tensor]:
 
 def gathered(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
     """Keys and values of all ranks, one all-gather; queries stay local."""
-    network = parts[0].q.network
-    mapping = network.mapping
+    mapping = parts[0].q.network.mapping
     head_dim = parts[0].q.shape[-1]
     keys_values = F.concat([cat([p.k for p in parts]), cat([p.v for p in parts])], 3)
     mine = F.reshape(keys_values, (1, -1, *[F.size(keys_values, i) for i in (1, 2, 3)]))
@@ -79,7 +77,7 @@ def gathered(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
 
 
 def whole_streams(x: Tensor, streams: list[Stream]) -> list[Tensor]:
-    """[B, heads, cp, rows of all streams, c] -> per stream [B, heads, length, c], the fill cut off."""
+    """[B, heads, cp, rows of all streams, c] -> per stream [B, heads, length, c], without the padded rows."""
     _, heads, ranks, _, channels = x.shape
     start, found = 0, []
     for stream in streams:
@@ -91,7 +89,7 @@ def whole_streams(x: Tensor, streams: list[Stream]) -> list[Tensor]:
 
 
 def ulysses(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
-    """Every rank attends with its share of the heads over all tokens: one all-to-all there, one back."""
+    """Every rank attends with its share of the heads over all tokens; one all-to-all before, one after."""
     mapping = parts[0].q.network.mapping
     ranks = mapping.cp_size
     qkv = F.concat([cat([getattr(p, name) for p in parts]) for name in QKV._fields], 3)
@@ -102,10 +100,10 @@ def ulysses(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
     whole = F.transpose(F.all_to_all(by_peer, mapping.cp_group), 1, 2, 0, 3, 4)
     whole = cat(whole_streams(whole, streams))
     out = F.attention(*(F.narrow(whole, 3, i * head_dim, head_dim) for i in range(3)))
-    # Tokens out, heads in, with the fill rows put back.
+    # Tokens out, heads in, with the padded rows put back.
     pieces = []
     for stream, x in zip(streams, uncat(out, [s.length for s in streams]), strict=True):
-        x = F.narrow(x, 2, 0, stream.local * ranks, fill=True)
+        x = F.narrow(x, 2, 0, stream.local * ranks, pad=True)
         pieces.append(F.reshape(x, (batch, share, ranks, stream.local, head_dim)))
     by_peer = F.transpose(pieces[0] if len(pieces) == 1 else F.concat(pieces, 3), 2, 0, 1, 3, 4)
     mine = F.transpose(F.all_to_all(by_peer, mapping.cp_group), 1, 0, 2, 3, 4)
@@ -113,7 +111,7 @@ def ulysses(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
 
 
 def split_batch(x: Tensor) -> Tensor:
-    """This cfg rank's half of the batch."""
+    """This cfg rank's half of the batch: the conditional or the unconditional rows."""
     mapping = x.network.mapping
     if mapping.cfg_size == 1:
         return x

@@ -1,7 +1,7 @@
-"""Operators: one short function each, TensorRT layers in, a `Tensor` out.
+"""Operators: one short function each, which adds TensorRT layers and returns a `Tensor`.
 
 Sizes are `int` where they are known and int64 tensors of shape [1] where they are dynamic; both can
-be calculated with. Every operator has its counterpart in `engine/torch_ops.py`.
+be computed with. Every operator has its counterpart in `engine/torch_ops.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def unary(x: Tensor, kind: str) -> Tensor:
 
 
 def mean(x: Tensor, dim: int) -> Tensor:
-    """Mean over `dim`, which stays with size 1."""
+    """Mean over `dim`, which is kept with size 1."""
     layer = x.network.definition.add_reduce(x.itensor, trt.ReduceOperation.AVG, 1 << dim, True)
     return x.network.add(layer, "mean")
 
@@ -84,7 +84,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     layer = q.network.definition.add_attention_v2(
         scaled.itensor, k.itensor, v.itensor, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
     )
-    # Where no fused kernel fits (float32, odd head sizes), TensorRT may use several.
+    # If no fused kernel fits (float32, odd head sizes), TensorRT may use several kernels.
     layer.decomposable = True
     return q.network.add(layer, "attention")
 
@@ -133,13 +133,13 @@ def concat(parts: Sequence[Tensor], dim: int) -> Tensor:
     return network.add(layer, "concat")
 
 
-def narrow(x: Tensor, dim: int, start: Size, length: Size, *, fill: bool = False) -> Tensor:
-    """`length` elements of `dim` from `start`; with `fill`, what lies past the end reads as zero."""
+def narrow(x: Tensor, dim: int, start: Size, length: Size, *, pad: bool = False) -> Tensor:
+    """`length` elements of `dim` from `start`; with `pad`, elements past the end are zero."""
     static = isinstance(start, int) and isinstance(length, int)
     spans = ((start,), (length,)) if static else [_vector(x.network, [s]).itensor for s in (start, length)]
     layer = x.network.definition.add_slice(x.itensor, *(spans if static else ((0,), (0,))), (1,))
     layer.axes = (dim,)
-    if fill:
+    if pad:
         layer.mode = trt.SampleMode.FILL
     if not static:
         layer.set_input(1, spans[0])
@@ -152,8 +152,8 @@ def chunk(x: Tensor, count: int, dim: int) -> tuple[Tensor, ...]:
     return tuple(narrow(x, dim, i * part, part) for i in range(count))
 
 
-# Collectives. TensorRT gathers and scatters on dimension 0. What it took as operation and group
-# cannot be read back from the layer, so both stand in its metadata too.
+# Collectives. TensorRT gathers and scatters along dimension 0. Operation and group cannot be read back
+# from the layer, so both are in its metadata too.
 
 
 def _collective(x: Tensor, operation: str, reduce: str, group: Sequence[int]) -> Tensor:
@@ -180,14 +180,14 @@ def all_gather(x: Tensor, group: Sequence[int]) -> Tensor:
     """[1, ...] of every rank -> [len(group), ...]."""
     if len(group) == 1:
         return x
-    # TensorRT-RTX 1.7 infers the shape of every all-gather from the plan's largest group, whichever
-    # collective that belongs to. Smaller groups gather through an all-to-all of copies: the same
-    # bytes between ranks, and its shape does not depend on the group.
+    # TensorRT-RTX 1.7 infers the shape of every all-gather from the largest group of the plan, whichever
+    # collective uses it. Smaller groups gather through an all-to-all of copies: the same bytes between
+    # ranks, and a shape that does not depend on the group.
     if len(group) < x.network.mapping.largest_group:
         return all_to_all(concat([x] * len(group), 0), group)
     return _collective(x, "ALL_GATHER", "NONE", group)
 
 
 def all_to_all(x: Tensor, group: Sequence[int]) -> Tensor:
-    """Dimension 0 in len(group) chunks: chunk i goes to rank i, and rank i's chunk comes to place i."""
+    """Dimension 0 in len(group) chunks: chunk i goes to rank i; place i receives a chunk from rank i."""
     return x if len(group) == 1 else _collective(x, "ALL_TO_ALL", "NONE", group)

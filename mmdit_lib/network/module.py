@@ -1,4 +1,4 @@
-"""Modules in TensorRT-LLM's manner: a tree that knows its parameters and, called, adds layers.
+"""Modules in TensorRT-LLM's manner: a tree that knows its parameters and, when called, adds layers.
 
 A module's path in the tree ('transformer_blocks.0.attn.to_q') names its parameters in the
 checkpoint and its layers and tensors in the network.
@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from .network import Network, Tensor
+
 
 class Parameter:
-    """A checkpoint tensor: its full shape, before tensor parallelism cuts it."""
+    """A checkpoint tensor.
+
+    Attributes:
+        shape: the full shape, before tensor parallelism shards it.
+        name: in the checkpoint; set by `Module.assign_paths`.
+    """
+
+    name: str = ""
 
     def __init__(self, *shape: int):
         self.shape = shape
@@ -20,14 +29,14 @@ class Module:
     path: str = ""
 
     def __call__(self, *inputs, **options):
-        """Adds the layers of `forward` under this module's path; the outputs carry its name."""
-        network = next(x.network for x in inputs if hasattr(x, "network"))
+        """Add the layers of `forward` under this module's path; the outputs carry its name."""
+        network = network_of((*inputs, *options.values()))
         with network.scope(self.path):
-            outputs = self.forward(network, *inputs, **options)
+            outputs = self.forward(*inputs, **options)
         network.name_outputs(self.path, outputs)
         return outputs
 
-    def forward(self, network, *inputs):
+    def forward(self, *inputs, **options):
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     def children(self) -> Iterator[tuple[str, Module]]:
@@ -48,22 +57,32 @@ class Module:
             if isinstance(value, Parameter)
         }
 
-    def assign_paths(self) -> None:
-        for path, module in self.named_modules():
-            module.path = path
+    def assign_paths(self, path: str = "") -> Module:
+        """Give this module the path `path`, and every module and parameter below it its own. Returns the module."""
+        for place, module in self.named_modules(path):
+            module.path = place
+            for name, value in vars(module).items():
+                if isinstance(value, Parameter):
+                    value.name = f"{place}.{name}"
+        return self
 
 
 class ModuleList(Module):
-    """Children named 0, 1, 2, ...; None leaves a number out."""
+    """Children named 0, 1, 2, ..."""
 
-    def __init__(self, modules: Iterable[Module | None]):
+    def __init__(self, modules: Iterable[Module]):
         self.modules = list(modules)
 
     def children(self) -> Iterator[tuple[str, Module]]:
-        return ((str(i), module) for i, module in enumerate(self.modules) if module is not None)
+        return ((str(i), module) for i, module in enumerate(self.modules))
 
     def __iter__(self) -> Iterator[Module]:
         return iter(self.modules)
 
     def __getitem__(self, index: int) -> Module:
         return self.modules[index]
+
+
+def network_of(inputs: Iterable) -> Network:
+    """The network that a call's tensors belong to."""
+    return next(x.network for x in inputs if isinstance(x, Tensor))

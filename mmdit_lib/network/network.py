@@ -1,21 +1,23 @@
 """The network being defined: TensorRT's `INetworkDefinition`, its names, its weights.
 
-There is no ambient default network: a `Tensor` knows the network it belongs to, and a module gets
-the network from its inputs.
+There is no ambient default network: a `Tensor` knows the network it belongs to.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping as Weights
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import CpMethod, Mapping, TpLayout
-from .plan import rule_for
-from .trt import TORCH_DTYPES, dtype_name, trt, trt_dtype
+from ..config import TORCH_DTYPES, RankMapping
+from .tensor_parallel import WHOLE, Sharding
+from .trt import dtype_name, trt, trt_dtype
+
+if TYPE_CHECKING:
+    from .module import Parameter
 
 Shape = tuple[int, ...]
 
@@ -58,28 +60,28 @@ class Network:
     """Defines one rank's network.
 
     Args:
+        definition: an empty, strongly typed `INetworkDefinition`.
         weights: this rank's checkpoint tensors by name. They are handed to TensorRT by address, so
             this object must outlive the build.
-        dtype: 'float32', 'float16' or 'bfloat16'; the network is strongly typed.
+        dtype: 'float32', 'float16' or 'bfloat16'.
         mapping: the rank and the parallel sizes.
+        sharding: how the model's weights are sharded over the tp ranks.
     """
 
     def __init__(
         self,
         definition,
         *,
-        weights: Weights[str, torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
         dtype: str,
-        mapping: Mapping,
-        tp_layout: TpLayout = "megatron",
-        cp_method: CpMethod = "allgather",
+        mapping: RankMapping | None = None,
+        sharding: Sharding = WHOLE,
     ):
         self.definition = definition
         self.weights = weights
         self.dtype = dtype
-        self.mapping = mapping
-        self.tp_layout = tp_layout
-        self.cp_method = cp_method
+        self.mapping = mapping or RankMapping()
+        self.sharding = sharding
         self.modules: dict[str, list[Tensor]] = {}
         self._arrays: list[torch.Tensor] = []  # what TensorRT reads by address
         self._scopes: list[str] = []
@@ -90,6 +92,7 @@ class Network:
 
     @contextmanager
     def scope(self, path: str):
+        """Layers added inside are named after the module at `path`."""
         self._scopes.append(path)
         try:
             yield
@@ -97,7 +100,7 @@ class Network:
             self._scopes.pop()
 
     def unique_name(self, suffix: str) -> str:
-        """'transformer_blocks.0.attn/concat', with a number where the module has several."""
+        """'transformer_blocks.0.attn/concat', with a number if the module has several."""
         path = self._scopes[-1] if self._scopes else ""
         stem = name = f"{path}/{suffix}" if path else suffix
         count = 1
@@ -109,19 +112,15 @@ class Network:
 
     def name_outputs(self, path: str, outputs) -> None:
         """Record what the module at `path` returned, and give each tensor the innermost module's name."""
-        tensors = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(x, Tensor)]
+        tensors = list(flatten(outputs))
         self.modules[path] = tensors
         for i, tensor in enumerate(tensors):
             if path and tensor.itensor.name in self._names and not tensor.itensor.is_network_input:
                 tensor.itensor.name = path if len(tensors) == 1 else f"{path}:{i}"
 
     def module_outputs(self) -> dict[str, list[str]]:
-        """The tensor names that each module returned, by module path."""
+        """The names of the tensors that each module returned, by module path."""
         return {path: [x.itensor.name for x in tensors] for path, tensors in self.modules.items() if path}
-
-    def style(self) -> str:
-        """How the plan cuts the module whose `forward` is running."""
-        return rule_for(self._scopes[-1], self.tp_layout).style
 
     # Layers --------------------------------------------------------------------------------------
 
@@ -142,16 +141,17 @@ class Network:
         tensor.itensor.name = name
         self.definition.mark_output(tensor.itensor)
 
-    def weight(self, name: str, shape: Shape | None = None, crop: dict[int, tuple[int, int]] | None = None) -> Tensor:
-        """The parameter `name` of the running module as a constant.
+    def weight(
+        self, parameter: Parameter, shape: Shape | None = None, crop: dict[int, tuple[int, int]] | None = None
+    ) -> Tensor:
+        """This rank's part of a checkpoint tensor as a constant.
 
         `shape` views it (say, with leading 1s so that it broadcasts); `crop` then keeps `start, size`
         of some dimensions. The graph file stores these two and the checkpoint tensor's name.
         """
-        full_name = f"{self._scopes[-1]}.{name}"
-        array = self.weights[full_name]
+        array = self.weights[parameter.name]
         shape = tuple(shape or array.shape)
-        source: dict[str, Any] = {"weight": full_name, "shape": shape}
+        source: dict[str, Any] = {"weight": parameter.name, "shape": shape}
         array = array.reshape(shape)
         for dim, (start, size) in (crop or {}).items():
             array = array.narrow(dim, start, size)
@@ -159,7 +159,7 @@ class Network:
             source["crop"] = {str(dim): span for dim, span in crop.items()}
         layer = self.definition.add_constant(tuple(array.shape), self.by_address(array))
         layer.metadata = json.dumps(source)
-        return self.add(layer, name)
+        return self.add(layer, parameter.name.rpartition(".")[2])
 
     def by_address(self, array: torch.Tensor):
         """`trt.Weights` over the array's own memory: no copy, so the array is kept until the build has ended."""
@@ -168,7 +168,7 @@ class Network:
         return trt.Weights(trt_dtype(dtype_name(array.dtype)), array.data_ptr(), array.numel())
 
     def values(self, values: list, dtype: str, shape: Shape) -> Tensor:
-        """A small constant of the network's own; its values travel in the graph file."""
+        """A small constant that is not a checkpoint tensor; the graph file stores its values."""
         key = json.dumps([values, dtype, shape])
         if key not in self._constants:
             array = torch.tensor(values, dtype=TORCH_DTYPES[dtype]).expand(shape).contiguous()
@@ -185,3 +185,12 @@ class Network:
     def elementwise(self, a: Tensor, b: Tensor | float | int, op) -> Tensor:
         b = b if isinstance(b, Tensor) else self.constant(b, a)
         return self.add(self.definition.add_elementwise(a.itensor, b.itensor, op), op.name.lower())
+
+
+def flatten(outputs) -> Iterator[Tensor]:
+    """The tensors of a module's result, which may be a tensor or (named) tuples of them; None is left out."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, tuple):
+        for output in outputs:
+            yield from flatten(output)

@@ -1,4 +1,4 @@
-"""MPI ranks for a notebook: ipyparallel starts them, and no fault leaves one behind.
+"""MPI ranks for a notebook: ipyparallel starts them, and a fault leaves none behind.
 
 with parallel.cluster(2) as ranks:
     results = ranks.run(function, argument)     # one result per rank, in their order
@@ -16,18 +16,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.atomic import alive
+from ..files import alive
 from .launch import RANK_VARIABLES, mpi_environment
 
 PROFILE = "mmdit_lib"
-"""ipyparallel's profile of our clusters: those of others are never touched."""
+"""ipyparallel's profile of our clusters; clusters of other profiles are never touched."""
 
 
 class Ranks:
     """`n` MPI processes, reached through ipyparallel. Engine i is MPI rank i.
 
     Attributes:
-        view: ipyparallel's view of all engines, for `%px` and the like (nothing there watches for faults).
+        view: ipyparallel's view of all engines, for `%px` and the like (without the watch for faults that `run` keeps).
     """
 
     def __init__(self, n: int, seconds: int = 60):
@@ -36,10 +36,10 @@ class Ranks:
         self.view = None
         self._cluster = None
         self._client = None
-        self._local: dict[int, Any] = {}  # the ranks' processes, of those on this machine
+        self._local: dict[int, Any] = {}  # the processes of the ranks on this machine
 
     def start(self) -> Ranks:
-        """Start the processes; takes some seconds. Raises `TimeoutError` if they do not come, and stops them."""
+        """Start the processes, which takes seconds. Raises `TimeoutError`, and stops them, if they do not come up."""
         os.environ.setdefault("IPP_NONINTERACTIVE", "1")  # output in the order of the ranks, whole tracebacks
         import ipyparallel
 
@@ -64,7 +64,7 @@ class Ranks:
         return self
 
     def stop(self) -> None:
-        """End all processes; once more does no harm."""
+        """End all processes. Safe to call twice."""
         processes = self._processes()
         if self._client is not None:
             self._client.close()
@@ -79,7 +79,7 @@ class Ranks:
         end(processes)
 
     def _processes(self) -> list:
-        """mpiexec, the controller and all below them."""
+        """mpiexec, the controller and their descendants."""
         import psutil
 
         launchers = [] if self._cluster is None else [self._cluster.controller, self._cluster.engine_set]
@@ -100,8 +100,8 @@ class Ranks:
         """Call `function` on every rank; returns the results in rank order and prints what ranks printed.
 
         Raises:
-            RuntimeError: as soon as one rank fails or dies: with that rank's error. The ranks are
-                stopped then, since the others may wait in a collective for ever.
+            RuntimeError: as soon as one rank fails or dies, with that rank's error. All ranks are stopped
+                then, since the others may wait in a collective forever.
         """
         if self.view is None:
             raise RuntimeError("the ranks are not running; start a new cluster")
@@ -131,7 +131,7 @@ class Ranks:
                 return
 
     def _died(self) -> str | None:
-        """Which rank is gone. MPI ends the others too, but says so much later."""
+        """Which rank is gone. MPI ends the others too, but reports it much later."""
         import psutil
 
         for rank, process in self._local.items():
@@ -142,11 +142,11 @@ class Ranks:
         mpi = self._cluster.engine_set
         if mpi is not None and mpi.state == "running" and mpi.process.is_running():
             return None
-        return "a rank died: MPI has ended"  # on another machine
+        return "a rank died: MPI has ended"  # a rank on another machine
 
 
 def ranks_among(processes: list) -> dict[int, Any]:
-    """The MPI ranks among psutil's processes, and not what they have started."""
+    """The MPI ranks among psutil's processes, without their children."""
     import psutil
 
     found = {}
@@ -176,10 +176,10 @@ def end(processes: list, seconds: float = 1) -> None:
 
 
 def cluster(n: int, seconds: int = 60) -> Ranks:
-    """`n` MPI ranks for `with`, or to `start()` and `stop()`. Leftovers of notebooks that died are ended first.
+    """`n` MPI ranks for a `with` block, or to `start()` and `stop()`. Ends what dead notebooks left behind first.
 
     Args:
-        n: how many.
+        n: number of ranks.
         seconds: how long they may take to start.
     """
     return Ranks(n, seconds)
@@ -191,7 +191,7 @@ def stop_clusters(*, mine_too: bool = False) -> list[str]:
     A killed kernel cannot clean up after itself. Clusters of other profiles are left alone.
 
     Args:
-        mine_too: also those of this process.
+        mine_too: also end those of this process.
     """
     import ipyparallel
 

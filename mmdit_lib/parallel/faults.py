@@ -1,7 +1,7 @@
-"""One rank's fault ends all ranks: nobody waits for a collective that will never come.
+"""One rank's fault ends all ranks: none waits for a collective that will never complete.
 
-Under mpirun a killed rank is mpirun's to notice. What mpirun cannot see is a rank that raises while
-the others sit in a collective, so that rank aborts all, its error first.
+mpirun notices a killed rank by itself. It does not notice a rank that raises while the others wait in a
+collective, so that rank prints its error and aborts all.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ START_SECONDS = 25
 def start_mpi(seconds: float = START_SECONDS):
     """`mpi4py.MPI`. MPI starts when it is first imported, and waits there for every rank.
 
-    Where one never comes, the process ends after `seconds` with a traceback of this function: MPI
-    waits with Python's lock held, so nothing gentler can run.
+    If one never starts, the process ends after `seconds` with a traceback of this function: MPI waits
+    with the GIL held, so nothing gentler can run.
     """
     if "mpi4py.MPI" not in sys.modules and launched_size() > 1:
         faulthandler.dump_traceback_later(seconds, exit=True)
@@ -40,7 +40,7 @@ def start_mpi(seconds: float = START_SECONDS):
 
 
 def wait(request, seconds: float | None = None, what: str = "") -> None:
-    """Wait for an MPI request without keeping a core busy, as MPI's own waiting does."""
+    """Wait for an MPI request without keeping a core busy, as MPI's own wait would."""
     deadline = None if seconds is None else time.monotonic() + seconds
     while not request.Test():
         if deadline is not None and time.monotonic() > deadline:
@@ -49,7 +49,7 @@ def wait(request, seconds: float | None = None, what: str = "") -> None:
 
 
 def abort_on_error() -> None:
-    """From now on an exception that nothing catches ends all ranks of this mpirun."""
+    """From now on an uncaught exception ends all ranks of this mpirun."""
     if launched_size() > 1 and sys.excepthook is not _hook:
         sys.excepthook = _hook
 
@@ -60,7 +60,7 @@ def _hook(kind, error, trace) -> None:
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Around a program's main function: what it raises, `SystemExit` with an error too, ends all ranks.
+    """Put around a program's main function: any exception, also `SystemExit` with an error, ends all ranks.
 
     With one rank, and for `sys.exit(0)`, it does nothing.
     """
@@ -76,7 +76,7 @@ def end_all(error: BaseException) -> None:
     """Show `error` with this rank's number and end all ranks of this mpirun. Does not return."""
     rank = launched_rank()
     if isinstance(error, (ValueError, SystemExit)) and rank:
-        time.sleep(2)  # what every rank refuses is said once, by rank 0
+        time.sleep(2)  # an error that all ranks raise is printed once, by rank 0
     if isinstance(error, SystemExit):
         text = "" if isinstance(error.code, int) else str(error.code)
         code = error.code if isinstance(error.code, int) else 1
@@ -85,7 +85,7 @@ def end_all(error: BaseException) -> None:
         code = 1
     if text:
         last = text.strip().splitlines()[-1]
-        # Not sys.stderr: torch.distributed's own excepthook, which calls ours, holds that back.
+        # Not sys.stderr, which torch.distributed's own excepthook (it calls ours) buffers.
         sys.__stderr__.write(f"rank {rank}: {last}\n{text if last != text.strip() else ''}")
     sys.stdout.flush()
     sys.__stderr__.flush()

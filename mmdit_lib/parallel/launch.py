@@ -1,22 +1,22 @@
-"""What a launcher tells a process, read without starting MPI; and what mpirun is to be told."""
+"""What mpirun passes to a process in its environment, read without starting MPI; and the environment for mpirun."""
 
 from __future__ import annotations
 
 import os
 
-from ..config import Mapping
+from ..config import Layout
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def launched_rank() -> int:
-    """The rank that mpirun gave this process; 0 where there is no mpirun."""
+    """The rank that mpirun gave this process; 0 without mpirun."""
     return _first(RANK_VARIABLES, 0)
 
 
 def launched_size() -> int:
-    """How many ranks mpirun started; 1 where there is no mpirun."""
+    """How many ranks mpirun started; 1 without mpirun."""
     return _first(SIZE_VARIABLES, 1)
 
 
@@ -24,15 +24,13 @@ def _first(names: tuple[str, ...], otherwise: int) -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
 
 
-def check_launch(mapping: Mapping, size: int, folder: object = "this engine folder") -> None:
-    """Raises `ValueError` naming the right way to start it where `size` ranks cannot run `mapping`."""
-    wanted = mapping.world_size
+def check_launch(layout: Layout, size: int, folder: object = "this engine folder") -> None:
+    """Raises `ValueError`, naming the right way to start it, if `size` ranks cannot run `layout`."""
+    wanted = layout.world_size
     if size == wanted:
         return
     if wanted == 1:
         raise ValueError(f"{folder} is for one process, and {size} ranks are running: start it without mpirun")
-    sizes = {"tp": mapping.tp_size, "cp": mapping.cp_size, "cfg": mapping.cfg_size}
-    layout = " x ".join(f"{name} {count}" for name, count in sizes.items() if count > 1)
     ranks = "1 rank is" if size == 1 else f"{size} ranks are"
     raise ValueError(f"{folder} is for {layout}, {wanted} ranks, and {ranks} running: start it with mpirun -n {wanted}")
 
@@ -40,8 +38,8 @@ def check_launch(mapping: Mapping, size: int, folder: object = "this engine fold
 def mpi_environment(ranks: int) -> dict[str, str]:
     """Variables for OpenMPI that let it start any number of ranks on any machine.
 
-    Also as root, as in a container, and with more ranks than cores. The ranks of a machine share its
-    cores. Variables that are set already keep their value.
+    This includes root, as in a container, and more ranks than cores. The ranks on a machine share its
+    cores. Variables that are already set keep their value.
     """
     wanted = {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",

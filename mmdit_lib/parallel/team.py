@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
 import os
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from ..config import Mapping
-from ..engine.folder import EngineFolder
+from ..config import Layout, RankMapping
 from .faults import START_SECONDS, abort_on_error, start_mpi
 from .launch import check_launch
 
 ROLL_CALL = 7301
-"""Tag of the messages by which ranks tell each other that they are there."""
+"""Tag of the messages with which ranks announce themselves to one another."""
 COLLECTIVE_SECONDS = 600
 
 Groups = dict[tuple[int, ...], str]
+
+
+class SharedFolder(Protocol):
+    """What all ranks run: an engine folder."""
+
+    path: Path
+    layout: Layout
+
+    def fingerprint(self) -> dict[str, str]:
+        """What must be the same for all ranks: part -> checksum."""
 
 
 @dataclass
@@ -30,14 +39,13 @@ class Team:
     """This process among the ranks of an engine folder."""
 
     rank: int
-    mapping: Mapping
-    """At this rank."""
+    mapping: RankMapping
     device: torch.device
     groups: Groups = field(default_factory=dict)
-    """The process group's name, by its ranks; what the graph's collectives are lowered to."""
+    """The process group's name for every group of ranks."""
 
     def agree(self, what: str, value: str) -> None:
-        """Raises `ValueError` on every rank where the ranks have different values. Every rank calls it."""
+        """Raises `ValueError` on every rank if the ranks have different values. Every rank calls it."""
         everyone = start_mpi().COMM_WORLD.allgather(value)
         if len(set(everyone)) > 1:
             found = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(everyone))
@@ -46,15 +54,15 @@ class Team:
     def nccl_communicator(self):
         """The `ncclComm_t` of all ranks in a capsule, as `IExecutionContext.set_communicator` takes it.
 
-        Handing it over is collective, so every rank opens its plan at the same time.
+        Setting it is collective, so every rank opens its plan at the same time.
         Written against TensorRT 11's documentation; not yet run with it.
         """
         if self.device.type != "cuda":
             raise ValueError("TensorRT's collectives run over NCCL, which needs CUDA devices; use backend pytorch")
         backend = dist.distributed_c10d._get_default_group()._get_backend(self.device)
         if not hasattr(backend, "_comm_ptr"):
-            raise ValueError(f"torch {torch.__version__} does not give out its NCCL communicator; use backend pytorch")
-        dist.barrier(device_ids=[self.device.index])  # torch makes the communicator at its first use
+            raise ValueError(f"torch {torch.__version__} does not expose its NCCL communicator; use backend pytorch")
+        dist.barrier(device_ids=[self.device.index])  # torch creates the communicator at its first use
         return capsule(backend._comm_ptr())
 
 
@@ -69,42 +77,41 @@ _groups: Groups = {}
 
 
 def current() -> Team | None:
-    """The team that this process joined last, if it is in one."""
+    """The team that this process joined last; None if it is in none."""
     return _team
 
 
-def join(folder: EngineFolder, device: str | torch.device | None = None, *, seconds: float = START_SECONDS) -> Team:
+def join(folder: SharedFolder, device: str | torch.device | None = None, *, seconds: float = START_SECONDS) -> Team:
     """Make the ranks of this mpirun, or of this ipyparallel cluster, a team. Every rank calls it.
 
-    It can be called again, also with another folder of as many ranks: process groups are kept.
+    It can be called again, also with another folder for as many ranks: process groups are kept.
 
     Args:
         folder: the engine folder; its files must be the same for all ranks.
-        device: cuda or cpu; CUDA where there is one, if not given. Each rank of a machine takes the
-            GPU of its number there.
+        device: cuda or cpu; CUDA if it is available, if not given. A machine's ranks take its GPUs in order.
         seconds: how long to wait for the slowest rank.
 
     Raises:
         ValueError: on every rank, before any collective: the number of ranks is not the folder's, or
             the ranks' folders differ.
-        TimeoutError: a rank did not come.
+        TimeoutError: a rank did not join.
     """
     global _team
     MPI = start_mpi(seconds)
     abort_on_error()
     world = MPI.COMM_WORLD
     roll_call(world, seconds)
-    # All ranks see the same facts, so all of them refuse, or none.
-    everyone = world.allgather((folder.mapping.world_size, str(folder.folder), fingerprint(folder)))
-    check_launch(folder.mapping, world.size, folder.folder)
+    # All ranks compare the same facts, so either all of them refuse or none.
+    everyone = world.allgather((str(folder.path), folder.fingerprint()))
+    check_launch(folder.layout, world.size, folder.path)
     check_same(everyone)
-    mapping = folder.mapping.at(world.rank)
+    mapping = folder.layout.at(world.rank)
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
     place = device_of(device, here.rank, here.size)
-    # Each rank looked at its own machine; they must have found the same kind.
+    # Each rank looked at its own machine: they must have found the same kind of device.
     kinds = world.allgather(place.type)
     if len(set(kinds)) > 1:
-        raise ValueError(f"ranks disagree about the device ({', '.join(kinds)}): say cuda or cpu")
+        raise ValueError(f"the ranks found different devices ({', '.join(kinds)}): give cuda or cpu")
     start_torch(world, place, one_machine=here.size == world.size)
     here.Free()
     _team = Team(world.rank, mapping, place, make_groups(mapping))
@@ -121,7 +128,7 @@ def leave() -> None:
 
 
 def roll_call(world, seconds: float) -> None:
-    """Wait until every rank has called this as often as we have; raises `TimeoutError` naming who did not."""
+    """Wait until every rank has called this as often as this one. Raises `TimeoutError` naming those that have not."""
     missing = set(range(world.size)) - {world.rank}
     sent = [world.Isend(bytearray(), dest=rank, tag=ROLL_CALL) for rank in sorted(missing)]
     deadline = time.monotonic() + seconds
@@ -138,20 +145,9 @@ def roll_call(world, seconds: float) -> None:
         request.Wait()
 
 
-def fingerprint(folder: EngineFolder) -> dict[str, str]:
-    """What must be the same for all ranks: part of the folder -> checksum."""
-    parts = {name: file["sha256"] for name, file in folder.files.items()}
-    parts |= {f"checkpoint {name}": file["sha256"] for name, file in folder.checkpoint["files"].items()}
-    config = {"model": folder.model, "build options": folder.build, "parallel layout": folder.mapping}
-    for name, value in config.items():
-        text = json.dumps(value.model_dump(mode="json"), sort_keys=True)
-        parts[name] = hashlib.sha256(text.encode()).hexdigest()
-    return parts
-
-
-def check_same(everyone: list[tuple[int, str, dict[str, str]]]) -> None:
-    _, first_path, first = everyone[0]
-    for rank, (_, path, parts) in enumerate(everyone):
+def check_same(everyone: list[tuple[str, dict[str, str]]]) -> None:
+    first_path, first = everyone[0]
+    for rank, (path, parts) in enumerate(everyone):
         differ = sorted(name for name in first.keys() | parts.keys() if first.get(name) != parts.get(name))
         if differ:
             raise ValueError(
@@ -176,10 +172,10 @@ def device_of(device: str | torch.device | None, local_rank: int, local_size: in
 
 
 def start_torch(world, device: torch.device, *, one_machine: bool) -> None:
-    """`torch.distributed` over gloo (CPU) and NCCL (CUDA), met at a store on rank 0.
+    """`torch.distributed` over gloo (CPU) and NCCL (CUDA), with a store on rank 0.
 
-    Rank 0 takes a free port and tells the others by MPI. Over several machines its host name must be
-    known to all of them; where it is not, set MASTER_ADDR to an address that is.
+    Rank 0 picks a free port and broadcasts it over MPI. Across machines, all of them must be able to resolve
+    rank 0's host name; if they cannot, set MASTER_ADDR to an address that they can reach.
     """
     if dist.is_initialized():
         if device.type == "cpu" or "nccl" in dist.get_backend_config():
@@ -204,9 +200,9 @@ def _hostname() -> str:
     return socket.getfqdn()
 
 
-def make_groups(mapping: Mapping) -> Groups:
-    """Every tp, cp and output group of the layout. All ranks make all of them, in the same order."""
-    wanted = {group for at in mapping.ranks() for group in (at.tp_group, at.cp_group, at.output_group)}
+def make_groups(mapping: RankMapping) -> Groups:
+    """Every tp, cp and output group of the layout. All ranks create all of them, in the same order."""
+    wanted = {group for other in mapping.layout.ranks() for group in other.groups}
     for ranks in sorted(group for group in wanted if len(group) > 1):
         if ranks not in _groups:
             group = dist.new_group(ranks)

@@ -1,14 +1,13 @@
-"""Times and traffic as bars with their ratios."""
+"""Times and traffic as bars, labelled with their ratios."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping as Values
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .figure import COLOURS, Figure, new_axes
 
 
-def time_bars(times: Values[str, float], *, unit: str = "ms", title: str = "Time per denoising step") -> Figure:
+def time_bars(times: Mapping[str, float], *, unit: str = "ms", title: str = "Time per denoising step") -> Figure:
     """A bar per label and, on it, how many times faster it is than the slowest."""
     slowest = max(times.values())
     notes = [
@@ -18,7 +17,7 @@ def time_bars(times: Values[str, float], *, unit: str = "ms", title: str = "Time
     return _bars(times, notes, unit, title)
 
 
-def traffic_bars(nbytes: Values[str, float], *, title: str = "Sent by each rank per denoising step") -> Figure:
+def traffic_bars(nbytes: Mapping[str, float], *, title: str = "Sent by each rank per denoising step") -> Figure:
     """A bar per label: bytes between ranks, and their ratio to the least."""
     least = min((n for n in nbytes.values() if n), default=1)
     megabytes = {label: n / 1e6 for label, n in nbytes.items()}
@@ -33,7 +32,7 @@ def _megabytes(nbytes: float) -> str:
     return f"{float(f'{nbytes / 1e6:.3g}'):,g}"
 
 
-def _bars(values: Values[str, float], notes: Sequence[str], unit: str, title: str) -> Figure:
+def _bars(values: Mapping[str, float], notes: Sequence[str], unit: str, title: str) -> Figure:
     figure, axes = new_axes(8.5, 1.1 + 0.55 * len(values))
     bars = axes.barh(list(values), list(values.values()), color=COLOURS[0], height=0.62)
     most = max(values.values()) or 1

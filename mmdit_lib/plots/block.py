@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from ..config import ModelConfig
-from ..network.mmdit import MMDiT
+from ..sd3 import SD3Config
+from ..sd3.transformer import MMDiT
 from .figure import GREY, Figure
 
 IMAGE, TEXT, SHARED = "#dce9f7", "#fbe6d4", "#ead9f2"
 BLUE = "#3366aa"
 
 
-def block_diagram(model: ModelConfig, block: int = 0) -> Figure:
-    """One MMDiT block as `JointTransformerBlock.forward` runs it, drawn from the modules that it has."""
+def block_diagram(model: SD3Config, block: int = 0) -> Figure:
+    """One MMDiT block as `JointTransformerBlock.forward` runs it, drawn from its modules."""
     modules = MMDiT(model).transformer_blocks[block]
     dual, last = modules.dual, modules.context_pre_only
     figure = Figure(figsize=(9, 11.4 if dual else 8.8), layout="constrained")

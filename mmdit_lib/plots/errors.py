@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as Values
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -10,12 +10,12 @@ import pandas as pd
 from .figure import GREY, Figure, colours, new_axes
 
 
-def error_by_depth(tables: Values[str, pd.DataFrame]) -> Figure:
+def error_by_depth(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Relative error of every value against the module's place in the order of execution, on a logarithmic axis.
 
     Args:
-        tables: what `compare_layers` returned, by label (a dtype, say). An error of exactly 0 has no
-            place on the axis: it is drawn at its foot. A cross marks a value that is not ok.
+        tables: what `compare_layers` returned, by label (a dtype, say). An error of exactly 0 is drawn at
+            the bottom of the axis. A cross marks a value that is not ok.
     """
     figure, axes = new_axes(9, 4.5)
     floor = _floor(tables)
@@ -41,23 +41,23 @@ def error_by_depth(tables: Values[str, pd.DataFrame]) -> Figure:
 
 
 def _label_line(axes, text: str, height: float, colour: str) -> None:
-    """A few words at the right end, on white: whatever is drawn there shines through nowhere."""
+    """A few words at the right end, on white, so that they stay readable on top of the data."""
     axes.annotate(text, (0.995, height), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
                   ha="right", va="bottom", fontsize=8, color=colour, zorder=5,
                   bbox=dict(facecolor="white", edgecolor="none", pad=0.8, alpha=0.85))  # fmt: skip
 
 
-def _floor(tables: Values[str, pd.DataFrame]) -> float:
+def _floor(tables: Mapping[str, pd.DataFrame]) -> float:
     errors = pd.concat([table.relative_error for table in tables.values()])
     above = errors[(errors > 0) & np.isfinite(errors)]
     return above.min() / 3 if len(above) else 1e-9
 
 
 def _mark_blocks(axes, table: pd.DataFrame) -> None:
-    """A line where each transformer block ends, its number before it; every few only, where there are many."""
-    blocks = table[table.module.str.fullmatch(r"transformer_blocks\.\d+")]
+    """A line at the end of each transformer block, its number before it; if there are many, only every few."""
+    blocks = table[table.module.str.fullmatch(r"\w+\.\d+")]
     ends = blocks.groupby("module", sort=False).depth.first()
-    inside = table[table.module.str.startswith("transformer_blocks.")]
+    inside = table[table.module.str.match(r"\w+\.\d+\b")]
     begin = inside.depth.min() - 0.5
     edges = np.array([begin, *(ends + 0.5)])
     for edge in edges:

@@ -7,12 +7,12 @@ import io
 import matplotlib.figure
 
 COLOURS = ("#3366aa", "#dd7733", "#339977", "#aa4466", "#8866bb", "#bb9922", "#55aacc", "#777777")
-"""Told apart by readers with any colour vision, in print too."""
+"""Distinguishable with any colour vision, and in print."""
 GREY = "#888888"
 
 
 class Figure(matplotlib.figure.Figure):
-    """A figure that a notebook shows though it has no part in pyplot's global state."""
+    """A figure that a notebook displays although pyplot does not know it."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Images beside each other."""
+"""Images side by side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from .figure import GREY, Figure
 
 FEW = 0.01
-"""Differing pixels, as a share of all, that are enlarged: single ones would not be seen."""
+"""Share of differing pixels below which they are enlarged: single ones would not be visible."""
 
 
 def images_side_by_side(images: Sequence, titles: Sequence[str], *, difference: bool = True) -> Figure:

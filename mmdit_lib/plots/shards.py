@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
-from ..config import Mapping, ModelConfig, TpLayout
-from ..network.mmdit import MMDiT
-from ..network.plan import cut_dim, rule_for
+from ..architecture import ModelConfig
+from ..config import Layout, TpLayout
+from ..models import architecture_of
 from .figure import Figure
 from .figure import colours as rank_colours
 
@@ -17,9 +17,11 @@ from .figure import colours as rank_colours
 def shard_map(model: ModelConfig, tp_size: int, *, tp_layout: TpLayout = "megatron", block: int = 0) -> Figure:
     """Which rank holds which part of each weight matrix of one block. A matrix that every rank holds is striped.
 
-    Outputs (rows of the matrix) downwards, inputs to the right; a side is drawn as the root of its length.
+    Outputs (rows of the matrix) run downwards, inputs to the right; each side is drawn as the square root of its
+    length.
     """
-    Mapping(tp_size=tp_size).check(model, tp_layout=tp_layout)
+    model.check_layout(Layout(tp_size=tp_size, tp_layout=tp_layout))
+    sharding = architecture_of(model).shardings[tp_layout]
     rows = _matrices(model, block)
     colours = rank_colours(tp_size)
     figure = Figure(figsize=(12.5, 7.6), layout="constrained")
@@ -29,7 +31,7 @@ def shard_map(model: ModelConfig, tp_size: int, *, tp_layout: TpLayout = "megatr
         left = 0.0
         for label, (name, shape) in matrices.items():
             height, width = (np.sqrt(n / model.hidden_size) for n in shape)
-            style = rule_for(name.removesuffix(".weight"), tp_layout).style
+            style = sharding.rule_for(name.removesuffix(".weight")).style
             axes.text(
                 left,
                 top + 0.42,
@@ -38,7 +40,7 @@ def shard_map(model: ModelConfig, tp_size: int, *, tp_layout: TpLayout = "megatr
                 va="bottom",
                 linespacing=1.25,
             )
-            _matrix(axes, (left, top + 0.5), (width, height), cut_dim(name, tp_layout), colours)
+            _matrix(axes, (left, top + 0.5), (width, height), sharding.shard_dim(name), colours)
             left += max(width, 1.0) + 0.62
         widest = max(widest, left)
         top += 0.75 + max(np.sqrt(shape[0] / model.hidden_size) for _, shape in matrices.values())
@@ -58,9 +60,10 @@ def shard_map(model: ModelConfig, tp_size: int, *, tp_layout: TpLayout = "megatr
 
 def _matrices(model: ModelConfig, block: int) -> list[dict[str, tuple[str, tuple[int, ...]]]]:
     """{label: (checkpoint name, full shape)} of one block: projections in, projections out, MLPs, modulation."""
-    start = f"transformer_blocks.{block}."
+    architecture = architecture_of(model)
+    start = f"{architecture.blocks}.{block}."
     rows: list[dict] = [{}, {}, {}]
-    for name, shape in MMDiT(model).named_parameters().items():
+    for name, shape in architecture.parameters(model).items():
         if name.startswith(start) and name.endswith(".weight") and len(shape) == 2:
             label = name.removeprefix(start).removesuffix(".weight")
             row = 2 if label.startswith(("ff", "norm")) else 1 if label.startswith("attn2") or "_out" in label else 0

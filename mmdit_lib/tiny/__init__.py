@@ -1,17 +1,14 @@
-"""A tiny, trained Stable Diffusion 3 that ships with the package, and what made it and measures it."""
+"""The tiny, trained Stable Diffusion 3 that ships with the package. The code that trained it is in `training/`."""
 
-from ..lazy import names_from
+from __future__ import annotations
 
-_HOMES = {  # name: the file it comes from, imported when first asked for
-    "EXAMPLES": "gallery",
-    "Prompt": "captions",
-    "Scores": "evaluation",
-    "evaluate": "evaluation",
-    "gallery_of": "gallery",
-    "heldout_prompts": "captions",
-    "look": "judge",
-    "make_random_pipeline": "random_pipeline",
-    "model_path": "package",
-}
-__all__ = sorted(_HOMES)
-__getattr__ = names_from(__name__, _HOMES)
+from pathlib import Path
+
+from ..checkpoint.hub import shipped_model
+
+__all__ = ["model_path"]
+
+
+def model_path() -> Path:
+    """The folder of the trained pipeline, for `StableDiffusion3Pipeline.from_pretrained`."""
+    return shipped_model("tiny")

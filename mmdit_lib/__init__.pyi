@@ -1,0 +1,31 @@
+"""The public names, for editors and type checkers and for `lazy_loader`, which imports them at first use."""
+
+from . import parallel, tiny
+from .checkpoint import Checkpoint, convert
+from .config import Layout, Resolution
+from .engine.backend import RunnerOptions
+from .engine.build import build
+from .engine.folder import EngineFolder
+from .pipeline import install, load_pipeline, sample
+from .reports.parity import compare_layers
+from .runner import MMDiTRunner
+
+__version__: str
+
+__all__ = [
+    "Checkpoint",
+    "EngineFolder",
+    "Layout",
+    "MMDiTRunner",
+    "Resolution",
+    "RunnerOptions",
+    "__version__",
+    "build",
+    "compare_layers",
+    "convert",
+    "install",
+    "load_pipeline",
+    "parallel",
+    "sample",
+    "tiny",
+]

@@ -1,0 +1,73 @@
+"""What a backend is: a way to run one rank of an engine folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, Protocol
+
+import torch
+
+from .folder import EngineFolder
+
+Inputs = Mapping[str, torch.Tensor]
+BackendName = Literal["auto", "tensorrt", "pytorch"]
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How to open and run an engine folder."""
+
+    checkpoint_dir: str | Path | None = None
+    """where the converted checkpoint is, if it was moved away from the engine folder"""
+    backend: BackendName = "auto"
+    """tensorrt runs the plan, pytorch the graph file with the checkpoint's tensors; auto prefers tensorrt"""
+    device: str | torch.device | None = None
+    """a CUDA device or cpu; CUDA if it is available, if not given"""
+    compile: bool = False
+    """pytorch backend: compile with `torch.compile`"""
+    cuda_graph: bool = False
+    """replay each step as a CUDA graph"""
+    check_finite: bool = True
+    """look for NaN and infinity in every input and output"""
+    verify: bool = True
+    """compare the checksums of the files that are read"""
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+class Ranks(Protocol):
+    """What a backend needs of the ranks that run an engine folder together (`parallel.Team`)."""
+
+    rank: int
+    groups: Mapping[tuple[int, ...], str]
+    """The process group's name for every group of ranks."""
+
+    def nccl_communicator(self):
+        """The `ncclComm_t` of all ranks in a capsule. Collective."""
+
+
+class Backend(Protocol):
+    """One rank of an engine folder, ready to run."""
+
+    name: ClassVar[str]
+    device: torch.device
+    modules: Mapping[str, tuple[str, ...]]
+    """The names of the tensors that each module of the network returns, by module path."""
+
+    @staticmethod
+    def refusal(folder: EngineFolder, device: torch.device) -> str | None:
+        """Why this backend cannot run the folder on `device`, in one line; None if it can be tried."""
+
+    @classmethod
+    def open(cls, folder: EngineFolder, options: RunnerOptions, team: Ranks | None = None) -> Backend:
+        """Open this rank's part (`team`'s, or the only one) on `options.torch_device`. Raises `ValueError`."""
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        """`inputs` by name, on the device, in the engine's dtypes -> the output."""
+
+    def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """Every named tensor of the network, by name. Raises `ValueError` if the backend keeps none."""

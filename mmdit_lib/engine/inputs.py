@@ -1,0 +1,159 @@
+"""The shapes of an engine's inputs, all derived from the model's table: declared, profiled, checked, drawn."""
+
+from __future__ import annotations
+
+import torch
+
+from ..architecture import Architecture, Input, ModelConfig
+from ..config import TORCH_DTYPES, BuildConfig, Layout, Resolution, Sizes
+from .folder import EngineFolder
+
+Shape = tuple[int, ...]
+
+
+# Shapes ----------------------------------------------------------------------------------------------
+
+
+def declared_shape(tensor: Input, model: ModelConfig) -> Shape:
+    """As the network declares it: -1 for a dynamic size."""
+    return tuple(-1 if dim.partition("/")[0] in Sizes._fields else getattr(model, dim) for dim in tensor.shape)
+
+
+def shape_of(tensor: Input, model: ModelConfig, sizes: Sizes, vae_scale_factor: int) -> Shape:
+    """The shape for given sizes."""
+    names = model.model_dump() | sizes._asdict() | {"vae_scale_factor": vae_scale_factor}
+
+    def size(dim: str) -> int:
+        name, _, divisor = dim.partition("/")
+        return names[name] // (names[divisor] if divisor else 1)
+
+    return tuple(map(size, tensor.shape))
+
+
+def profile_shapes(
+    architecture: Architecture, model: ModelConfig, build: BuildConfig, cfg_size: int
+) -> dict[str, list[Shape]]:
+    """The smallest, the optimal and the largest shape of every input."""
+    ends, scale = build.sizes(cfg_size), build.vae_scale_factor
+    return {x.name: [shape_of(x, model, sizes, scale) for sizes in ends] for x in architecture.inputs}
+
+
+def input_dtype(tensor: Input, network: str) -> str:
+    """The dtype of an input of a network of dtype `network`."""
+    return tensor.dtype or network
+
+
+# Checks ----------------------------------------------------------------------------------------------
+
+
+def check_resolution(model: ModelConfig, resolution: Resolution, vae_scale_factor: int) -> None:
+    """Raises `ValueError` if the model has no image of this size."""
+    step, largest = model.pixel_step(vae_scale_factor), model.max_side(vae_scale_factor)
+    if resolution.height % step or resolution.width % step:
+        raise ValueError(f"resolution {resolution}: height and width must be multiples of {step} pixels")
+    if max(resolution.height, resolution.width) > largest:
+        raise ValueError(f"resolution {resolution}: the position table reaches {largest} pixels at most")
+
+
+def check_build(model: ModelConfig, build: BuildConfig, layout: Layout) -> None:
+    """Raises `ValueError` if profile, layout and model do not fit together."""
+    for resolution in build.resolutions:
+        check_resolution(model, resolution, build.vae_scale_factor)
+    if build.max_batch_size % layout.cfg_size:
+        raise ValueError(f"max_batch_size {build.max_batch_size} must be even: cfg_size=2 halves the batch")
+    model.check_layout(layout)
+
+
+def check_sizes(folder: EngineFolder, sizes: Sizes) -> None:
+    """Raises `ValueError`, naming the size and the legal range, if the profile does not hold `sizes`."""
+    build = folder.build_config
+    if not 1 <= sizes.batch <= build.max_batch_size:
+        raise ValueError(
+            f"batch {sizes.batch} lies outside the engine's 1 to {build.max_batch_size} (guidance doubles the images); "
+            f"build with --max_batch_size {sizes.batch}"
+        )
+    if not build.min_text_tokens <= sizes.text_tokens <= build.max_text_tokens:
+        raise ValueError(
+            f"{sizes.text_tokens} text tokens lie outside the engine's "
+            f"{build.min_text_tokens} to {build.max_text_tokens}"
+        )
+    resolution = Resolution(height=sizes.height, width=sizes.width)
+    for side in ("height", "width"):
+        low, high = (getattr(r, side) for r in (build.min_resolution, build.max_resolution))
+        pixels = getattr(sizes, side)
+        if not low <= pixels <= high:
+            raise ValueError(
+                f"{side} {pixels} lies outside the engine's {low} to {high} pixels; "
+                f"build with --{'min' if pixels < low else 'max'}_resolution {pixels}"
+            )
+    check_resolution(folder.model, resolution, build.vae_scale_factor)
+
+
+def check_shapes(folder: EngineFolder, shapes: dict[str, Shape]) -> None:
+    """Raises `ValueError` if inputs of these shapes do not fit together or into the profile."""
+    check_sizes(folder, sizes_from(folder, shapes))
+
+
+def sizes_from(folder: EngineFolder, shapes: dict[str, Shape]) -> Sizes:
+    """The sizes that inputs of these shapes have. Raises `ValueError` if they contradict the table or one another."""
+    scale = {"": 1, "vae_scale_factor": folder.build_config.vae_scale_factor}
+    found: dict[str, dict[str, int]] = {}
+    for tensor in folder.architecture.inputs:
+        shape = shapes[tensor.name]
+        if len(shape) != len(tensor.shape):
+            raise ValueError(f"{tensor.name} must have {len(tensor.shape)} dimensions, not shape {shape}")
+        for dim, size in zip(tensor.shape, shape, strict=True):
+            name, _, divisor = dim.partition("/")
+            if name in Sizes._fields:
+                found.setdefault(name, {})[tensor.name] = size * scale[divisor]
+            elif size != getattr(folder.model, name):
+                raise ValueError(f"{tensor.name}: expected {name} {getattr(folder.model, name)}, got {size}")
+    for name, sizes in found.items():
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"the {name} differs between inputs: {sizes}")
+    return Sizes(**{name: next(iter(sizes.values())) for name, sizes in found.items()})
+
+
+# Samples ---------------------------------------------------------------------------------------------
+
+
+def sample_inputs(
+    folder: EngineFolder,
+    *,
+    resolution: str | int | Resolution | None = None,
+    text_tokens: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Seeded inputs in the engine's dtypes, on the CPU; what is not given is what the engine is optimized for."""
+    build, cfg_size = folder.build_config, folder.layout.cfg_size
+    size = Resolution.read(resolution or build.opt_resolution)
+    check_resolution(folder.model, size, build.vae_scale_factor)
+    tokens = build.opt_text_tokens if text_tokens is None else text_tokens
+    batch = build.batches(cfg_size)[1] if batch is None else batch
+    if batch % cfg_size:
+        raise ValueError(f"batch {batch} must be even: cfg_size=2 halves it")
+    sizes = Sizes(batch, size.height, size.width, tokens)
+    return draw_inputs(folder.architecture, folder.model, sizes, folder.dtype, build.vae_scale_factor, seed)
+
+
+def draw_inputs(
+    architecture: Architecture,
+    model: ModelConfig,
+    sizes: Sizes,
+    dtype: str = "float32",
+    vae_scale_factor: int = 8,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Random inputs by name, on the CPU; the same seed gives the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: Input) -> torch.Tensor:
+        shape = shape_of(tensor, model, sizes, vae_scale_factor)
+        if tensor.uniform is not None:
+            value = tensor.uniform * torch.rand(shape, generator=generator)
+        else:
+            value = torch.randn(shape, generator=generator)
+        return value.to(TORCH_DTYPES[input_dtype(tensor, dtype)])
+
+    return {tensor.name: draw(tensor) for tensor in architecture.inputs}

@@ -1,0 +1,21 @@
+"""The names of this package, for editors and type checkers and for `lazy_loader`, which imports them at first use."""
+
+from .clusters import Ranks, cluster, stop_clusters
+from .faults import guard
+from .launch import check_launch, launched_rank, launched_size, mpi_environment
+from .team import Team, current, join, leave
+
+__all__ = [
+    "Ranks",
+    "Team",
+    "check_launch",
+    "cluster",
+    "current",
+    "guard",
+    "join",
+    "launched_rank",
+    "launched_size",
+    "leave",
+    "mpi_environment",
+    "stop_clusters",
+]

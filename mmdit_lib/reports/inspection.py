@@ -1,0 +1,208 @@
+"""What an engine folder or a checkpoint folder holds, read from its small files; TensorRT is not needed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, rank_file
+from ..checkpoint.tensor_file import StoredTensor, read_header
+from ..config import Layout
+from ..engine.folder import EngineFolder, graph_file
+from ..engine.graph import Value
+from ..engine.inputs import profile_shapes
+from ..files import read_json
+
+LARGEST = 8
+"""How many of a checkpoint's largest tensors are listed."""
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """An engine folder; sizes in bytes, times in seconds."""
+
+    folder: EngineFolder
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    profile: dict[str, list[tuple[int, ...]]]
+    """The smallest, the optimal and the largest shape of every input."""
+    layers: dict[str, int]
+    """Layers of rank 0 by TensorRT's type, the most frequent first."""
+    files: dict[str, int]
+    builds: list[dict[str, Any]]
+    """Times and memory of each rank's build."""
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    checkpoint: Checkpoint
+    tensors: dict[str, StoredTensor]
+    """Of rank 0, by name."""
+    files: dict[str, int]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in rank 0's file."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    def largest(self, count: int = LARGEST) -> list[tuple[str, StoredTensor]]:
+        return sorted(self.tensors.items(), key=lambda item: -item[1].nbytes)[:count]
+
+
+def inspect(folder: str | Path) -> EngineReport | CheckpointReport:
+    """Read an engine folder or a checkpoint folder. Raises `ValueError`, in one line, for anything else."""
+    folder = Path(folder).expanduser()
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} is neither an engine folder nor a checkpoint folder: it has no {CONFIG_FILE}")
+    config = read_json(folder / CONFIG_FILE)
+    return inspect_engine(folder) if "pretrained_config" in config else inspect_checkpoint(folder)
+
+
+def inspect_engine(folder: Path) -> EngineReport:
+    engine = EngineFolder.open(folder)
+    graph = engine.graph(0)
+    produced = {layer.output.name: layer.output for layer in graph.layers}
+    return EngineReport(
+        folder=engine,
+        inputs=graph.inputs,
+        outputs=tuple(produced[name] for name in graph.outputs),
+        profile=profile_shapes(engine.architecture, engine.model, engine.build_config, engine.layout.cfg_size),
+        layers=dict(Counter(layer.type for layer in graph.layers).most_common()),
+        files=_sizes(folder),
+        builds=engine.config[OWN_KEY]["report"],
+    )
+
+
+def inspect_checkpoint(folder: Path) -> CheckpointReport:
+    checkpoint = Checkpoint.open(folder)
+    return CheckpointReport(checkpoint, read_header(folder / rank_file(0)), _sizes(folder))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
+
+# On a terminal ---------------------------------------------------------------------------------------
+
+
+def print_inspection(folder: str | Path, console: Console | None = None) -> None:
+    (console or Console()).print(describe(inspect(folder)))
+
+
+def describe(report: EngineReport | CheckpointReport) -> Group:
+    """As tables."""
+    return _describe_engine(report) if isinstance(report, EngineReport) else _describe_checkpoint(report)
+
+
+def _describe_engine(report: EngineReport) -> Group:
+    engine, build = report.folder, report.folder.build_config
+    about = [
+        ("model", engine.model.summary()),
+        ("dtype", engine.dtype),
+        ("TensorRT", engine.tensorrt or f"no plan; network defined with {engine.config[OWN_KEY]['network_made_with']}"),
+        ("ranks", _layout(engine.layout, engine.layout.cp_method)),
+        ("image", f"{build.min_resolution} to {build.max_resolution} pixels, optimized for {build.opt_resolution}"),
+        ("text", f"{build.min_text_tokens} to {build.max_text_tokens} tokens"),
+        ("checkpoint", f"{engine.checkpoint.name} ({engine.checkpoint.path} from here)"),
+    ]
+    tensors = _table("inputs and outputs", "name", "dtype", "shape", "min", "opt", "max")
+    for value in report.inputs:
+        tensors.add_row(value.name, value.dtype, _shape(value.shape), *map(_shape, report.profile[value.name]))
+    for value in report.outputs:
+        tensors.add_row(value.name, value.dtype, _shape(value.shape), "", "", "")
+    layers = _table(f"layers of {graph_file(0)}", "type", "count")
+    for kind, count in report.layers.items():
+        layers.add_row(kind, str(count))
+    layers.add_row("all", str(sum(report.layers.values())), style="bold")
+    builds = _table("build", "rank", "layers", "plan", "defined in", "built in", "peak memory")
+    for build in report.builds:
+        builds.add_row(
+            str(build["rank"]),
+            str(build["layers"]),
+            size(build["plan_bytes"]) if "plan_bytes" in build else "none",
+            f"{build['define_seconds']:.1f} s",
+            f"{build['seconds']:.1f} s",
+            size(build["peak_rss_bytes"]),
+        )
+    return Group(_facts(engine.path, about), tensors, layers, _files(report.files), builds)
+
+
+def _describe_checkpoint(report: CheckpointReport) -> Group:
+    checkpoint = report.checkpoint
+    own = checkpoint.config.get(OWN_KEY, {})
+    about = [
+        ("model", checkpoint.model.summary()),
+        ("dtype", checkpoint.dtype),
+        ("ranks", _layout(checkpoint.layout)),
+        ("rank 0", f"{len(report.tensors)} tensors, {report.parameters:,} parameters"),
+        ("source", _source(checkpoint.config.get("model_path"), own)),
+    ]
+    if own:
+        about.append(("made with", ", ".join(f"{k} {v}" for k, v in own["versions"].items() if v)))
+    config = _table("config", "field", "value")
+    for name, value in checkpoint.model.model_dump().items():
+        config.add_row(name, str(value))
+    largest = _table(f"largest tensors of {rank_file(0)}", "name", "shape", "size")
+    for name, tensor in report.largest():
+        largest.add_row(name, _shape(tensor.shape), size(tensor.nbytes))
+    return Group(_facts(checkpoint.path, about), config, largest, _files(report.files))
+
+
+def _source(path: str | None, own: dict) -> str:
+    """Where the weights came from; TensorRT-LLM's converter records only the path."""
+    details = [f"{key} {own[key]}" for key in ("revision", "variant", "source_dtype") if own.get(key)]
+    return ", ".join([path or "not recorded", *details])
+
+
+def _layout(layout: Layout, cp_method: str | None = None) -> str:
+    """A checkpoint does not say how its cp ranks will share attention: that is the build's choice."""
+    sizes = f"{layout.world_size} (tp {layout.tp_size}, cp {layout.cp_size}, cfg {layout.cfg_size}"
+    if layout.tp_size > 1:
+        sizes += f"; weights sharded as {layout.tp_layout}"
+    if layout.cp_size > 1 and cp_method:
+        sizes += f"; cp by {cp_method}"
+    return f"{sizes})"
+
+
+def _facts(folder: Path, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=str(folder), title_justify="left", show_header=False, box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _files(files: dict[str, int]) -> Table:
+    table = _table("files", "name", "size")
+    for name, nbytes in files.items():
+        table.add_row(name, size(nbytes))
+    table.add_row("all", size(sum(files.values())), style="bold")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        numeric = column in ("count", "size", "plan", "defined in", "built in", "peak memory", "layers")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=column == "name", overflow="fold")
+    return table
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join("?" if n == -1 else str(n) for n in shape)
+
+
+def size(nbytes: int) -> str:
+    """'4.57 GB', '12.3 kB'; decimal units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{nbytes} B"

@@ -1,0 +1,284 @@
+"""Layer parity: diffusers' transformer and our network, module by module, on the same inputs.
+
+The two share their module paths (the model's key table has the exceptions), and the graph file lists the
+tensors that each module returned, so every row of the comparison is found by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ..architecture import ModelConfig
+from ..config import TORCH_DTYPES, Dtype, RankMapping, Resolution
+from ..engine.inputs import sample_inputs
+from ..runner import MMDiTRunner
+from .reference import load_reference
+
+TOLERANCES: dict[str, float] = {"float32": 5e-6, "float16": 1e-2, "bfloat16": 8e-2}
+"""Largest relative error (norm of the difference over norm) that counts as rounding.
+
+float32: forty units in the last place (1.2e-7), for long sums that are added in another order, through all
+blocks. float16 and bfloat16: ten units (9.8e-4, 7.8e-3); both sides round every value that they store, and
+a difference of one unit spreads through the blocks after it. A swapped, missing or wrongly sharded weight
+causes an error of order one.
+"""
+
+NOT_FINITE = "diffusers' own value is not finite on these random inputs: try another seed, or bfloat16"
+
+FAILING_SHOWN = 20
+"""One wrong module spoils all modules after it: the first rows are informative, the next thousand are not."""
+
+COLUMNS = [
+    "module",
+    "output",
+    "status",
+    "max_abs_error",
+    "relative_error",
+    "tolerance",
+    "depth",
+    "dtype",
+    "shape",
+    "note",
+]
+
+
+def compare_layers(
+    model_path: str | Path,
+    engine_dir: str | Path,
+    *,
+    resolution: str | int | Resolution | None = None,
+    text_tokens: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    reference_dtype: Dtype | None = None,
+    tolerance: float | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    checkpoint_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> pd.DataFrame:
+    """Run diffusers' transformer and the engine's network (`pytorch` backend) on the same random inputs.
+
+    Both sides keep every module's outputs in memory: choose a small resolution for a large model. The
+    arithmetic is the same.
+
+    Args:
+        model_path: what `convert` was given.
+        engine_dir: as `build` wrote it.
+        resolution: HEIGHTxWIDTH in pixels; what the engine is optimized for, if not given.
+        text_tokens: length of the text; likewise.
+        batch: rows; likewise.
+        seed: of the inputs.
+        reference_dtype: diffusers' dtype; the engine's if not given, float32 to see all rounding.
+        tolerance: largest relative error that is ok; `TOLERANCES` of the coarser dtype if not given.
+        variant: of the files in `model_path`.
+        revision: of a hub id.
+        checkpoint_dir: where the checkpoint is, if it was moved away from the engine folder.
+        device: CUDA if it is available, if not given.
+
+    Returns:
+        One row per output of each module, in the order in which diffusers finishes them: module,
+        output (its number), status (ok, mismatch, shape, missing), max_abs_error, relative_error,
+        tolerance, depth, dtype, shape, note. `attrs` holds the inputs' shapes and what was left out, and why.
+
+    Raises:
+        ValueError: if model and engine do not belong together, or the sizes lie outside the profile.
+    """
+    runner = MMDiTRunner.from_engine(engine_dir, backend="pytorch", checkpoint_dir=checkpoint_dir, device=device)
+    folder = runner.folder
+    dtype = TORCH_DTYPES[reference_dtype or folder.dtype]
+    reference = load_reference(
+        model_path, folder.architecture, dtype, runner.device, variant=variant, revision=revision
+    )
+    inputs = sample_inputs(folder, resolution=resolution, text_tokens=text_tokens, batch=batch, seed=seed)
+    found = compare(reference, runner, inputs, tolerance=tolerance)
+    found.attrs |= {"model": str(model_path), "engine": str(engine_dir), "seed": seed}
+    return found
+
+
+def compare(
+    reference: torch.nn.Module,
+    runner: MMDiTRunner,
+    inputs: dict[str, torch.Tensor],
+    *,
+    tolerance: float | None = None,
+) -> pd.DataFrame:
+    """As `compare_layers`, with both sides already loaded. Under `mpirun`, every rank compares its own part."""
+    folder = runner.folder
+    architecture, mapping = folder.architecture, folder.layout.at(runner.rank)
+    check_same_model(architecture.config.from_diffusers(dict(reference.config)), folder.model)
+    ours = runner.intermediates(inputs)
+    theirs, left_out = architecture.reference.outputs(reference, inputs)
+    reference_dtype = str(reference.dtype).removeprefix("torch.")
+    if tolerance is None:
+        tolerance = max(TOLERANCES[folder.dtype], TOLERANCES[reference_dtype])
+    modules = {**runner.backend.modules, architecture.output.name: (architecture.output.name,)}
+
+    rows = []
+    for depth, (path, outputs) in enumerate(theirs.items()):
+        names = modules.get(path, ())
+        for number in range(max(len(outputs), len(names))):
+            tensor = ours.get(names[number]) if number < len(names) else None
+            expected = outputs[number] if number < len(outputs) else None
+            row = {"module": path, "output": number, "depth": depth, "tolerance": tolerance}
+            rows.append(row | _compare(tensor, expected, mapping, tolerance))
+    for path in modules.keys() - theirs.keys():
+        rows.append({"module": path, "output": 0, "status": "missing", "note": "diffusers ran no such module"})
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table.attrs = {
+        "dtype": folder.dtype,
+        "reference_dtype": reference_dtype,
+        "rank": mapping.rank,
+        "inputs": {name: tuple(value.shape) for name, value in inputs.items()},
+        "left_out": left_out,
+    }
+    return table
+
+
+def check_same_model(theirs: ModelConfig, ours: ModelConfig) -> None:
+    """Raises `ValueError` naming the fields in which the two differ."""
+    differ = [name for name in type(ours).model_fields if getattr(theirs, name) != getattr(ours, name)]
+    if differ:
+        says = "; ".join(f"{name} {getattr(theirs, name)} and {getattr(ours, name)}" for name in differ)
+        raise ValueError(f"model and engine do not belong together: {says}")
+
+
+def _compare(ours: torch.Tensor | None, theirs: torch.Tensor | None, mapping: RankMapping, tolerance: float) -> dict:
+    if ours is None or theirs is None:
+        side = "our network" if ours is None else "diffusers"
+        return {"status": "missing", "note": f"{side} has no such value"}
+    row = {"dtype": str(ours.dtype).removeprefix("torch."), "shape": tuple(ours.shape), "note": ""}
+    expected = align(theirs, tuple(ours.shape), mapping)
+    if expected is None:
+        return row | {"status": "shape", "note": f"diffusers has {tuple(theirs.shape)}"}
+    if not expected.isfinite().all():
+        return row | {"status": "mismatch", "note": NOT_FINITE}
+    ours = ours[tuple(slice(size) for size in expected.shape)].double()  # without the padded rows of the last cp ranks
+    difference = ours - expected.double()
+    if difference.numel() == 0:
+        return row | {"status": "ok", "max_abs_error": 0.0, "relative_error": 0.0, "note": "no rows on this rank"}
+    most = difference.abs().max().item()
+    scale = expected.double().norm().item()
+    relative = difference.norm().item() / scale if scale else (0.0 if most == 0 else float("inf"))
+    status = "ok" if relative <= tolerance else "mismatch"  # NaN is a mismatch
+    return row | {"status": status, "max_abs_error": most, "relative_error": relative}
+
+
+def align(reference: torch.Tensor, shape: Sequence[int], mapping: RankMapping) -> torch.Tensor | None:
+    """The part of a whole reference tensor that a rank holds, given the shape of the rank's own tensor.
+
+    A dimension is sliced only if the two sizes differ: dim 0 over cfg; tokens (dim 1 of [B, N, C], dim 2
+    of [B, heads, N, d]) over cp; features or heads (the last dim, or dim 1 of [B, heads, N, d]) over tp.
+    The padded rows of the last cp ranks are in `shape` but not in the result.
+
+    Returns None if no slicing makes the shapes agree.
+    """
+    if reference.dim() == len(shape) - 1 and shape[1] == 1:
+        reference = reference.unsqueeze(1)  # modulation vectors: [B, D] there, [B, 1, D] here
+    rank = reference.dim()
+    if rank != len(shape):
+        return None
+    if shape[0] != reference.shape[0] == shape[0] * mapping.cfg_size:
+        reference = reference.chunk(mapping.cfg_size, 0)[mapping.cfg_rank]
+    features = 1 if rank == 4 else rank - 1
+    if shape[features] != reference.shape[features] == shape[features] * mapping.tp_size:
+        reference = reference.chunk(mapping.tp_size, features)[mapping.tp_rank]
+    tokens = {3: 1, 4: 2}.get(rank)
+    wanted = list(shape)
+    if tokens is not None and shape[tokens] != reference.shape[tokens]:
+        length, local = reference.shape[tokens], shape[tokens]
+        if local != -(-length // mapping.cp_size):
+            return None
+        first = min(local * mapping.cp_rank, length)
+        reference = reference.narrow(tokens, first, min(local, length - first))
+        wanted[tokens] = reference.shape[tokens]
+    return reference if list(reference.shape) == wanted else None
+
+
+# The report ------------------------------------------------------------------------------------------
+
+
+def all_ok(table: pd.DataFrame) -> bool:
+    return bool(len(table)) and bool((table.status == "ok").all())
+
+
+def first_bad(table: pd.DataFrame) -> pd.Series | None:
+    """The first row that is not ok, in order of execution; the rows after it may only inherit its error."""
+    bad = table[table.status != "ok"].sort_values("depth", kind="stable", na_position="last")
+    return None if bad.empty else bad.iloc[0]
+
+
+def verdict(table: pd.DataFrame) -> str:
+    """One line."""
+    modules, values = table.module.nunique(), len(table)
+    bad = first_bad(table)
+    if bad is None:
+        worst = table.loc[table.relative_error.idxmax()]
+        return (
+            f"all {values} values of {modules} modules agree: worst relative error {worst.relative_error:.2g} "
+            f"in {worst.module} (tolerance {worst.tolerance:.2g})"
+        )
+    count = int((table.status != "ok").sum())
+    how = bad.note or f"relative error {bad.relative_error:.2g}, tolerance {bad.tolerance:.2g}"
+    return (
+        f"{count} of {values} values are not ok. The first in order of execution is {bad.module} "
+        f"({bad.status}: {how}): look there first, the modules after it inherit its error"
+    )
+
+
+def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
+    """A table for a terminal (`rich.print(...)`): all rows, or the worst of each block and the first not ok."""
+    failing = table.index[table.status != "ok"][:FAILING_SHOWN]
+    shown = table if full else table.loc[sorted(_worst_per_block(table) | set(failing))]
+    left_out = table.attrs.get("left_out", {})
+    which = "all" if full else f"the worst of each block, and the first {FAILING_SHOWN} that are not ok, of"
+    grid = Table(
+        title=_title(table),
+        caption=f"{which} {len(table)} values; {len(left_out)} lists, dropouts and unread values have no counterpart",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0),
+        show_edge=False,
+        title_justify="left",
+        caption_justify="left",
+    )
+    grid.add_column("module", overflow="fold")
+    grid.add_column("status", no_wrap=True)
+    for name in ("relative", "max abs"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column("shape", overflow="fold")
+    for row in shown.itertuples():
+        several = (table.module == row.module).sum() > 1
+        numbers = [f"{x:.1e}" if pd.notna(x) else "" for x in (row.relative_error, row.max_abs_error)]
+        shape = "x".join(map(str, row.shape)) if isinstance(row.shape, tuple) else row.note
+        grid.add_row(
+            f"{row.module} ({row.output})" if several else row.module,
+            Text(row.status, style="green" if row.status == "ok" else "bold red"),
+            *numbers,
+            row.note if row.status == "shape" else shape,
+        )
+    return Group(grid, Text(verdict(table), style="green" if all_ok(table) else "bold red"))
+
+
+def _title(table: pd.DataFrame) -> str:
+    about = table.attrs
+    sizes = ", ".join("x".join(map(str, shape)) for shape in about["inputs"].values())
+    return f"errors of the {about['dtype']} engine against diffusers in {about['reference_dtype']}; inputs {sizes}"
+
+
+def block_of(path: str) -> str:
+    """'transformer_blocks.3.attn.to_q' -> 'transformer_blocks.3'; 'norm_out.linear' -> 'norm_out'."""
+    first, *rest = path.split(".")
+    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
+
+
+def _worst_per_block(table: pd.DataFrame) -> set[int]:
+    known = table[table.relative_error.notna()]
+    return set(known.groupby(known.module.map(block_of)).relative_error.idxmax())

@@ -1,0 +1,152 @@
+"""The object that goes into `pipe.transformer`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from . import parallel
+from .config import TORCH_DTYPES
+from .engine.backend import Backend, RunnerOptions
+from .engine.backends import choose_backend
+from .engine.folder import EngineFolder
+from .engine.inputs import check_shapes, input_dtype
+
+log = logging.getLogger("mmdit_lib")
+
+
+class MMDiTRunner:
+    """Takes the place of diffusers' transformer in its pipelines (text to image, img2img, inpainting).
+
+    Attributes:
+        config: diffusers' fields, by attribute and by key.
+        backend: the backend in use; `backend.name` is 'tensorrt' or 'pytorch'.
+        reason: why that backend, in words.
+        rank: this process's rank in the engine folder's layout.
+    """
+
+    def __init__(self, folder: EngineFolder, backend: Backend, reason: str, *, rank: int = 0, check_finite=True):
+        from diffusers.configuration_utils import FrozenDict
+
+        self.folder = folder
+        self.backend = backend
+        self.reason = reason
+        self.rank = rank
+        self.check_finite = check_finite
+        self.config = FrozenDict(folder.model.to_diffusers())
+        self.dtype = TORCH_DTYPES[folder.dtype]
+        self.device = backend.device
+
+    @classmethod
+    def from_engine(cls, engine_dir: str | Path, options: RunnerOptions | None = None, **changes) -> MMDiTRunner:
+        """Open an engine folder; under `mpirun`, every rank opens its own part of it.
+
+        Args:
+            engine_dir: as `build` wrote it.
+            options: how to open and run it.
+            changes: single options, by the names of `RunnerOptions`: backend ('auto', 'tensorrt', 'pytorch'),
+                checkpoint_dir, device, compile, cuda_graph, check_finite, verify.
+
+        Raises:
+            ValueError: in one line, if the folder is damaged or incomplete, or the backend cannot run here.
+        """
+        options = with_changes(options or RunnerOptions(), changes)
+        folder = EngineFolder.open(engine_dir)
+        team = None
+        if folder.layout.world_size > 1:
+            team = parallel.join(folder, options.device)
+            options = replace(options, device=team.device)
+        backend, reason = choose_backend(folder, options.backend, options.torch_device)
+        if team:
+            team.agree("backend", backend.name)
+        log.info("backend %s: %s", backend.name, reason)
+        rank = team.rank if team else 0
+        return cls(folder, backend.open(folder, options, team), reason, rank=rank, check_finite=options.check_finite)
+
+    def __call__(self, *positional, return_dict: bool = True, **arguments):
+        """One denoising step, with the arguments of diffusers' transformer.
+
+        For SD3: hidden_states [B, C, H, W], encoder_hidden_states [B, T, J], pooled_projections [B, P], timestep
+        [B] (0 to 1000, at any stride). Other arguments are refused by name unless they are None.
+
+        Returns:
+            The prediction [B, C, H, W] in the latents' dtype, as `Transformer2DModelOutput` or, with
+            `return_dict=False`, in a tuple.
+
+        Raises:
+            ValueError: for a shape outside the engine's profile, an argument that is not supported, or NaN.
+        """
+        names = [tensor.name for tensor in self.folder.architecture.inputs]
+        arguments = dict(zip(names, positional, strict=False)) | arguments
+        inputs = {name: arguments.pop(name, None) for name in names}
+        self.folder.architecture.pipelines.check_arguments(arguments)
+        output = self.run(inputs).to(inputs[names[0]].dtype)
+        if not return_dict:
+            return (output,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=output)
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`inputs` by name, as for a call, on any device -> output [B, C, H, W] in the engine's dtype.
+
+        Raises `ValueError` as a call does.
+        """
+        prepared, batch = self.prepare(inputs)
+        output = self.backend(prepared)[:batch]
+        if self.check_finite:
+            self._check_finite({**prepared, "output": output})
+        return output
+
+    def intermediates(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Every named value of the network, by module path or layer name.
+
+        Raises `ValueError` as a call does, and if the backend keeps no such values.
+        """
+        return self.backend.intermediates(self.prepare(inputs)[0])
+
+    def prepare(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
+        """Inputs checked against the profile, on the engine's device and in its dtypes; and their batch."""
+        table = self.folder.architecture.inputs
+        missing = [tensor.name for tensor in table if inputs.get(tensor.name) is None]
+        if missing:
+            raise ValueError(f"missing input {', '.join(missing)}")
+        check_shapes(self.folder, {name: tuple(value.shape) for name, value in inputs.items()})
+        batch = len(inputs[table[0].name])
+        odd = batch % self.folder.layout.cfg_size
+        prepared = {}
+        for tensor in table:
+            dtype = TORCH_DTYPES[input_dtype(tensor, self.folder.dtype)]
+            value = inputs[tensor.name].to(self.device, dtype)
+            # CFG parallelism halves the batch; a single row (guidance off) is computed twice.
+            prepared[tensor.name] = torch.cat([value, value[-1:]]) if odd else value.contiguous()
+        return prepared, batch
+
+    def _check_finite(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
+        bad = [name for name, fine in zip(tensors, finite, strict=True) if not fine]
+        if not bad:
+            return
+        if bad == ["output"] and self.folder.dtype == "float16":
+            raise ValueError(
+                "the output holds NaN or infinity: float16 overflowed in the network; convert with --dtype bfloat16"
+            )
+        raise ValueError(f"{' and '.join(bad)} hold{'s' * (len(bad) == 1)} NaN or infinity")
+
+    def cache_context(self, name: str):
+        """diffusers' hook for caching between steps; nothing is cached here."""
+        return nullcontext()
+
+
+def with_changes(options: RunnerOptions, changes: Mapping[str, object]) -> RunnerOptions:
+    """Raises `ValueError` for a name that is no option."""
+    known = [field.name for field in fields(RunnerOptions)]
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise ValueError(f"runner option '{unknown[0]}': use {', '.join(known)}")
+    return replace(options, **changes)

@@ -1,0 +1,31 @@
+"""Stable Diffusion 3 and 3.5: all that the library knows about them, in one record."""
+
+from __future__ import annotations
+
+from ..architecture import Architecture
+from . import keys, pipelines, reference
+from .config import KNOWN_MODELS, SD3Config, infer_config
+from .inputs import INPUTS, OUTPUT
+from .original import SINGLE_FILE
+from .tensor_parallel import SHARDINGS
+from .transformer import MMDiT, define
+
+SD3 = Architecture(
+    name="SD3Transformer2DModel",
+    config=SD3Config,
+    known_models=KNOWN_MODELS,
+    module=MMDiT,
+    define=define,
+    inputs=INPUTS,
+    output=OUTPUT,
+    shardings=SHARDINGS,
+    keys=keys,
+    infer_config=infer_config,
+    single_file=SINGLE_FILE,
+    reference=reference,
+    pipelines=pipelines,
+    blocks="transformer_blocks",
+    vae_scale_factor=8,
+)
+
+__all__ = ["KNOWN_MODELS", "SD3", "SD3Config"]

@@ -1,0 +1,57 @@
+"""Attention of one or two token streams: the only place where image and text meet."""
+
+from __future__ import annotations
+
+from ..network import functional as F
+from ..network.context_parallel import QKV, Stream, attend
+from ..network.layers import Linear, RMSNorm
+from ..network.module import Module, ModuleList
+from ..network.network import Tensor
+
+
+class Attention(Module):
+    """diffusers' `Attention` as SD3 uses it, with diffusers' parameter names.
+
+    Args:
+        text: 'none' for image tokens alone (`attn2`), 'full', or 'keys' if the text stream is only
+            read (the last block).
+    """
+
+    def __init__(self, dim: int, head_dim: int, qk_norm: str | None, text: str):
+        self.head_dim = head_dim
+        self.text = text
+        if qk_norm:
+            self.norm_q, self.norm_k = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
+        if text != "none":
+            self.add_k_proj, self.add_v_proj, self.add_q_proj = (Linear(dim, dim) for _ in range(3))
+            if qk_norm:
+                self.norm_added_q, self.norm_added_k = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.to_out = ModuleList([Linear(dim, dim)])
+        if text == "full":
+            self.to_add_out = Linear(dim, dim)
+
+    def forward(self, x, c=None, *, streams: list[Stream]):
+        parts = [self.image_qkv(x)]
+        if c is not None:
+            parts.append(self.text_qkv(c))
+        image, *text = (self.merge_heads(y) for y in attend(streams, parts))
+        out = self.to_out[0](image)
+        if self.text == "none":
+            return out
+        return out, self.to_add_out(text[0]) if self.text == "full" else None
+
+    def image_qkv(self, x: Tensor) -> QKV:
+        q, k, v = (self.split_heads(f(x)) for f in (self.to_q, self.to_k, self.to_v))
+        return QKV(self.norm_q(q), self.norm_k(k), v) if hasattr(self, "norm_q") else QKV(q, k, v)
+
+    def text_qkv(self, c: Tensor) -> QKV:
+        q, k, v = (self.split_heads(f(c)) for f in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
+        return QKV(self.norm_added_q(q), self.norm_added_k(k), v) if hasattr(self, "norm_added_q") else QKV(q, k, v)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, N, heads * d] -> [B, heads, N, d]; a tp rank has only its own heads."""
+        return F.transpose(F.reshape(x, (0, 0, x.shape[-1] // self.head_dim, self.head_dim)), 0, 2, 1, 3)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        return F.reshape(F.transpose(x, 0, 2, 1, 3), (0, 0, x.shape[1] * self.head_dim))

@@ -1,0 +1,16 @@
+"""What enters and leaves the engine. The network, the profile, every check, samples and the runner read this table."""
+
+from __future__ import annotations
+
+from ..architecture import Input
+
+LATENT = ("height/vae_scale_factor", "width/vae_scale_factor")
+
+INPUTS = (
+    Input("hidden_states", ("batch", "in_channels", *LATENT)),
+    Input("encoder_hidden_states", ("batch", "text_tokens", "joint_attention_dim")),
+    Input("pooled_projections", ("batch", "pooled_projection_dim")),
+    # float32 in every network, as in diffusers: near 1000, float16 has steps of 0.5 and bfloat16 of 4.
+    Input("timestep", ("batch",), dtype="float32", uniform=1000.0),
+)
+OUTPUT = Input("output", ("batch", "out_channels", *LATENT))

@@ -1,0 +1,89 @@
+"""diffusers' transformer, to compare with: loading it, and what each of its modules returns."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..architecture import ModelConfig
+from ..config import dtype_option
+from .inputs import INPUTS, OUTPUT
+from .keys import from_diffusers
+
+
+def load(
+    path: str,
+    dtype: torch.dtype,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    config: ModelConfig | None = None,
+) -> torch.nn.Module:
+    """`SD3Transformer2DModel` of a folder or hub id, or of a single file whose `config` is known."""
+    from diffusers import SD3Transformer2DModel
+
+    folder = Path(path)
+    if config is not None:
+        # Without a local config diffusers would ask the hub for one.
+        content = config.to_diffusers() | {"_class_name": SD3Transformer2DModel.__name__}
+        with tempfile.TemporaryDirectory() as place:
+            Path(place, "config.json").write_text(json.dumps(content))
+            return SD3Transformer2DModel.from_single_file(path, config=place, torch_dtype=dtype)
+    options: dict = dtype_option(dtype) | {"use_safetensors": True, "variant": variant}
+    if not folder.is_dir():
+        options |= {"revision": revision}
+    if not folder.is_dir() or (folder / "transformer").is_dir():
+        options |= {"subfolder": "transformer"}
+    return SD3Transformer2DModel.from_pretrained(path, **options)
+
+
+def outputs(
+    reference: torch.nn.Module, inputs: dict[str, torch.Tensor]
+) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
+    """Every module's outputs by our path, in the order in which the modules finish; and what is left out, and why."""
+    found: dict[str, list[torch.Tensor]] = {}
+    left_out: dict[str, str] = {}
+    handles = []
+
+    def keep(path: str, unread: int | None):
+        def hook(module, args, output):
+            tensors = list(output) if isinstance(output, tuple) else [output]
+            found[path] = [x for i, x in enumerate(tensors) if x is not None and i != unread]
+
+        return hook
+
+    for path, module in reference.named_modules():
+        reason = _no_counterpart(module)
+        if reason:
+            left_out[path] = reason
+            continue
+        # The last block's attention also returns the text's part, which nothing reads: our network leaves it out.
+        unread = 1 if getattr(module, "context_pre_only", None) and hasattr(module, "to_q") else None
+        if unread:
+            left_out[f"{path}:1"] = "the last block drops the text stream"
+        handles.append(module.register_forward_hook(keep(from_diffusers(path) if path else OUTPUT.name, unread)))
+    try:
+        with torch.inference_mode():
+            reference(**_moved(reference, inputs), return_dict=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found, left_out
+
+
+def _moved(reference: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the reference's device, in its dtype unless the table says another."""
+    dtypes = {x.name: getattr(torch, x.dtype) if x.dtype else reference.dtype for x in INPUTS}
+    return {name: value.to(reference.device, dtypes[name]) for name, value in inputs.items()}
+
+
+def _no_counterpart(module: torch.nn.Module) -> str | None:
+    """Why this module of diffusers has nothing to compare; None for every module that computes."""
+    if isinstance(module, torch.nn.ModuleList):
+        return "a list of modules is not itself called"
+    if isinstance(module, torch.nn.Dropout):  # ff.net.1 and attn.to_out.1
+        return "dropout does nothing at inference"
+    return None

@@ -1,0 +1,11 @@
+"""The tiny model: how it is trained, what it is trained on, and how its pictures are judged.
+
+Not part of the installed package; it runs from a checkout of the repository:
+
+    python -m training.train --output_dir OUT     # trains a pipeline and scores it
+    python -m training.evaluation                 # scores the pipeline that ships in mmdit_lib/tiny/weights
+    python -m training.gallery                    # draws a grid of example prompts
+
+Scenes (`scenes`) are described by captions (`captions`, `tokenizers`) and drawn as pictures (`render`); `data` makes
+the training set from them. `judge` recognises the scene in a picture, and `evaluation` compares it with the prompt.
+"""

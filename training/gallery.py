@@ -1,0 +1,95 @@
+"""A grid of pictures with their prompts: `python -m training.gallery --output gallery.png`."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image, ImageDraw, ImageFont
+
+from mmdit_lib.config import Dtype
+
+from .evaluation import GUIDANCE, STEPS, draw, load_pipeline
+
+EXAMPLES = (
+    "a small red circle to the left of a large blue triangle on a yellow background",
+    "a large yellow star on a purple background",
+    "a small white ring above a large orange square on a black background",
+    "a huge green cross in the centre on a white background",
+    "a tiny purple star in the top left corner on an orange background",
+    "a big black ring to the right of a tiny green circle on a white background",
+    "on a blue background, a large orange triangle below a small white star",
+    "a little yellow square at the bottom on a green background",
+    "a large white circle on the left on a red background",
+    "a green background with a big red star above a big yellow ring",
+    "a small blue cross in the lower right corner on a white background",
+    "a huge purple square with a tiny yellow triangle on its right on a black background",
+    "an orange ring in the middle on a blue background",
+    "a large red cross to the left of a large white cross on a blue background",
+    "Against a black background, a small orange circle below a large green triangle.",
+    "a tiny black triangle in the upper right corner on a yellow background",
+)
+
+
+def gallery_of(
+    pipe: StableDiffusion3Pipeline, prompts: Sequence[str] = EXAMPLES, columns: int = 4, **options
+) -> Image.Image:
+    """Draw `prompts` with `pipe` and lay the pictures out in a grid of `columns` columns.
+
+    `options` are those of `evaluation.draw`.
+    """
+    pictures = draw(pipe, list(prompts), **{"batch": 4, **options})
+    return lay_out(pictures, prompts, columns)
+
+
+def lay_out(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, side: int = 224) -> Image.Image:
+    """A grid of pictures, each in a square of `side` pixels above its caption."""
+    margin, text_height = 16, 58
+    rows = -(-len(pictures) // columns)
+    size = (margin + columns * (side + margin), margin + rows * (side + text_height + margin))
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x = margin + i % columns * (side + margin)
+        y = margin + i // columns * (side + text_height + margin)
+        shrunk = picture.copy()
+        shrunk = shrunk.resize([round(n * side / max(picture.size)) for n in picture.size], Image.Resampling.BICUBIC)
+        frame = (x + (side - shrunk.width) // 2, y + (side - shrunk.height) // 2)
+        sheet.paste(shrunk, frame)
+        corners = (frame[0] - 1, frame[1] - 1, frame[0] + shrunk.width, frame[1] + shrunk.height)
+        pen.rectangle(corners, outline="#bbbbbb")
+        pen.multiline_text((x, y + side + 4), textwrap.fill(caption, 34), fill="black", font=font, spacing=2)
+    return sheet
+
+
+def main(
+    *,
+    output: Path = Path("gallery.png"),
+    model_path: str | None = None,
+    dtype: Dtype = "float32",
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
+    """Draw the example prompts with a diffusers pipeline, as one grid of pictures.
+
+    Args:
+        output: the picture file to write.
+        model_path: a diffusers SD3 folder; the model that ships with the package if not given.
+        dtype: of all components.
+        steps: denoising steps.
+        guidance: scale of classifier-free guidance.
+        seed: the noise of picture i has the seed SEED + i.
+        device: cuda or cpu; if not given, a GPU if there is one.
+    """
+    pipe = load_pipeline(model_path, dtype, device)
+    gallery_of(pipe, steps=steps, guidance=guidance, seed=seed).save(output)
+    print(f"{len(EXAMPLES)} pictures: {output}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, prog="python -m training.gallery")
