@@ -14,25 +14,26 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
-import math
 import os
 import platform
 import statistics
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mmdit_lib.bench import step_times
-from mmdit_lib.network.mmdit import MMDiT
-from mmdit_lib.network.plan import shard
 
-from mmdit_lib.config import KNOWN_MODELS, Mapping, ModelConfig, Resolution
+from mmdit_lib.checkpoint.random_weights import draw_weight
+from mmdit_lib.config import BuildConfig, Layout, Resolution, Sizes
 from mmdit_lib.engine.cuda_graph import GraphedStep
-from mmdit_lib.engine.folder import EngineFolder, graph_file
+from mmdit_lib.engine.folder import graph_file
 from mmdit_lib.engine.graph import Graph
+from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.reports.bench import step_times
+from mmdit_lib.sd3 import KNOWN_MODELS, SD3, SD3Config
 
 MODELS = {
     "medium": KNOWN_MODELS["stable-diffusion-3.5-medium"],
@@ -43,11 +44,11 @@ MODELS = {
     ),
 }  # fmt: skip
 LAYOUTS = {
-    "1 GPU": (Mapping(), "allgather"),
-    "cfg 2": (Mapping(cfg_size=2), "allgather"),
-    "cp 2 allgather": (Mapping(cp_size=2), "allgather"),
-    "cp 2 ulysses": (Mapping(cp_size=2), "ulysses"),
-    "tp 2": (Mapping(tp_size=2), "allgather"),
+    "1 GPU": Layout(),
+    "cfg 2": Layout(cfg_size=2),
+    "cp 2 allgather": Layout(cp_size=2),
+    "cp 2 ulysses": Layout(cp_size=2, cp_method="ulysses"),
+    "tp 2": Layout(tp_size=2),
 }
 REFERENCE = "1 GPU, float32"
 BATCH, TEXT_TOKENS = 2, 333
@@ -59,50 +60,37 @@ def folder_of(root: Path, model: str, layout: str) -> Path:
 
 
 def write_graphs(root: Path, models: list[str], resolution: Resolution) -> None:
-    from mmdit_lib.engine.dry_graph import dry_graph, one_size
+    from mmdit_lib.engine.dry_graph import dry_graph
 
     for model in models:
-        for layout, (mapping, method) in (LAYOUTS | {REFERENCE: LAYOUTS["1 GPU"]}).items():
-            dtype = "float32" if layout == REFERENCE else "bfloat16"
-            folder = folder_of(root, model, layout)
+        for name, layout in (LAYOUTS | {REFERENCE: LAYOUTS["1 GPU"]}).items():
+            dtype = "float32" if name == REFERENCE else "bfloat16"
+            folder = folder_of(root, model, name)
             folder.mkdir(parents=True, exist_ok=True)
-            config = one_size(resolution, BATCH, TEXT_TOKENS, cp_method=method)
-            for at in mapping.ranks():
-                dry_graph(MODELS[model], at, config, dtype).save(folder / graph_file(at.rank))
+            config = BuildConfig.one_size(resolution, BATCH, TEXT_TOKENS)
+            for mapping in layout.ranks():
+                dry_graph(MODELS[model], mapping, config, dtype).save(folder / graph_file(mapping.rank))
     (root / "resolution").write_text(str(resolution))
 
 
-def draw_weights(model: ModelConfig, device: torch.device) -> dict[str, torch.Tensor]:
-    """bf16, the same on every GPU of one kind; activations stay near unit size."""
+def draw_weights(model: SD3Config, device: torch.device) -> dict[str, torch.Tensor]:
+    """In bf16, the same on every GPU of one kind."""
     generator = torch.Generator(device).manual_seed(0)
-    weights = {}
-    for name, shape in MMDiT(model).named_parameters().items():
-        if name == "pos_embed.pos_embed":
-            mean, deviation = 0.0, 0.7
-        elif name.endswith("bias"):
-            mean, deviation = 0.0, 0.02
-        elif len(shape) == 1:
-            mean, deviation = 1.0, 0.02
-        else:
-            mean, deviation = 0.0, 1 / math.sqrt(math.prod(shape[1:]))
-        tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        weights[name] = tensor.normal_(mean, deviation, generator=generator)
-    return weights
-
-
-def draw_inputs(model: ModelConfig, resolution: Resolution, device: torch.device, dtype: torch.dtype) -> dict:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> torch.Tensor:
-        # Rounded to bf16 first, so that the float32 reference sees the same inputs.
-        return torch.randn(shape, generator=generator).to(torch.bfloat16).to(device, dtype)
-
     return {
-        "hidden_states": draw(BATCH, model.in_channels, resolution.height // 8, resolution.width // 8),
-        "encoder_hidden_states": draw(BATCH, TEXT_TOKENS, model.joint_attention_dim),
-        "pooled_projections": draw(BATCH, model.pooled_projection_dim),
-        "timestep": torch.full((BATCH,), 500.0, device=device),
+        name: draw_weight(name, shape, generator, torch.bfloat16, device)
+        for name, shape in SD3.parameters(model).items()
     }
+
+
+@dataclass(frozen=True)
+class SameFolder:
+    """Takes the place of an engine folder, which all ranks would have to compare."""
+
+    layout: Layout
+    path: Path = Path("-")
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"parallel layout": str(self.layout)}
 
 
 class Ranks:
@@ -117,19 +105,12 @@ class Ranks:
                 torch.cuda.set_device(self.device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
 
-    def join(self, model: ModelConfig, mapping: Mapping) -> dict[tuple[int, ...], str]:
+    def join(self, layout: Layout) -> dict[tuple[int, ...], str]:
         from mmdit_lib.parallel import team
 
         if not self.by_mpi:
-            return team.make_groups(mapping.at(dist.get_rank()))
-        from mmdit_lib.engine.dry_graph import one_size
-
-        folder = EngineFolder(
-            folder=Path("-"), model=model, dtype="bfloat16", mapping=mapping, tp_layout="megatron",
-            build=one_size(Resolution.read(1024), BATCH, TEXT_TOKENS), tensorrt=None, files={},
-            checkpoint={"files": {}}, config={},
-        )  # fmt: skip
-        joined = team.join(folder, self.device_type, seconds=60)
+            return team.make_groups(layout.at(dist.get_rank()))
+        joined = team.join(SameFolder(layout), self.device_type, seconds=60)
         self.device = joined.device
         return joined.groups
 
@@ -143,7 +124,7 @@ class Ranks:
         return everyone.item()
 
     def all_well(self, well: bool) -> bool:
-        """Whether all ranks are; what one rank cannot do, none of them does."""
+        """Whether all ranks are well; what one rank cannot do, none of them does."""
         return self.slowest(0.0 if well else 1.0) == 0.0
 
 
@@ -175,11 +156,11 @@ class Bench:
         }
 
     def communicator(self) -> str:
-        """Whether this torch gives out what TensorRT's collectives would be handed."""
+        """Whether this torch exposes the NCCL communicator that TensorRT's collectives need."""
         from mmdit_lib.parallel.team import Team
 
         try:
-            return type(Team(self.ranks.rank, Mapping(), self.device).nccl_communicator()).__name__
+            return type(Team(self.ranks.rank, Layout().at(0), self.device).nccl_communicator()).__name__
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
@@ -196,12 +177,13 @@ class Bench:
         model, device = MODELS[name], self.device
         weights = draw_weights(model, device)
         self.check_weights(weights)
-        inputs = draw_inputs(model, self.resolution, device, torch.bfloat16)
+        sizes = Sizes(BATCH, self.resolution.height, self.resolution.width, TEXT_TOKENS)
+        inputs = {n: x.to(device) for n, x in draw_inputs(SD3, model, sizes, "bfloat16", seed=1).items()}
         wide = PyTorchBackend(
             Graph.load(folder_of(self.root, name, REFERENCE) / graph_file(0)),
             Float32(weights), device=device,
         )  # fmt: skip
-        exact = wide(draw_inputs(model, self.resolution, device, torch.float32)).cpu()
+        exact = wide({name: value.float() for name, value in inputs.items()}).cpu()
         del wide
         self.free()
         alone = None
@@ -221,17 +203,15 @@ class Bench:
         assert self.ranks.slowest(total) == -self.ranks.slowest(-total), "the ranks drew different weights"
 
     def layout(self, name, layout, weights, inputs, exact, alone) -> torch.Tensor:
-        mapping, _ = LAYOUTS[layout]
+        spread = LAYOUTS[layout]
         begin = time.monotonic()
-        several = mapping.world_size > 1
+        several = spread.world_size > 1
         rank = self.ranks.rank if several else 0
-        groups = self.ranks.join(MODELS[name], mapping) if several else None
-        local = weights
-        if mapping.tp_size > 1:
-            local = {
-                n: shard(n, w, "megatron", mapping.tp_size, mapping.at(rank).tp_rank).contiguous()
-                for n, w in weights.items()
-            }
+        groups = self.ranks.join(spread) if several else None
+        local, tp_rank = weights, spread.at(rank).tp_rank
+        if spread.tp_size > 1:
+            shard = SD3.shardings[spread.tp_layout].shard
+            local = {n: shard(n, w, spread.tp_size, tp_rank).contiguous() for n, w in weights.items()}
         graph = Graph.load(folder_of(self.root, name, layout) / graph_file(rank))
         eager = PyTorchBackend(graph, local, device=self.device, groups=groups)
         output = eager(inputs).cpu()
@@ -253,7 +233,7 @@ class Bench:
             fault = None
             try:
                 if way == "compiled":
-                    made = PyTorchBackend(graph, local, device=self.device, groups=groups, compile=True)
+                    made = PyTorchBackend(graph, local, device=self.device, groups=groups, compile_blocks=SD3.blocks)
                     backend = made
                 else:  # over the same compiled blocks
                     backend = torch.inference_mode()(GraphedStep(made._run))
@@ -277,11 +257,9 @@ class Bench:
         except ImportError as error:
             self.result["no_diffusers"] = str(error)
             return
-        from mmdit_lib.checkpoint.keys import to_diffusers
-
         with torch.device("meta"):
             reference = SD3Transformer2DModel(**MODELS[name].to_diffusers()).eval()
-        reference.load_state_dict({to_diffusers(n): w for n, w in weights.items()}, strict=False, assign=True)
+        reference.load_state_dict({SD3.keys.to_diffusers(n): w for n, w in weights.items()}, strict=False, assign=True)
         step = torch.inference_mode()(lambda: reference(**inputs, return_dict=False)[0])
         eager = step().cpu()
         row = {"model": name, "layout": "diffusers, 1 GPU", "error_to_float32": relative_error(eager, exact)}
@@ -321,7 +299,7 @@ def run(root: Path, output: Path, models: list[str], repeats: int, budget: float
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     ranks = Ranks(device)
-    ranks.join(MODELS[models[0]], Mapping(cfg_size=2))
+    ranks.join(Layout(cfg_size=2))
     bench = Bench(ranks, root, output, repeats, budget)
     for name in models:
         if not bench.late():

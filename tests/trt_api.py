@@ -1,11 +1,12 @@
-"""TensorRT's Python API as data: every class, member and signature of an installed binding.
+"""TensorRT's Python API as data: the members of every class of an installed binding, with their signatures.
 
-As a script: `python trt_api.py tensorrt_rtx` prints it as JSON. A process can hold one binding only
+As a script, `python trt_api.py tensorrt_rtx` prints it as JSON. A process can load one binding only
 (pybind11 registers each C++ type once), so each one is read in a process of its own.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -13,8 +14,8 @@ import os
 import re
 import subprocess
 import sys
-from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 RTX, TRT11 = "tensorrt_rtx", "tensorrt_bindings"
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
@@ -24,56 +25,35 @@ ENTRY_POINTS = (
     "getNvOnnxParserVersion", "getPluginRegistry", "initLibNvInferPlugins",
 )  # fmt: skip
 MODULE = ""
-"""The owner of what the package itself holds."""
+"""The owner of the package's own members."""
 
 
-class Api:
-    """`classes`: by name ('ILogger.Severity' where nested) the base classes and the members' signatures."""
-
-    def __init__(self, name: str, version: str, classes: dict[str, dict]):
-        self.name = f"{name} {version}"
-        self.classes = classes
-
-    def member(self, owner: str, name: str) -> str | None:
-        """The signature of `owner`'s member, its base classes' too; None where there is none."""
-        entry = self.classes.get(owner)
-        if entry is None or name in entry["members"]:
-            return entry and entry["members"][name]
-        return next((found for base in entry["bases"] if (found := self.member(base, name)) is not None), None)
-
-    @cached_property
-    def owners(self) -> dict[str, list[str]]:
-        """Which classes define a member of this name."""
-        found: dict[str, list[str]] = {}
-        for owner, entry in self.classes.items():
-            for name in entry["members"]:
-                found.setdefault(name, []).append(owner)
-        return found
-
-    def is_choice(self, owner: str, name: str) -> bool:
-        """Whether it is a class of the package or a member of an enum: what code picks by a computed name."""
-        return self.member(owner, name) in ("class", f"value -> {owner}")
-
-    def returned(self, signature: str) -> set[str]:
-        """The classes of this API that a signature's result may be."""
-        results = " ".join(re.findall(r"->(.*)", signature))
-        return {name for name in re.findall(r"[A-Za-z_][\w.]*", results) if name in self.classes and name != MODULE}
+class Api(NamedTuple):
+    name: str
+    classes: dict[str, dict[str, str]]
+    """By class ('ILogger.Severity' if nested): its members, inherited ones too, and their signatures, one a line."""
 
 
-def read_api(package: str, libraries: Path | None = None, packages: Path | None = None) -> Api:
-    """Args: libraries, packages: folders where the binding finds its libraries, and Python the binding."""
+class Use(NamedTuple):
+    owner: str
+    name: str
+    arguments: int | None = None
+    """How many a call passes, without `self`; None if the member is not called or the call is not known."""
+
+
+def read_api(package: str, libraries: Path | None = None) -> Api:
+    """`libraries` is a folder with the shared libraries that the binding is linked to."""
     env = dict(os.environ)
-    for name, folder in (("LD_LIBRARY_PATH", libraries), ("PYTHONPATH", packages)):
-        if folder:
-            env[name] = f"{folder}{os.pathsep}{env.get(name, '')}"
+    if libraries:
+        env["LD_LIBRARY_PATH"] = f"{libraries}{os.pathsep}{env.get('LD_LIBRARY_PATH', '')}"
     run = subprocess.run([sys.executable, __file__, package], env=env, capture_output=True, text=True)
     if run.returncode:
         raise ImportError(run.stderr.strip().splitlines()[-1])
-    return Api(**json.loads(run.stdout))
+    return Api(*json.loads(run.stdout))
 
 
 def make_stand_ins(folder: Path) -> Path:
-    """Empty libraries with the names and entry points that TensorRT 11's binding is linked to."""
+    """Compile empty libraries with the names and entry points that TensorRT 11's binding is linked to."""
     source = folder / "stand_in.c"
     source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in ENTRY_POINTS))
     for name in LIBRARIES:
@@ -83,33 +63,51 @@ def make_stand_ins(folder: Path) -> Path:
     return folder
 
 
-# In the process that holds the binding ------------------------------------------------------------
+def fault(use: Use, rtx: Api, trt11: Api) -> str | None:
+    """What is wrong with a use, in one line; None if it fits both packages and every signature is in both."""
+    what = f"{use.owner}.{use.name}".lstrip(".")
+    here, there = (api.classes.get(use.owner, {}).get(use.name) for api in (rtx, trt11))
+    if here is None or there is None:
+        lacking = [api.name for api, signature in ((rtx, here), (trt11, there)) if signature is None]
+        return f"{what} is not in {' and '.join(lacking)}"
+    if not set(here.splitlines()) <= set(there.splitlines()):
+        return f"{what} differs: {here!r} in {rtx.name}, {there!r} in {trt11.name}"
+    if use.arguments is None:
+        return None
+    if here == "class":
+        return fault(Use(use.name, "__init__", use.arguments), rtx, trt11)
+    fits = any(use.arguments in counts(line) for line in here.splitlines())
+    return None if fits else f"{what} does not take {use.arguments} arguments: {here}"
 
 
-def describe(package: str) -> dict:
+def counts(signature: str) -> range:
+    """How many arguments 'f(self: X, a: int, b: int = 1) -> Y' takes, without `self`; none for a property."""
+    if not re.match(r"\w+\(", signature):
+        return range(0)
+    arguments = ast.parse(f"def {re.sub('<[^<>]*>', 'None', signature.replace('::', '.'))}: ...").body[0].args
+    return range(len(arguments.args) - len(arguments.defaults) - 1, len(arguments.args))
+
+
+# In the process that loads the binding ------------------------------------------------------------
+
+
+def describe(package: str) -> tuple[str, dict]:
     module = importlib.import_module(package)
-    binding = importlib.import_module(module.ILogger.__module__)
+    public = {name: value for name, value in vars(module).items() if name[0] != "_" and not inspect.ismodule(value)}
     classes: dict[str, dict] = {}
-    _describe_class(classes, MODULE, _public(module), ())
-    return {"name": package, "version": module.__version__, "classes": _without_module(classes, binding.__name__)}
+    _describe(classes, MODULE, public)
+    binding = importlib.import_module(module.ILogger.__module__).__name__
+    return f"{package} {module.__version__}", json.loads(json.dumps(classes).replace(f"{binding}.", ""))
 
 
-def _public(module) -> dict:
-    return {name: value for name, value in vars(module).items() if name[0] != "_" and not inspect.ismodule(value)}
-
-
-def _describe_class(classes: dict, owner: str, members: dict, bases: tuple) -> None:
-    signatures: dict[str, str] = {}
-    classes[owner] = {
-        "bases": [b.__name__ for b in bases if b.__module__.startswith("tensorrt")],
-        "members": signatures,
-    }
+def _describe(classes: dict, owner: str, members: dict) -> None:
+    signatures = classes[owner] = {}
     for name, member in members.items():
         if name.startswith("_") and name != "__init__":
             continue
         signatures[name] = _signature(member)
         if isinstance(member, type) and (qualified := f"{owner}.{name}".lstrip(".")) not in classes:
-            _describe_class(classes, qualified, vars(member), member.__bases__)
+            _describe(classes, qualified, {n: inspect.getattr_static(member, n) for n in dir(member)})
 
 
 def _signature(member) -> str:
@@ -123,10 +121,6 @@ def _signature(member) -> str:
         lines = (member.__doc__ or "").splitlines()
         return "\n".join(re.sub(r"^\d+\. ", "", line) for line in lines if re.search(r"^(\d+\. )?\w*\(.*\) ->", line))
     return f"value -> {type(member).__qualname__}"
-
-
-def _without_module(classes: dict, binding: str) -> dict:
-    return json.loads(json.dumps(classes).replace(f"{binding}.", ""))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from . import functional as F
-from .module import Module, ModuleList, Parameter
-from .network import Tensor
+from .module import Module, ModuleList
+from .network import Parameter, Tensor
 
 
 class Linear(Module):

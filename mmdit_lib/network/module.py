@@ -8,21 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .network import Network, Tensor
-
-
-class Parameter:
-    """A checkpoint tensor.
-
-    Attributes:
-        shape: the full shape, before tensor parallelism shards it.
-        name: in the checkpoint; set by `Module.assign_paths`.
-    """
-
-    name: str = ""
-
-    def __init__(self, *shape: int):
-        self.shape = shape
+from .network import Network, Parameter, Tensor
 
 
 class Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,10 +16,21 @@ from ..config import TORCH_DTYPES, RankMapping
 from .tensor_parallel import WHOLE, Sharding
 from .trt import dtype_name, trt, trt_dtype
 
-if TYPE_CHECKING:
-    from .module import Parameter
-
 Shape = tuple[int, ...]
+
+
+class Parameter:
+    """A checkpoint tensor.
+
+    Attributes:
+        shape: the full shape, before tensor parallelism shards it.
+        name: in the checkpoint; set by `Module.assign_paths`.
+    """
+
+    name: str = ""
+
+    def __init__(self, *shape: int):
+        self.shape = shape
 
 
 class Tensor:

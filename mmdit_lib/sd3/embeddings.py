@@ -8,8 +8,8 @@ import torch
 
 from ..network import functional as F
 from ..network.layers import Conv2d, Linear, SiLU
-from ..network.module import Module, Parameter
-from ..network.network import Tensor
+from ..network.module import Module
+from ..network.network import Parameter, Tensor
 
 
 class PatchEmbed(Module):
