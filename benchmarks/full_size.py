@@ -1,4 +1,4 @@
-"""Convert and build SD3.5-medium at full size, with random weights: time and peak memory of each step.
+"""Time and peak memory of converting and building full-size SD3.5-medium with random weights.
 
     python benchmarks/full_size.py --work /big/disk [--model stable-diffusion-3.5-medium]
 
@@ -26,7 +26,7 @@ MMDIT = [sys.executable, "-m", "mmdit_lib.cli"]
 
 
 def measured(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a process."""
+    """Run a process; returns its seconds and peak resident bytes."""
     start = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command])
     _, status, usage = os.wait4(process.pid, 0)
@@ -41,14 +41,14 @@ def size_of(path: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="a folder on a disk with room")
+    parser.add_argument("--work", type=Path, required=True, help="a folder on a disk with enough space")
     parser.add_argument("--model", default="stable-diffusion-3.5-medium")
     options = parser.parse_args()
     work = options.work
     source, checkpoint, engine, copy = (work / n for n in ("source", "tllm_checkpoint", "engine_outputs", "copy"))
     make = (
         "from mmdit_lib.checkpoint.random_weights import write_random_transformer as w; "
-        f"from mmdit_lib.config import KNOWN_MODELS as k; w({str(source / 'transformer')!r}, k[{options.model!r}])"
+        f"from mmdit_lib.sd3 import KNOWN_MODELS as k; w({str(source / 'transformer')!r}, k[{options.model!r}])"
     )
     steps = {
         "write random weights": [sys.executable, "-c", make],

@@ -1,12 +1,12 @@
-"""Every layout of two GPUs: parity with one GPU, and milliseconds per step. Full-size models, random weights.
+"""Every layout for two GPUs: parity with one GPU, and milliseconds per step. Full-size models, random weights.
 
-    python benchmarks/parallel.py graphs --folder graphs     # where TensorRT (tensorrt_rtx) is installed; no GPU
+    python benchmarks/parallel.py graphs --folder graphs     # needs TensorRT (tensorrt_rtx), no GPU
     mpirun -n 2 python benchmarks/parallel.py run --folder graphs --output parallel.json     # two GPUs, NCCL
     python benchmarks/parallel.py table --results parallel.json                              # Markdown
 
-`run` needs no TensorRT and no checkpoint: the graph files name the weights, which are drawn on each
-GPU from one seed. Under `torchrun --nproc-per-node 2` it works too. Every row is measured in the same
-way, on all GPUs at once, also the rows of one GPU; the slowest rank counts.
+`run` needs neither TensorRT nor a checkpoint: the graph files name the weights, which each GPU draws from
+the same seed. It also works under `torchrun --nproc-per-node 2`. Every row, including those for one GPU, is
+measured on all GPUs at once, and the time is that of the slowest rank.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def write_graphs(root: Path, models: list[str], resolution: Resolution) -> None:
 
 
 def draw_weights(model: SD3Config, device: torch.device) -> dict[str, torch.Tensor]:
-    """In bf16, the same on every GPU of one kind."""
+    """Random bf16 weights, the same on all GPUs of the same type."""
     generator = torch.Generator(device).manual_seed(0)
     return {
         name: draw_weight(name, shape, generator, torch.bfloat16, device)
@@ -84,7 +84,7 @@ def draw_weights(model: SD3Config, device: torch.device) -> dict[str, torch.Tens
 
 @dataclass(frozen=True)
 class SameFolder:
-    """Takes the place of an engine folder, which all ranks would have to compare."""
+    """Replaces an engine folder, which all ranks would have to compare."""
 
     layout: Layout
     path: Path = Path("-")
@@ -94,7 +94,7 @@ class SameFolder:
 
 
 class Ranks:
-    """This process among the ranks: by `mmdit_lib.parallel` under mpirun, else from torchrun's environment."""
+    """This process as one of the ranks, from `mmdit_lib.parallel` under mpirun or from torchrun's environment."""
 
     def __init__(self, device_type: str):
         self.device_type = device_type
@@ -124,7 +124,7 @@ class Ranks:
         return everyone.item()
 
     def all_well(self, well: bool) -> bool:
-        """Whether all ranks are well; what one rank cannot do, none of them does."""
+        """Whether all ranks succeeded; if one fails, all of them skip the step."""
         return self.slowest(0.0 if well else 1.0) == 0.0
 
 
@@ -198,7 +198,7 @@ class Bench:
             self.free()
 
     def check_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """All ranks must have drawn the same: compare a sum over all of them."""
+        """Check that all ranks drew the same weights, by comparing a sum."""
         total = sum(float(w.double().sum()) for w in list(weights.values())[::50])
         assert self.ranks.slowest(total) == -self.ranks.slowest(-total), "the ranks drew different weights"
 
@@ -295,7 +295,7 @@ def _driver() -> str:
 
 
 def run(root: Path, output: Path, models: list[str], repeats: int, budget: float, device: str) -> None:
-    faulthandler.dump_traceback_later(budget + 60, exit=True)  # a hang says where
+    faulthandler.dump_traceback_later(budget + 60, exit=True)  # shows where it hangs
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     ranks = Ranks(device)
@@ -308,7 +308,7 @@ def run(root: Path, output: Path, models: list[str], repeats: int, budget: float
 
 
 def table(results: list[Path]) -> str:
-    """Results as Markdown."""
+    """The results as Markdown."""
     lines = ["# Two GPUs", ""]
     for path in results:
         lines += _table(json.loads(path.read_text()))
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["medium", "large"])
     parser.add_argument("--resolution", default="1024x1024")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--budget", type=float, default=3600, help="seconds after which no further layout is begun")
+    parser.add_argument("--budget", type=float, default=3600, help="seconds after which no further layout is started")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     if options.what == "graphs":

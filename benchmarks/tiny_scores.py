@@ -1,10 +1,10 @@
-"""Scores of the tiny model with diffusers' transformer and with engines, judged from pixels.
+"""Prompt-following scores of the tiny model with diffusers' transformer and with engines, measured from pixels.
 
-From the repository's root:
+From the repository root:
 
     python -m benchmarks.tiny_scores --runs diffusers-float32 engine-float32 engine-bfloat16
 
-Appends one line per run to `benchmarks/results/tiny_scores.jsonl` and rewrites the table beside it. Engines run on the
+Appends one line per run to `benchmarks/results/tiny_scores.jsonl` and rewrites the table next to it. Engines run on the
 `pytorch` backend, which needs only their graph files. `--work DIR` keeps the engine folders; with `--build_only`, a
 machine with TensorRT builds them for a GPU machine without it.
 """
@@ -25,7 +25,7 @@ from mmdit_lib import build, convert, load_pipeline, tiny
 from training import evaluation
 from training.captions import heldout_prompts
 
-BATCH = 8  # pictures; guidance doubles the batch of the transformer
+BATCH = 8  # images; guidance doubles the batch of the transformer
 TITLE = "# Scores of the tiny model with engines"
 REPRODUCE = "Reproduce with `python -m benchmarks.tiny_scores` in the repository's root."
 NAMES = ("colour", "shape", "position", "size", "background", "count")
@@ -42,7 +42,7 @@ def engine_folder(dtype: str, work: Path) -> Path:
 
 
 def pipeline(run: str, work: Path, device: str) -> StableDiffusion3Pipeline:
-    """The tiny pipeline of a run: "engine-bfloat16" with an engine of that dtype, "diffusers-..." without an engine."""
+    """The tiny pipeline for a run: "engine-bfloat16" uses an engine of that dtype, "diffusers-..." uses none."""
     kind, dtype = run.split("-")
     if kind == "diffusers":
         return evaluation.load_pipeline(None, dtype, device)
@@ -54,7 +54,7 @@ def pipeline(run: str, work: Path, device: str) -> StableDiffusion3Pipeline:
 
 
 def table(rows: list[dict]) -> str:
-    """All runs as a Markdown table, below their conditions."""
+    """The conditions, and all runs as a Markdown table."""
     head = f"| run | device | {' | '.join(NAMES)} |\n|---|---|{'---:|' * len(NAMES)}\n"
     lines = (f"| {r['run']} | {r['device']} | {' | '.join(f'{r[name]:.1%}' for name in NAMES)} |" for r in rows)
     about = rows[0]
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--max_sequence_length", type=int, default=77)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--work", type=Path, help="folder to keep the engines in; a temporary one if not given")
+    parser.add_argument("--work", type=Path, help="folder to keep the engines in; by default a temporary one")
     parser.add_argument("--build_only", action="store_true", help="build the engine folders in --work and stop")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "tiny_scores.jsonl")
     options = parser.parse_args()

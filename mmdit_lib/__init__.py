@@ -1,7 +1,7 @@
 """Stable Diffusion 3 / 3.5's transformer (the MMDiT) as TensorRT engines, on one GPU or many.
 
-The road through the library: `convert` a checkpoint, `build` an engine folder, `load_pipeline` with it,
-`compare_layers` with diffusers. Each name is imported at its first use, so `import mmdit_lib` is quick.
+Typical use: `convert` a checkpoint, `build` an engine folder, `load_pipeline` with it, `compare_layers` with
+diffusers. Names are imported on first use, so `import mmdit_lib` is fast.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""The public names, for editors and type checkers and for `lazy_loader`, which imports them at first use."""
+"""The public names, for editors and type checkers and for `lazy_loader`, which imports them on first use."""
 
 from . import parallel, tiny
 from .checkpoint import Checkpoint, convert

@@ -1,6 +1,6 @@
-"""The record through which checkpoint, engine, runner and parallel see a model. They know no other fact about it.
+"""The record that describes a model to the rest of the library, which knows nothing else about it.
 
-A model is a package (`sd3`) that fills in one `Architecture`, and a line in `models.py`.
+A model is a package (`sd3`) that defines one `Architecture`, and a line in `models.py`.
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class ModelConfig(Config, ABC):
-    """The fields of a transformer's diffusers config; a subclass lists them."""
+    """A transformer's diffusers config; subclasses declare the fields."""
 
     @classmethod
     @abstractmethod
     def from_diffusers(cls, config: dict[str, Any]) -> ModelConfig:
-        """From a transformer's `config.json`. Raises `ValueError`, in one line."""
+        """Parse a transformer's `config.json`. Raises a one-line `ValueError`."""
 
     @abstractmethod
     def to_diffusers(self) -> dict[str, Any]: ...
 
     @abstractmethod
     def to_trtllm(self, model_path: str) -> dict[str, Any]:
-        """The model's keys of TensorRT-LLM's `config.json`, in its order."""
+        """The model's keys in TensorRT-LLM's `config.json`, in the same order."""
 
     @abstractmethod
     def summary(self) -> str:
-        """The model in a few words."""
+        """A short description of the model."""
 
     @abstractmethod
     def check_layout(self, layout: Layout) -> None:
-        """Raises `ValueError`, naming the legal sizes, if the model cannot be spread this way."""
+        """Raises `ValueError`, naming the valid sizes, if the model does not support the layout."""
 
     @abstractmethod
     def default_side(self, vae_scale_factor: int) -> int:
-        """Image pixels of the side that the model was made for."""
+        """The default side of an image, in pixels."""
 
     @abstractmethod
     def pixel_step(self, vae_scale_factor: int) -> int:
-        """What the sides of an image, in pixels, must be multiples of."""
+        """Image height and width must be multiples of this many pixels."""
 
     @abstractmethod
     def max_side(self, vae_scale_factor: int) -> int:
-        """The longest side, in image pixels, that the model can take."""
+        """The longest supported side of an image, in pixels."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor that enters an engine, or leaves it.
+    """An input or output of an engine.
 
     Attributes:
         shape: one size per dimension: a name, or a name divided by another ('height/vae_scale_factor'). Names are
             those of `config.Sizes` (dynamic) and of the model config's fields (static).
-        dtype: None for the network's.
-        uniform: sample values are uniform in [0, `uniform`); None for a unit normal.
+        dtype: None for the network's dtype.
+        uniform: random inputs are uniform in [0, `uniform`); unit normal if None.
     """
 
     name: str
@@ -77,51 +77,51 @@ class SingleFile(NamedTuple):
     """A model's original single-file checkpoint."""
 
     prefix: str
-    """Of the transformer's tensors."""
+    """Prefix of the transformer's tensor names."""
     marker: str
-    """Tensor names that begin so, after the prefix, identify the layout."""
+    """A tensor name that starts with this, after the prefix, identifies the layout."""
     to_diffusers: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-    """diffusers' conversion; it must move whole rows only, and pop what it uses."""
+    """diffusers' conversion. It may only move entire rows (dim 0), and must pop the tensors it uses."""
 
 
 class Keys(Protocol):
-    """The two-way table between diffusers' tensor and module names and ours. Both raise `ValueError`."""
+    """Maps tensor and module names between diffusers and this library. Both methods raise `ValueError`."""
 
     def from_diffusers(self, name: str) -> str: ...
     def to_diffusers(self, name: str) -> str: ...
 
 
 class Reference(Protocol):
-    """diffusers' transformer, to compare with."""
+    """diffusers' transformer as the reference."""
 
     def load(
         self, path: str, dtype: torch.dtype, *, variant: str | None, revision: str | None, config: ModelConfig | None
     ) -> torch.nn.Module:
-        """`path`: a folder, a hub id, or, with `config`, a single file."""
+        """Load from `path`: a folder, a hub id or, with `config`, a single file."""
 
     def outputs(
         self, reference: torch.nn.Module, inputs: dict[str, torch.Tensor]
     ) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
-        """Every module's outputs by our path, in the order in which the modules finish; what is left out, and why."""
+        """Every module's outputs by our path, in the order in which modules finish; the reason for each omission."""
 
 
 class Pipelines(Protocol):
-    """What is special about the model's diffusers pipelines."""
+    """The model-specific parts of its diffusers pipelines."""
 
     TEXT_ENCODERS: tuple[str, ...]
-    """Components of the pipeline."""
+    """Names of the pipeline's text encoder components."""
     ENCODER_OPTIONS: tuple[str, ...]
-    """Options of a pipeline's call that belong to its text encoders."""
+    """Options of the pipeline's call that go to its text encoders."""
 
     def default_class(self) -> type: ...
     def adapt(self, pipe, config: ModelConfig) -> None:
-        """Give a pipeline that was loaded without a transformer what it would have read from one."""
+        """Set what a pipeline loaded without a transformer would otherwise read from its config."""
 
     def check_arguments(self, arguments: dict[str, Any]) -> None:
-        """Raises `ValueError`, by name, for an argument of the transformer that an engine does not support."""
+        """Raises `ValueError` naming a transformer argument that an engine does not support."""
 
     def encode(self, pipe, prompt, *, generator, latents, options: dict, encoding: dict) -> dict[str, torch.Tensor]:
-        """Run the text encoders and draw the noise: arguments of the pipeline's call."""
+        """Run the text encoders and draw the initial noise; returns arguments for the pipeline's call."""
 
     def decode(self, pipe, latents: torch.Tensor) -> list:
         """Latents -> PIL images."""
@@ -129,21 +129,21 @@ class Pipelines(Protocol):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model.
+    """A model, as the rest of the library sees it.
 
     Attributes:
         name: diffusers' class; `architecture` in TensorRT-LLM's config.json.
         config: the class of its config.
         known_models: configs of published models, by the last part of their hub id.
         module: the root of its module tree.
-        define: adds the whole network: config, inputs by name, build options -> output.
-        inputs: of the network, in the order of the transformer's arguments.
-        output: of the network.
-        shardings: its tensor-parallel tables.
-        keys: names of tensors and modules.
-        infer_config: the config that tensor shapes imply; what no tensor shows is taken from the second argument.
+        define: adds the full network: config, inputs by name, build options -> output.
+        inputs: the network's inputs, in the order of the transformer's arguments.
+        output: the network's output.
+        shardings: tensor-parallel tables by layout.
+        keys: maps tensor and module names.
+        infer_config: infers the config from tensor shapes; the second argument supplies what no tensor determines.
             Raises `ValueError`.
-        single_file: the layout of its original checkpoints.
+        single_file: layout of the original checkpoints.
         blocks: path of the list of repeated blocks.
         vae_scale_factor: image pixels per latent pixel of the published models.
     """

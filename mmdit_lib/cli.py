@@ -23,17 +23,17 @@ from .tiny.demo import demo
 console = Console(highlight=False)
 
 Runner = Annotated[RunnerOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
-"""The options of `RunnerOptions`, without a prefix."""
+"""`RunnerOptions` as command-line options without a prefix."""
 DEFAULTS = RunnerOptions()
 
 
 def picture_file(name: str | Path) -> Path:
-    """Raises `ValueError` if no picture can be written under this name; called before the work starts."""
+    """Raises `ValueError` if no image can be written under this name; called before the work starts."""
     path = Path(name).expanduser()
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or path.is_dir():
-        raise ValueError(f"{name}: give the picture's file a name such as picture.png")
+        raise ValueError(f"{name}: give an image file name such as picture.png")
     if not path.parent.is_dir():
-        raise ValueError(f"{name}: there is no folder {path.parent}")
+        raise ValueError(f"{name}: folder {path.parent} does not exist")
     return path
 
 
@@ -43,7 +43,7 @@ def check_ranks(engine_dir: str | Path) -> None:
 
 
 def doctor_command() -> None:
-    """Show what is installed, which GPUs there are, whether they can run a plan, and how to get what is missing."""
+    """Show what is installed, which GPUs are present, whether they can run a plan, and how to get what is missing."""
     from .reports.doctor import print_doctor
 
     print_doctor()
@@ -52,10 +52,10 @@ def doctor_command() -> None:
 def inspect_command(
     folder: Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = "engine_outputs",
 ) -> None:
-    """Show what an engine folder or a checkpoint folder holds: inputs, profile, layers, sizes, origin.
+    """Show the contents of an engine folder or a checkpoint folder: inputs, profile, layers, sizes, origin.
 
     Args:
-        folder: as `mmdit build` or `mmdit convert` wrote it.
+        folder: an engine folder of `mmdit build` or a checkpoint folder of `mmdit convert`.
     """
     from .reports.inspection import print_inspection
 
@@ -79,15 +79,15 @@ def parity_command(
     Exits with 1 if a module differs.
 
     Args:
-        model_path: the diffusers checkpoint that was converted; tiny is the one that ships with the package.
-        engine_dir: as `mmdit build` wrote it.
-        checkpoint_dir: where the converted checkpoint is, if it was moved away from the engine folder.
-        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimized for if not given.
+        model_path: the diffusers checkpoint that was converted, or tiny (the model that ships with the package).
+        engine_dir: an engine folder of `mmdit build`.
+        checkpoint_dir: the converted checkpoint, if it is no longer at its path relative to the engine folder.
+        resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
         text_tokens: length of the text; likewise.
         batch: rows; likewise.
-        seed: of the random inputs.
+        seed: seed of the random inputs.
         full: show every module, not only the worst of each block.
-        plot: a PNG file for a plot of the errors over depth; under mpirun, rank 0's.
+        plot: image file for a plot of errors by depth (under mpirun, of rank 0).
     """
     from .reports.parity import all_ok, compare_layers, parity_report
 
@@ -125,18 +125,18 @@ def generate_command(
     seed: int = 0,
     runner: Runner = DEFAULTS,
 ) -> None:
-    """Paint a prompt, with an engine in place of the transformer. Under mpirun all ranks paint one picture.
+    """Generate an image from a prompt with an engine. Under mpirun all ranks generate one image together.
 
     Args:
-        prompt: what to paint.
+        prompt: what to draw.
         model_path: the pipeline with text encoders and VAE: a folder, a hub id, or tiny.
-        engine_dir: as `mmdit build` wrote it.
-        output: the picture to write.
-        negative_prompt: what not to paint.
-        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimized for if not given.
+        engine_dir: an engine folder of `mmdit build`.
+        output: the image file to write.
+        negative_prompt: what not to draw.
+        resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
         num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance; 1 turns it off.
-        seed: of the noise.
+        guidance_scale: scale of classifier-free guidance; 1 turns it off.
+        seed: seed of the noise.
     """
     from .generate import generate
 
@@ -156,7 +156,7 @@ def generate_command(
     if report.image is not None:  # rank 0
         with complete_file(file) as partial:
             report.image.save(partial)
-        console.print(f"backend {report.backend} ({report.reason}); {report.seconds:.1f} s; picture: {output}")
+        console.print(f"backend {report.backend} ({report.reason}); {report.seconds:.1f} s; image: {output}")
 
 
 def bench_command(
@@ -172,10 +172,10 @@ def bench_command(
     """Time one denoising step of an engine and, if --model_path is given, of diffusers' transformer.
 
     Args:
-        engine_dir: as `mmdit build` wrote it.
+        engine_dir: an engine folder of `mmdit build`.
         model_path: the diffusers checkpoint to time in the same run, or tiny.
-        resolution: HEIGHTxWIDTH in pixels; the one that the engine is optimized for if not given.
-        batch: rows; guidance takes two per image.
+        resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
+        batch: rows; guidance uses two per image.
         text_tokens: length of the text.
         repeats: timed steps; the median is shown.
     """
@@ -199,13 +199,13 @@ def bench_command(
 def traffic_command(
     *, resolution: str = "1024x1024", text_tokens: int = 333, batch: int = 2, dtype: Dtype = "bfloat16"
 ) -> None:
-    """Bytes that each collective moves per step, counted from the networks of the published models.
+    """Count the bytes that each collective moves per step, from the networks of the published models.
 
     Args:
         resolution: HEIGHTxWIDTH in pixels.
         text_tokens: length of the text.
         batch: rows.
-        dtype: of the network.
+        dtype: dtype of the network.
     """
     from .reports.traffic import print_traffic
 
@@ -242,7 +242,7 @@ def main() -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Our own messages have one line; those of diffusers and the hub continue with advice that does not apply here."""
+    """Our messages have one line; those of diffusers and the hub continue with advice that does not apply here."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

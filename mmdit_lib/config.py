@@ -1,4 +1,4 @@
-"""What a parallel layout, an image size and a build are: frozen, flat, checked when made.
+"""Parallel layouts, image sizes and build options: frozen, flat, validated on construction.
 
 Field names are diffusers' (models), TensorRT-LLM's (parallel sizes, build).
 """
@@ -17,7 +17,7 @@ CpMethod = Literal["allgather", "ulysses"]
 
 
 class DtypeNames(NamedTuple):
-    """One data type in every library's words."""
+    """A data type's name in each library."""
 
     torch: torch.dtype
     tensorrt: str
@@ -31,13 +31,13 @@ DTYPES = {
     "float16": DtypeNames(torch.float16, "HALF", "F16"),
     "bfloat16": DtypeNames(torch.bfloat16, "BF16", "BF16"),
 }
-"""What a network can compute in."""
+"""The data types that a network can compute in."""
 TORCH_DTYPES = {name: names.torch for name, names in DTYPES.items()} | {"int64": torch.int64}
-"""By name; int64 is the type of sizes and offsets inside a network."""
+"""torch dtypes by name; int64 is for sizes and offsets inside a network."""
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """`from_pretrained`'s option for the dtype, which diffusers 0.42 renamed."""
+    """The dtype as an option of `from_pretrained`, which diffusers 0.42 renamed."""
     import diffusers
     from packaging import version
 
@@ -49,7 +49,7 @@ class Config(BaseModel):
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str):
-        """Validate `values`. Raises `ValueError`, in one line that names `where` and every bad key."""
+        """Validate `values`. Raises a one-line `ValueError` that names `where` and every invalid key."""
         try:
             return cls(**values)
         except ValidationError as error:
@@ -57,25 +57,25 @@ class Config(BaseModel):
 
 
 def _fault(error: dict[str, Any]) -> str:
-    """One of pydantic's errors; our own validators already raise whole sentences."""
+    """Format a pydantic error; messages of our own validators are used as they are."""
     message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
     place = ".".join(map(str, error["loc"]))
     return f"{place}: {message}" if place else message
 
 
 class Layout(Config):
-    """How a model is spread over ranks. Rank order as in TensorRT-LLM: tp fastest, then cp, then cfg."""
+    """How a model is split over ranks. Rank order is TensorRT-LLM's: tp fastest, then cp, then cfg."""
 
     tp_size: int = Field(1, ge=1)
-    """Ranks that share each layer's weights (tensor parallelism)."""
+    """Ranks over which each layer's weights are sharded (tensor parallelism)."""
     cp_size: int = Field(1, ge=1)
-    """Ranks that share the tokens (context parallelism)."""
+    """Ranks over which the tokens are split (context parallelism)."""
     cfg_size: Literal[1, 2] = 1
     """2: the conditional and the unconditional pass run on different ranks."""
     tp_layout: TpLayout = "megatron"
-    """How weights are sharded; trtllm is TensorRT-LLM's way."""
+    """How weights are sharded: Megatron-style, or as in TensorRT-LLM."""
     cp_method: CpMethod = "allgather"
-    """How attention sees all tokens: keys and values are gathered, or heads are scattered (DeepSpeed-Ulysses)."""
+    """How attention sees all tokens: all-gather of keys and values, or all-to-all over heads (DeepSpeed-Ulysses)."""
 
     @property
     def world_size(self) -> int:
@@ -92,13 +92,13 @@ class Layout(Config):
         return [self.at(rank) for rank in range(self.world_size)]
 
     def __str__(self) -> str:
-        """'tp 2 x cfg 2'; 'one rank'."""
+        """For instance 'tp 2 x cfg 2', or 'one rank'."""
         named = {"tp": self.tp_size, "cp": self.cp_size, "cfg": self.cfg_size}
         return " x ".join(f"{name} {size}" for name, size in named.items() if size > 1) or "one rank"
 
 
 class RankMapping(Config):
-    """One rank's place in a layout: TensorRT-LLM's `Mapping`."""
+    """One rank's position in a layout, like TensorRT-LLM's `Mapping`."""
 
     layout: Layout = Layout()
     rank: int = Field(0, ge=0)
@@ -106,7 +106,7 @@ class RankMapping(Config):
     @model_validator(mode="after")
     def _rank_in_world(self):
         if self.rank >= self.layout.world_size:
-            raise ValueError(f"rank {self.rank} does not exist in a world of {self.layout.world_size}")
+            raise ValueError(f"rank {self.rank} is out of range for world_size={self.layout.world_size}")
         return self
 
     @property
@@ -145,7 +145,7 @@ class RankMapping(Config):
 
     @property
     def output_group(self) -> tuple[int, ...]:
-        """The ranks that together hold the whole output, ordered by (cfg, cp); all have the same tp rank."""
+        """The ranks that together hold the full output, ordered by (cfg, cp); all have the same tp rank."""
         return tuple(range(self.tp_rank, self.layout.world_size, self.tp_size))
 
     @property
@@ -172,7 +172,7 @@ class Resolution(Config):
 
     @classmethod
     def read(cls, text: str | int | Resolution) -> Resolution:
-        """'768x1344' is height x width; '1024' is square. Raises `ValueError`."""
+        """Parse '768x1344' (height x width) or '1024' (square). Raises `ValueError`."""
         if isinstance(text, Resolution):
             return text
         sides = str(text).lower().split("x")
@@ -185,7 +185,7 @@ class Resolution(Config):
 
 
 class Sizes(NamedTuple):
-    """The dynamic sizes of one call. Batch counts rows: classifier-free guidance takes two per image."""
+    """The dynamic sizes of one call. The batch is in rows: classifier-free guidance uses two per image."""
 
     batch: int
     height: int
@@ -195,14 +195,14 @@ class Sizes(NamedTuple):
 
 
 class BuildConfig(Config):
-    """The optimization profile of a build. Batch counts rows, as in `Sizes`."""
+    """The optimization profile of a build. Batch sizes are in rows, as in `Sizes`."""
 
     max_batch_size: int = Field(ge=1)
     min_resolution: Resolution
     opt_resolution: Resolution
     max_resolution: Resolution
     min_text_tokens: int = Field(77, ge=1)
-    """77 is one CLIP prompt; diffusers appends `max_sequence_length` T5 tokens to it."""
+    """77 is a CLIP prompt; diffusers appends `max_sequence_length` T5 tokens."""
     opt_text_tokens: int = 333
     max_text_tokens: int = 589
     vae_scale_factor: int = Field(8, ge=1)
@@ -221,7 +221,7 @@ class BuildConfig(Config):
 
     @classmethod
     def one_size(cls, resolution: Resolution, batch: int, text_tokens: int, **options) -> BuildConfig:
-        """A profile of a single size. Raises `ValueError` if a size is not legal."""
+        """A profile with min = opt = max. Raises `ValueError` if a size is invalid."""
         ends = ("min", "opt", "max")
         sizes = {f"{end}_resolution": resolution for end in ends} | {f"{end}_text_tokens": text_tokens for end in ends}
         return cls.parse({"max_batch_size": batch} | sizes | options, "sizes")
@@ -231,12 +231,12 @@ class BuildConfig(Config):
         return self.min_resolution, self.opt_resolution, self.max_resolution
 
     def batches(self, cfg_size: int) -> tuple[int, int, int]:
-        """(min, opt, max) batch: multiples of `cfg_size`, since every cfg rank takes the same number of rows."""
+        """(min, opt, max) batch: multiples of `cfg_size`, so that every cfg rank gets the same number of rows."""
         middle = -(-self.max_batch_size // (2 * cfg_size)) * cfg_size
         return cfg_size, middle, self.max_batch_size
 
     def sizes(self, cfg_size: int) -> tuple[Sizes, Sizes, Sizes]:
-        """(min, opt, max) of every dynamic size."""
+        """(min, opt, max) sizes."""
         tokens = (self.min_text_tokens, self.opt_text_tokens, self.max_text_tokens)
         ends = zip(self.batches(cfg_size), self.resolutions, tokens, strict=True)
         low, middle, high = (Sizes(batch, image.height, image.width, text) for batch, image, text in ends)

@@ -1,4 +1,4 @@
-"""From a prompt to a picture through an engine, in one process or over MPI."""
+"""Generating an image from a prompt with an engine, in one process or over MPI."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .pipeline import load_pipeline, sample
 
 @dataclass(frozen=True)
 class Picture:
-    """The result of one run of a pipeline.
+    """The result of one pipeline call.
 
     Attributes:
-        image: None on every rank but the first.
-        seconds: of the pipeline's call, without loading.
+        image: None on every rank except 0.
+        seconds: duration of the pipeline's call, without loading.
         backend: 'tensorrt' or 'pytorch'.
-        reason: why that backend.
+        reason: why that backend was chosen.
     """
 
     image: Image | None
@@ -47,19 +47,19 @@ def generate(
     runner_options: RunnerOptions | Mapping[str, Any] | None = None,
     **call_options,
 ) -> Picture:
-    """Paint `prompt`. Under `mpirun` every rank calls this, and all paint one picture.
+    """Generate an image from `prompt`. Under `mpirun` every rank calls this, and together they generate one image.
 
     Args:
-        model: the diffusers pipeline folder or hub id with text encoders, VAE and scheduler, or tiny.
-        engine_dir: as `build` wrote it; one for several ranks needs as many MPI processes.
-        resolution: of the image in pixels; the one that the engine is optimized for, if not given.
-        seed: of the noise, which is drawn on the CPU, so that it is the same on every device.
-        device: CUDA if it is available, if not given.
+        model: the diffusers pipeline with text encoders, VAE and scheduler: a folder, a hub id, or tiny.
+        engine_dir: an engine folder written by `build`; it needs one MPI process per rank.
+        resolution: image size in pixels; by default the one that the engine is optimized for.
+        seed: seed of the noise, which is drawn on the CPU so that it is the same on every device.
+        device: by default CUDA if available.
         runner_options: how to open the engine, as for `load_pipeline`.
-        call_options: passed to the pipeline's call, for instance `num_inference_steps`.
+        call_options: for the pipeline's call, for instance `num_inference_steps`.
 
     Raises:
-        ValueError: in one line and before anything is loaded, if size or steps do not fit; then as `load_pipeline`.
+        ValueError: before anything is loaded, if size or steps are invalid; then as `load_pipeline`.
     """
     if call_options.get("num_inference_steps", 1) < 1:
         raise ValueError(f"num_inference_steps {call_options['num_inference_steps']}: give 1 or more")
@@ -88,7 +88,7 @@ def generate_by_diffusers(
     seed: int = 0,
     **call_options,
 ) -> Picture:
-    """Paint `prompt` with diffusers' own transformer, to compare `generate` with."""
+    """Generate an image from `prompt` with diffusers' own transformer, as the reference for `generate`."""
     pipe = pipeline_class.from_pretrained(resolve_model(model), use_safetensors=True, **dtype_option(dtype))
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()

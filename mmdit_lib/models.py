@@ -1,4 +1,4 @@
-"""The models that the library knows. A new one is a package and a line here."""
+"""The supported models. A new one is a package and a line here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KNOWN_MODELS = {name: config for a in ARCHITECTURES.values() for name, config in
 
 
 def find(name: object, where: object) -> Architecture:
-    """The architecture that a config names. Raises `ValueError` that names `where`."""
+    """Look up the architecture that a config names. Raises `ValueError` that names `where`."""
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(f"{where} describes a {name}; only {either(ARCHITECTURES)} is supported")
     return ARCHITECTURES[name]

@@ -33,17 +33,17 @@ def load_pipeline(
 
     Args:
         model: pipeline folder, hub id or tiny, for the text encoders, the VAE and the scheduler.
-        engine_dir: as `build` wrote it.
-        pipeline_class: the model's text-to-image pipeline if not given; img2img and inpainting work too.
-        device: of all components; CUDA if it is available, if not given.
-        dtype: of the other components; if not given, the engine's on a GPU and float32 on a CPU, where half
+        engine_dir: an engine folder written by `build`.
+        pipeline_class: by default the model's text-to-image pipeline; img2img and inpainting work too.
+        device: device of all components; by default CUDA if available.
+        dtype: dtype of the other components; by default the engine's on a GPU and float32 on a CPU, where half
             precision is slower.
         runner_options: how to open the engine: a `RunnerOptions`, or a mapping with some of its fields.
         encode_on_rank_0: over MPI, load the text encoders on rank 0 only, for `sample`.
         options: passed to `from_pretrained`.
 
     Raises:
-        ValueError: in one line, if the engine folder is damaged, or the backend cannot run here.
+        ValueError: if the engine folder is damaged, or the backend cannot run here.
         OSError: from diffusers, if `model` cannot be found or downloaded.
     """
     if not isinstance(runner_options, RunnerOptions):
@@ -60,28 +60,27 @@ def load_pipeline(
 
 
 def install(pipe, runner: MMDiTRunner):
-    """Put `runner` into a pipeline that has another transformer, or none. Returns the pipeline."""
+    """Replace a pipeline's transformer, or set a missing one, with `runner`. Returns the pipeline."""
     pipe.transformer = runner
     runner.folder.architecture.pipelines.adapt(pipe, runner.folder.model)
     return pipe
 
 
 def sample(pipe, prompt: str | list[str], *, generator: torch.Generator | None = None, **options) -> list[Image.Image]:
-    """Run a pipeline on all ranks; every rank calls this and returns the same pictures.
+    """Run a pipeline on all ranks; every rank calls this and gets the same images.
 
-    Text encoders and VAE run on rank 0 alone: T5-XXL takes 9.5 GB, which the other ranks neither load nor
-    run, and its output, a few MB, is broadcast. The noise is broadcast too, so all ranks start from the
-    same latents.
+    Text encoders and VAE run on rank 0 only, which broadcasts the text embeddings (a few MB) and the noise,
+    so all ranks start from the same latents.
 
     Args:
-        pipe: from `load_pipeline`; `encode_on_rank_0=True` saves the other ranks' text encoders.
-        prompt: only rank 0's counts, as do the options of the text encoders and the noise.
-        generator: of the noise.
-        options: of the pipeline's call; `latents` counts on rank 0 only.
+        pipe: from `load_pipeline`; with `encode_on_rank_0=True` only rank 0 loads the text encoders (T5-XXL: 9.5 GB).
+        prompt: used on rank 0 only, as are the text encoders' options.
+        generator: of the noise; used on rank 0 only.
+        options: for the pipeline's call; `latents` is used on rank 0 only.
 
     Raises:
-        ValueError: for another `output_type` than pil.
-        RuntimeError: on every rank, if the ranks' latents are not equal to the last bit.
+        ValueError: for an `output_type` other than pil.
+        RuntimeError: on every rank, if the ranks' latents are not bitwise equal.
     """
     world = start_mpi().COMM_WORLD
     special = pipe.transformer.folder.architecture.pipelines

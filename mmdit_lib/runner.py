@@ -1,4 +1,4 @@
-"""The object that goes into `pipe.transformer`."""
+"""The runner: an engine as `pipe.transformer`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class MMDiTRunner:
     """Takes the place of diffusers' transformer in its pipelines (text to image, img2img, inpainting).
 
     Attributes:
-        config: diffusers' fields, by attribute and by key.
+        config: diffusers' config fields, as attributes and as keys.
         backend: the backend in use; `backend.name` is 'tensorrt' or 'pytorch'.
-        reason: why that backend, in words.
+        reason: why that backend was chosen.
         rank: this process's rank in the engine folder's layout.
     """
 
@@ -47,13 +47,13 @@ class MMDiTRunner:
         """Open an engine folder; under `mpirun`, every rank opens its own part of it.
 
         Args:
-            engine_dir: as `build` wrote it.
+            engine_dir: an engine folder written by `build`.
             options: how to open and run it.
-            changes: single options, by the names of `RunnerOptions`: backend ('auto', 'tensorrt', 'pytorch'),
+            changes: individual fields of `RunnerOptions`: backend ('auto', 'tensorrt', 'pytorch'),
                 checkpoint_dir, device, compile, cuda_graph, check_finite, verify.
 
         Raises:
-            ValueError: in one line, if the folder is damaged or incomplete, or the backend cannot run here.
+            ValueError: if the folder is damaged or incomplete, or the backend cannot run here.
         """
         options = with_changes(options or RunnerOptions(), changes)
         folder = EngineFolder.open(engine_dir)
@@ -72,14 +72,14 @@ class MMDiTRunner:
         """One denoising step, with the arguments of diffusers' transformer.
 
         For SD3: hidden_states [B, C, H, W], encoder_hidden_states [B, T, J], pooled_projections [B, P], timestep
-        [B] (0 to 1000, at any stride). Other arguments are refused by name unless they are None.
+        [B] (0 to 1000, at any stride). Other arguments raise an error unless they are None.
 
         Returns:
             The prediction [B, C, H, W] in the latents' dtype, as `Transformer2DModelOutput` or, with
             `return_dict=False`, in a tuple.
 
         Raises:
-            ValueError: for a shape outside the engine's profile, an argument that is not supported, or NaN.
+            ValueError: for a shape outside the engine's profile, an unsupported argument, NaN or infinity.
         """
         names = [tensor.name for tensor in self.folder.architecture.inputs]
         arguments = dict(zip(names, positional, strict=False)) | arguments
@@ -93,7 +93,7 @@ class MMDiTRunner:
         return Transformer2DModelOutput(sample=output)
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """`inputs` by name, as for a call, on any device -> output [B, C, H, W] in the engine's dtype.
+        """`inputs` by name, as for a call, on any device -> prediction [B, C, H, W] in the engine's dtype.
 
         Raises `ValueError` as a call does.
         """
@@ -106,12 +106,12 @@ class MMDiTRunner:
     def intermediates(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every named value of the network, by module path or layer name.
 
-        Raises `ValueError` as a call does, and if the backend keeps no such values.
+        Raises `ValueError` as a call does, and if the backend does not keep them.
         """
         return self.backend.intermediates(self.prepare(inputs)[0])
 
     def prepare(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
-        """Inputs checked against the profile, on the engine's device and in its dtypes; and their batch."""
+        """Check inputs against the profile; returns them on the engine's device in its dtypes, and the batch size."""
         table = self.folder.architecture.inputs
         missing = [tensor.name for tensor in table if inputs.get(tensor.name) is None]
         if missing:
@@ -134,9 +134,9 @@ class MMDiTRunner:
             return
         if bad == ["output"] and self.folder.dtype == "float16":
             raise ValueError(
-                "the output holds NaN or infinity: float16 overflowed in the network; convert with --dtype bfloat16"
+                "the output contains NaN or infinity: float16 overflowed in the network; convert with --dtype bfloat16"
             )
-        raise ValueError(f"{' and '.join(bad)} hold{'s' * (len(bad) == 1)} NaN or infinity")
+        raise ValueError(f"{' and '.join(bad)} contain{'s' * (len(bad) == 1)} NaN or infinity")
 
     def cache_context(self, name: str):
         """diffusers' hook for caching between steps; nothing is cached here."""
@@ -144,7 +144,7 @@ class MMDiTRunner:
 
 
 def with_changes(options: RunnerOptions, changes: Mapping[str, object]) -> RunnerOptions:
-    """Raises `ValueError` for a name that is no option."""
+    """`options` with some fields replaced. Raises `ValueError` for an unknown name."""
     known = [field.name for field in fields(RunnerOptions)]
     unknown = [name for name in changes if name not in known]
     if unknown:

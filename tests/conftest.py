@@ -1,4 +1,4 @@
-"""Tests use no network and no display; those marked `gpu` are skipped where there is none."""
+"""Tests use no network and no display; those marked `gpu` are skipped without a GPU."""
 
 import os
 

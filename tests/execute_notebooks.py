@@ -21,7 +21,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def execute(path: Path) -> float:
-    """Seconds that it took. Raises `nbclient.exceptions.CellExecutionError` and writes nothing if a cell fails."""
+    """Run a notebook; returns its seconds. If a cell fails, raises `CellExecutionError` and writes nothing."""
     notebook = nbformat.read(path, as_version=4)
     start = time.perf_counter()
     client = NotebookClient(
@@ -44,11 +44,11 @@ def execute(path: Path) -> float:
 
 
 def settled(outputs: list, states: dict) -> list:
-    """`outputs` with every progress bar as text on stdout, neighbours joined."""
+    """`outputs` with every progress bar as text on stdout, neighbors joined."""
     kept = []
     for output in outputs:
         widget = output.get("data", {}).get(WIDGET)
-        output.get("data", {}).pop("image/jpeg", None)  # the same picture as the PNG beside it
+        output.get("data", {}).pop("image/jpeg", None)  # the same image as the PNG
         if widget is not None:
             output = text_output(bar_text(states, widget["model_id"]))
         elif output.output_type == "stream" and output.name == "stderr" and is_bar(output.text):
@@ -70,7 +70,7 @@ def is_bar(text: str) -> bool:
 
 
 def bar_text(states: dict, model_id: str) -> str:
-    """A tqdm bar: a box of a title, a bar and what stands to the right of it."""
+    """A tqdm bar: a box with a title, a bar and the text to its right."""
     box = states.get(model_id, {}).get("state", {})
     parts = [states[child.removeprefix("IPY_MODEL_")]["state"] for child in box.get("children", [])]
     layout = states.get(box.get("layout", "").removeprefix("IPY_MODEL_"), {}).get("state", {})
@@ -91,6 +91,8 @@ def text_output(text: str):
 
 def main() -> None:
     os.environ.setdefault("IPP_NONINTERACTIVE", "1")
+    # A bar that is closed early would show its second-to-last state; rates are means over all steps.
+    os.environ |= {"TQDM_MININTERVAL": "0", "TQDM_SMOOTHING": "0"}
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH")]))
     for path in [Path(name) for name in sys.argv[1:]] or sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
         print(f"{path.name}: {execute(path):.0f} s, {path.stat().st_size / 1000:.0f} KB", flush=True)

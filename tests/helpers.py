@@ -1,4 +1,4 @@
-"""Small models, the folders made from them, and what several test files need."""
+"""Small models, folders created from them, and helpers shared by test files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmdit_lib.sd3.keys import from_diffusers
 
 TESTS = Path(__file__).parent
 
-# These models are too small for threads to help; threads that wait for a busy core slow them down a hundredfold.
+# These models are too small to benefit from threads, and threads that wait for a busy core are 100 times slower.
 torch.set_num_threads(1)
 
 
@@ -41,7 +41,7 @@ MODELS = {
     "sd3-medium": model_config(qk_norm=None),
     "sd3.5-medium": model_config(dual_attention_layers=(0, 1), pos_embed_max_size=48),
     "sd3.5-large": model_config(heads=2, head_dim=24, num_layers=4),
-    # Two that the library was not written for.
+    # Two that are unlike any published model.
     "three-heads-of-8": model_config(
         heads=3, head_dim=8, num_layers=2, dual_attention_layers=(1,), in_channels=5, out_channels=7
     ),
@@ -53,7 +53,7 @@ MODELS = {
 
 
 def random_transformer(config: SD3Config, seed: int = 0) -> SD3Transformer2DModel:
-    """Every parameter random (biases and norms too), activations near unit size: each weight shows in the output."""
+    """Every parameter random (biases and norms too), activations near unit size: each weight affects the output."""
     model = SD3Transformer2DModel(**config.to_diffusers()).eval()
     return randomize(model, torch.Generator().manual_seed(seed))
 
@@ -78,7 +78,7 @@ def tiny_model(seed: int = 0, **overrides) -> SD3Transformer2DModel:
 
 @dataclass
 class Case:
-    """A model and, made at first use, what is derived from it: diffusers' folder, checkpoints, engines, runners."""
+    """A model and what is derived from it on first use: diffusers' folder, checkpoints, engines, runners."""
 
     config: SD3Config
     root: Path
@@ -138,7 +138,7 @@ _folders = tempfile.TemporaryDirectory(prefix="mmdit-test-")  # removed when the
 
 @cache
 def case(name: str) -> Case:
-    """One of `MODELS`; everything derived from it is made once for all tests."""
+    """One of `MODELS`; everything derived from it is created once for all tests."""
     root = Path(_folders.name, name)
     root.mkdir()
     return Case(MODELS[name], root)
@@ -151,7 +151,7 @@ def diffusers_output(model: SD3Transformer2DModel, inputs: dict) -> torch.Tensor
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm."""
+    """Norm of the difference divided by the norm."""
     expected = expected.double()
     return ((found.double() - expected).norm() / expected.norm()).item()
 
@@ -171,7 +171,7 @@ def assert_same(weights: dict, reference: SD3Transformer2DModel, dtype: torch.dt
         assert torch.equal(weights[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
 
 
-# The original layout: name in a block, and diffusers' modules whose rows it joins.
+# The original layout: name in a block, and the diffusers modules whose rows it concatenates.
 STREAMS = {
     "x_block": {
         "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "attn.proj": ("attn.to_out.0",),
@@ -222,7 +222,7 @@ def original_layout(model: SD3Transformer2DModel, prefix: str = "model.diffusion
 
 
 def mpirun(ranks: int, *arguments, timeout: float) -> subprocess.CompletedProcess:
-    """`mpirun -n ranks python arguments`, in a process group of its own, ended with all it started on a timeout."""
+    """`mpirun -n ranks python arguments` in its own process group, which is killed on a timeout."""
     beside = Path(sys.executable).parent / "mpirun"
     command = [str(beside) if beside.exists() else "mpirun", "-n", str(ranks), sys.executable, *map(str, arguments)]
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]

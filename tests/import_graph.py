@@ -16,7 +16,7 @@ Graph = dict[str, set[str]]
 
 
 def files_of(root: Path) -> dict[str, Path]:
-    """Module name below `root` -> file; a package's own name stands for its `__init__.py`."""
+    """Module name below `root` -> file; a package's name is its `__init__.py`."""
     found = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -66,7 +66,7 @@ def part_graph(root: Path = LIBRARY) -> Graph:
 
 
 def cycles(graph: Graph) -> list[list[str]]:
-    """Groups of nodes that import one another, directly or through others."""
+    """Groups of nodes that import each other, directly or indirectly."""
 
     def reached(start: str) -> set[str]:
         seen, ahead = set(), list(graph[start])

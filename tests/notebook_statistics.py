@@ -1,4 +1,4 @@
-"""What the notebooks consist of, as a table: `python tests/notebook_statistics.py`."""
+"""Statistics of the notebooks as a table: `python tests/notebook_statistics.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Statistics(NamedTuple):
     median_lines: float
     largest_lines: int
     words_per_cell: float
-    """Of a words cell, on average."""
+    """Average per text cell."""
     pictures: int
     kilobytes: float
 
@@ -27,7 +27,7 @@ def notebooks() -> list[Path]:
 
 
 def lines(source: str) -> int:
-    """Lines of code: blank ones do not count."""
+    """Lines of code, without blank lines."""
     return sum(bool(line.strip()) for line in source.splitlines())
 
 

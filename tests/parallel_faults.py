@@ -1,4 +1,4 @@
-"""What test_parallel_faults.py runs on every rank: a team at work, in which rank 1 does something bad."""
+"""What test_parallel_faults.py runs on every rank: a team at work, in which rank 1 fails in some way."""
 
 import os
 import signal

@@ -15,7 +15,7 @@ WORLD = MPI.COMM_WORLD
 
 
 def parity(task: dict) -> list[float]:
-    """The relative error of every case against what diffusers makes of it; the worst rank's."""
+    """The relative error of every case against diffusers' output, of the worst rank."""
     runner = MMDiTRunner.from_engine(task["engine"], backend="pytorch", device="cpu", verify=False)
     cases = torch.load(task["cases"], weights_only=True)
     errors = [relative_error(runner.run(inputs), expected) for inputs, expected in cases]
@@ -23,7 +23,7 @@ def parity(task: dict) -> list[float]:
 
 
 def refuse(task: dict) -> list[str]:
-    """Every rank opens a folder of its own; what each of them raised."""
+    """Every rank opens its own folder; returns what each of them raised."""
     try:
         MMDiTRunner.from_engine(task["engines"][WORLD.rank], backend="pytorch", device="cpu", verify=False)
         said = "nothing"
@@ -42,7 +42,7 @@ def picture(task: dict) -> dict:
         encode_on_rank_0=True,
     )
     pipe.set_progress_bar_config(disable=True)
-    # Only rank 0's prompt and noise count: the others' are wrong on purpose.
+    # Only rank 0's prompt and noise are used: the others' are wrong on purpose.
     prompt = task["prompt"] if WORLD.rank == 0 else "nonsense"
     noise = {"generator": torch.Generator().manual_seed(WORLD.rank)}
     if task["by_latents"]:  # the same noise, drawn here
@@ -58,7 +58,7 @@ def picture(task: dict) -> dict:
 
 
 def again(task: dict) -> list[bool]:
-    """The end of a team, after which `join` starts anew."""
+    """The end of a team, after which `join` starts afresh."""
     parallel.leave()
     return [parallel.current() is None]
 

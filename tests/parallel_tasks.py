@@ -1,4 +1,4 @@
-"""What test_parallel_faults.py calls on ipyparallel's engines: it travels by name, so it is importable there."""
+"""What test_parallel_faults.py calls on ipyparallel's engines: it is sent by name, so it must be importable there."""
 
 
 def greet(text):

@@ -1,4 +1,4 @@
-"""Which backend runs, where, and from what: moved folders, no TensorRT, no GPU, a checkpoint that changed."""
+"""Which backend runs, where and from what: moved folders, no TensorRT, no GPU, a changed checkpoint."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ def case() -> helpers.Case:
 
 @pytest.fixture
 def moved(case, tmp_path) -> Path:
-    """Engine folder and checkpoint, side by side, somewhere else."""
+    """Engine folder and checkpoint, moved side by side to another place."""
     shutil.copytree(case.checkpoint(), tmp_path / "elsewhere" / "checkpoint-float32")
     shutil.copytree(case.engine(), tmp_path / "elsewhere" / "engine")
     return tmp_path / "elsewhere"
@@ -97,6 +97,7 @@ assert not {name.split(".")[0] for name in sys.modules} & set(BLOCKED)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "blocked", ["tensorrt,tensorrt_rtx,tensorrt_bindings", "tensorrt,tensorrt_rtx,diffusers,transformers,matplotlib"]
 )
@@ -117,14 +118,14 @@ def test_a_moved_folder_runs_where_there_is_no_tensorrt(case, moved, tmp_path, b
     assert run.returncode == 0, run.stderr
     if "diffusers" not in blocked:
         assert "no TensorRT is installed" in run.stdout
-    # Another process may lay out its memory otherwise and pick other kernels: float32 rounding, as in test_network.
+    # Another process may have a different memory layout and pick other kernels: float32 rounding, as in test_network.
     assert helpers.relative_error(load_file(tmp_path / "out.safetensors")["output"], case.runner().run(inputs)) <= 5e-6
 
 
 def test_checkpoint_elsewhere(case, moved, tmp_path):
     os.rename(moved / "checkpoint-float32", tmp_path / "renamed")
     with pytest.raises(
-        ValueError, match=r"'checkpoint-float32', which is not at .*; name its place with --checkpoint_dir"
+        ValueError, match=r"'checkpoint-float32', which is not at .*; give its path with --checkpoint_dir"
     ):
         MMDiTRunner.from_engine(moved / "engine", backend="pytorch")
     runner = MMDiTRunner.from_engine(
@@ -157,7 +158,7 @@ def test_only_this_ranks_file_is_verified(case, moved, monkeypatch):
     for tp_rank in (1, None):
         with pytest.raises(ValueError, match=r"rank1\.safetensors has changed: its sha256 is "):
             folder.open_checkpoint(tp_rank=tp_rank)
-    monkeypatch.setattr("mmdit_lib.files.records.sha256_of", None)  # nothing is read through
+    monkeypatch.setattr("mmdit_lib.files.records.sha256_of", None)  # no checksum is computed
     folder.open_checkpoint(verify=False)
     folder.graph(0, verify=False)
 
@@ -191,7 +192,7 @@ def test_graph_only_folder(case, tmp_path):
 
 
 def test_weights_stay_mapped_from_disk(case):
-    """The pytorch backend holds no copy of a weight on the CPU, save the crop of the position table."""
+    """On the CPU the pytorch backend copies no weight except the crop of the position table."""
     weights = case.runner().folder.open_checkpoint().weights()
     module = PyTorchBackend(case.runner().backend.graph, weights).module
     addresses = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}

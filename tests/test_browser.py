@@ -1,4 +1,4 @@
-"""A reader opens `04-generate` in JupyterLab and runs all of it: a real server, a real page, headless Chromium."""
+"""Run all of `04-generate` in JupyterLab as a reader would: a real server and headless Chromium."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPTIONS = [
 ]
 SECONDS = 420
 SETTINGS = {
-    # Every cell stays in the page, so that the page can be searched; no news from outside.
+    # Every cell stays in the page, so that the page can be searched; no news feed.
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
@@ -97,7 +97,7 @@ def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
 
 
 def results() -> Path:
-    """Where screenshots go; the folder ignores itself."""
+    """The folder for screenshots, ignored by git."""
     folder = ROOT / "test-results"
     folder.mkdir(exist_ok=True)
     (folder / ".gitignore").write_text("*\n")
@@ -126,14 +126,14 @@ def test_run_all_paints_the_pictures(lab, tmp_path):
 
 
 def run_all(page) -> None:
-    """The menu, once the kernel is there: before that JupyterLab would ask which kernel to start."""
+    """The menu, once the kernel is running; earlier, JupyterLab would ask which kernel to start."""
     page.get_by_text("| Idle").wait_for(timeout=90_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
 
 def wait_until_done(page, cells: int) -> None:
-    """Until every code cell has its number, or one shows an error."""
+    """Wait until every code cell has its number, or one shows an error."""
     deadline = time.monotonic() + SECONDS
     done: list[str] = []
     while time.monotonic() < deadline:
@@ -148,7 +148,7 @@ def wait_until_done(page, cells: int) -> None:
 
 
 def look_at(page) -> None:
-    """No error output, nothing on stderr but progress bars, and every picture loaded and drawn at some size."""
+    """No error output, nothing on stderr but progress bars, and every image loaded with a non-zero size."""
     assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     pictures = page.locator(".jp-OutputArea-output img")
     sizes = [picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") for picture in pictures.all()]

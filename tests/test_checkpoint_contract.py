@@ -1,4 +1,4 @@
-"""What a checkpoint holds, against TensorRT-LLM's contract and diffusers' own model. No weights: shapes only."""
+"""The contents of a checkpoint, against TensorRT-LLM's contract and diffusers' model. Shapes only, no weights."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_modules_have_diffusers_paths():
 
 
 def upstream_parts(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
-    """The contract's table, row by row, apart from the library's plan."""
+    """The contract's table, row by row, independent of the library's tables."""
     module, kind = name.rsplit(".", 1)
     last = module.split(".")[-1]
     column = last in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "linear_1", "context_embedder")
@@ -71,7 +71,7 @@ def upstream_parts(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...
 
 
 def megatron_parts(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
-    """Attention as upstream, the MLP column then row, all else whole."""
+    """Attention as upstream, the MLP colwise then rowwise, everything else replicated."""
     if ".ff" in name and ".net.1." in name:
         return (shape[0], shape[1] // tp) if name.endswith("weight") else shape
     if ".attn" in name or ".net.0." in name:

@@ -1,4 +1,4 @@
-"""The `mmdit` command as a user meets it: what it prints, its exit code, and one line for every mistake."""
+"""The `mmdit` command as a user sees it: its output, its exit code, and a one-line message for every mistake."""
 
 import sys
 
@@ -22,7 +22,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def mmdit(work, monkeypatch, capsys):
-    """Run the command in `work`: (exit code, what it printed, what it said on stderr)."""
+    """Run the command in `work`: (exit code, stdout, stderr)."""
     monkeypatch.chdir(work)
     monkeypatch.setenv("COLUMNS", "80")
 
@@ -53,7 +53,7 @@ def test_parity_says_so_and_plots(mmdit, work):
 def test_parity_of_another_model_ends_with_1(mmdit, tmp_path):
     helpers.random_transformer(helpers.MODELS["sd3-medium"]).save_pretrained(tmp_path)
     code, _, err = mmdit("parity", "--model_path", tmp_path)
-    assert code == 1 and "do not belong together" in err and err.count("\n") <= 1
+    assert code == 1 and "do not match" in err and err.count("\n") <= 1
 
 
 def test_bench_beside_diffusers_in_half_precision(mmdit):
@@ -72,22 +72,22 @@ def test_inspect_knows_the_default_folder(mmdit):
 def test_generate_writes_a_picture(mmdit, work):
     steps = ["--num_inference_steps", "1", "--resolution", "64"]
     code, out, _ = mmdit("generate", "a red circle", *steps, "--output", "p.png")
-    assert code == 0 and "picture: p.png" in out
+    assert code == 0 and "image: p.png" in out
     assert Image.open(work / "p.png").size == (64, 64)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "x", "--output", "nowhere/p.png"], "there is no folder nowhere"),
+        (["generate", "x", "--output", "nowhere/p.png"], "folder nowhere does not exist"),
         (["generate", "x", "--output", "picture"], "such as picture.png"),
         (["generate", "x", "--num_inference_steps", "0"], "num_inference_steps 0: give 1 or more"),
         (["generate", "x", "--resolution", "512"], "outside the engine's 32 to 192 pixels"),
         (["generate", "x", "--engine_dir", "missing"], "missing is not an engine folder"),
         (["generate", "x", "--engine_dir", "two_ranks"], "start it with mpirun -n 2"),
         (["generate", "x", "--model_path", "no/such"], "no/such"),
-        (["generate", "x", "--backend", "tensorrt"], "holds no plan"),
-        (["parity", "--model_path", "tiny", "--plot", "no/e.png"], "there is no folder no"),
+        (["generate", "x", "--backend", "tensorrt"], "contains no plan"),
+        (["parity", "--model_path", "tiny", "--plot", "no/e.png"], "folder no does not exist"),
         (["parity", "--model_path", "missing"], "missing"),
         (["bench", "--engine_dir", "two_ranks"], "start it with mpirun -n 2"),
         (["inspect", "missing"], "missing"),

@@ -86,7 +86,7 @@ def test_shards_and_variants_are_not_mixed(model, folder, tmp_path, variant):
     assert len(list(source.glob("*-of-*"))) > 2
     checkpoint = quiet(source.parent, tmp_path / "out", variant=variant)
     assert_same(checkpoint.weights(), model)
-    # How the source is cut into files leaves no trace in the rank files.
+    # How the source is split into files does not affect the rank files.
     assert checkpoint.files == quiet(folder, tmp_path / "single").files
 
 
@@ -110,7 +110,7 @@ def test_original_single_file(tmp_path, values, prefix):
 
 
 def test_original_file_is_what_diffusers_loads(model, folder, tmp_path):
-    """The file that the test above makes is the published layout: diffusers' own loader takes it."""
+    """The file written by the test above has the published layout: diffusers' loader accepts it."""
     path = tmp_path / "sd3.5_tiny.safetensors"
     save_file(original_layout(model), path)
     loaded = SD3Transformer2DModel.from_single_file(path, config=str(folder), local_files_only=True)
@@ -133,6 +133,7 @@ def test_ranks_side_by_side_are_the_whole(model, folder, tmp_path, layout, tp):
     assert_same(whole, model)
 
 
+@pytest.mark.slow
 def test_hub_id_from_the_local_cache(model, folder, tmp_path):
     """As after an earlier download: the cache's layout on disk, no network."""
     repository = tmp_path / "hub" / "models--someone--sd3-tiny"
@@ -178,8 +179,9 @@ def test_only_the_transformer_is_fetched(folder, tmp_path, monkeypatch):
     assert list(fetched) == published
 
 
+@pytest.mark.slow
 def test_memory_stays_below_two_of_the_largest_tensor(tmp_path):
-    """The checkpoint is more than 20 times its largest tensor; two of those (25 MB) and a little are in memory."""
+    """The checkpoint is more than 20 times its largest tensor; memory grows by about two of those (25 MB)."""
     code = """
 import sys, torch
 from mmdit_lib.checkpoint import convert

@@ -1,4 +1,4 @@
-"""Bad input: one line that names the fault, and nothing left behind."""
+"""Invalid input: a one-line message that names the fault, and no output left behind."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def source(good, tmp_path) -> Path:
 
 
 def refused(source, *words: str, output: Path | None = None, **options) -> None:
-    """Converting must raise one line with all `words`, and leave the place of the output as it was."""
+    """Converting must raise one line with all `words`, and leave the output folder as it was."""
     output = output or Path(source).parent / "place" / "out"
     before = sorted(output.parent.iterdir()) if output.parent.exists() else []
     with pytest.raises(ValueError) as error:
@@ -151,7 +151,7 @@ def test_float16_overflow(source):
     )
     quiet(source, source.parent / "wide", dtype="bfloat16")
     edit(source, lambda t: t["transformer_blocks.2.attn.to_v.weight"][3].fill_(float("nan")))
-    refused(source, "'transformer_blocks.2.attn.to_v.weight' holds values that are not finite", dtype="bfloat16")
+    refused(source, "'transformer_blocks.2.attn.to_v.weight' contains values that are not finite", dtype="bfloat16")
 
 
 def test_unconvertible_dtype(source):
@@ -165,15 +165,15 @@ def test_shards(good, tmp_path):
     shard = sorted(source.glob("*-of-*"))[1]
     shutil.copy(sorted(source.glob("*-of-*"))[0], tmp_path / "first")
     shard.rename(tmp_path / "kept")
-    refused(source, shard.name, "is not there")
+    refused(source, shard.name, "does not exist")
     shutil.copy(tmp_path / "first", shard)
     refused(source, "is in both", shard.name)
 
 
 def test_variants_are_named(source):
-    refused(source, "diffusion_pytorch_model.fp16.safetensors", "variants there: none", variant="fp16")
+    refused(source, "diffusion_pytorch_model.fp16.safetensors", "variants found: none", variant="fp16")
     (source / WEIGHTS).rename(source / "diffusion_pytorch_model.fp16.safetensors")
-    refused(source, "variants there: fp16")
+    refused(source, "variants found: fp16")
 
 
 def test_places_that_hold_no_model(source, tmp_path, monkeypatch):
@@ -184,11 +184,11 @@ def test_places_that_hold_no_model(source, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no route\nto host"))
     )
-    refused("someone/sd3", "someone/sd3", "cannot be fetched", "no route", output=tmp_path / "place" / "out")
+    refused("someone/sd3", "someone/sd3", "cannot be downloaded", "no route", output=tmp_path / "place" / "out")
 
 
 def test_refused_before_the_weights_are_fetched(good, tmp_path, monkeypatch):
-    """A hub id costs its config alone where tp does not fit, and nothing where the output does not."""
+    """Only a hub id's config is downloaded if tp_size is invalid, and nothing if the output folder is."""
     hub, fetched = tmp_path / "hub" / "commit", []
     (hub / "transformer").mkdir(parents=True)
     shutil.copy(good / "config.json", hub / "transformer")
@@ -204,7 +204,7 @@ def test_refused_before_the_weights_are_fetched(good, tmp_path, monkeypatch):
     fetched.clear()
     place.mkdir(parents=True)
     (place / "thesis.txt").write_text("years of work")
-    refused("someone/sd3", "holds something other than a checkpoint", output=place)
+    refused("someone/sd3", "contains something other than a checkpoint", output=place)
     assert fetched == []
 
 
@@ -238,23 +238,23 @@ def test_nothing_foreign_is_overwritten(source, tmp_path):
     place = tmp_path / "place"
     (place / "out").mkdir(parents=True)
     (place / "out" / "thesis.txt").write_text("years of work")
-    refused(source, "holds something other than a checkpoint")
+    refused(source, "contains something other than a checkpoint")
     (place / "file").write_text("")
     refused(source, "is a file", output=place / "file")
     (place / "out" / "thesis.txt").unlink()
-    quiet(source, place / "out")  # empty folders are welcome
+    quiet(source, place / "out")  # empty folders are allowed
     (place / "out" / "thesis.txt").write_text("years of work")
-    refused(source, "holds something other than a checkpoint")
+    refused(source, "contains something other than a checkpoint")
 
 
 def test_a_checkpoint_is_known_by_its_config(source, tmp_path):
-    """Two files of the right names are not enough to be replaced."""
+    """A folder is not replaced merely because it has two files with the right names."""
     output = tmp_path / "place" / "out"
     output.mkdir(parents=True)
     (output / "rank0.safetensors").write_text("another program's")
     for text in ('{"model": "mine"}', "[]", "{"):
         (output / "config.json").write_text(text)
-        refused(source, "holds something other than a checkpoint", output=output)
+        refused(source, "contains something other than a checkpoint", output=output)
     assert (output / "rank0.safetensors").read_text() == "another program's"
 
 
@@ -264,7 +264,7 @@ def test_places_where_no_folder_can_be_made(source, tmp_path, monkeypatch):
         with pytest.raises(ValueError) as error:
             convert(str(source), str(output), progress=False)
         assert str(error.value) == f"{tmp_path / 'file'} exists and is a file; give the name of a folder"
-    # Root may write anywhere, so ask as someone else would.
+    # Root may write anywhere, so act as another user.
     monkeypatch.setattr(atomic.os, "access", lambda path, mode: Path(path) != tmp_path)
     refused(source, f"no permission to write in {tmp_path}", output=tmp_path / "place" / "out")
     assert not (tmp_path / "place").exists()
@@ -294,7 +294,7 @@ def test_full_disk(good, tmp_path, monkeypatch):
         pytest.skip("mounting a small tmpfs needs privileges")
     try:
         refused(good, "disk full", "are needed", "are free", output=disk / "out")
-        # Found out only while writing, as when another process fills the disk:
+        # Detected only while writing, as when another process fills the disk:
         monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
         refused(good, "disk full", "no room for out", output=disk / "out")
         assert list(disk.iterdir()) == []
@@ -330,6 +330,7 @@ def killed(source: Path, output: Path, where: str) -> None:
     assert run.returncode == -signal.SIGKILL, run.stderr
 
 
+@pytest.mark.slow
 def test_kill_9(source, tmp_path):
     output = tmp_path / "place" / "out"
     killed(source, output, "writing")
@@ -338,17 +339,17 @@ def test_kill_9(source, tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
         Checkpoint.open(partial)
     first = quiet(source, output)
-    assert os.listdir(output.parent) == ["out"]  # what the dead process left is gone too
+    assert os.listdir(output.parent) == ["out"]  # the dead process's files are gone too
 
     edit(source, lambda t: t["proj_out.weight"].fill_(1.0))
     killed(source, output, "writing")
     assert Checkpoint.open(output, verify=True).files == first.files
-    killed(source, output, "renaming")  # between the two renames: the older checkpoint has stepped aside
+    killed(source, output, "renaming")  # between the two renames, after the older checkpoint was moved aside
     assert not output.exists()
     edit(source, lambda t: t["proj_out.weight"].fill_(1e6))
     with pytest.raises(ValueError, match=r"reaches 1e\+06"):
         convert(str(source), str(output), dtype="float16", progress=False)
-    assert Checkpoint.open(output, verify=True).files == first.files  # and is put back by the next run
+    assert Checkpoint.open(output, verify=True).files == first.files  # and the next run restores it
     second = quiet(source, output)
     assert second.files != first.files and os.listdir(output.parent) == ["out"]
 

@@ -1,4 +1,4 @@
-"""`mmdit doctor` tells what is here and what is missing, and never fails over it."""
+"""`mmdit doctor` shows what is installed and what is missing, and does not fail if something is."""
 
 import importlib.util
 import io

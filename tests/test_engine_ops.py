@@ -1,4 +1,4 @@
-"""Every operator of the pytorch backend against a second statement of it, in NumPy's float64.
+"""Every operator of the pytorch backend against a second implementation in NumPy float64.
 
 One list of cases: operator, inputs, attributes, the statement. float32 results may differ from it by a
 few units in the last place (eps 1.2e-7) times the length of the sums; float16 (9.8e-4) and bfloat16
@@ -23,7 +23,7 @@ DTYPES = {name: getattr(torch, name) for name in TOLERANCE}
 class OpCase:
     op: str
     shapes: tuple
-    """Of the inputs; () stands for a tuple that is passed as it is (`fixed`)."""
+    """Shapes of the inputs; () is a tuple that is passed unchanged (`fixed`)."""
     expected: Any
     attributes: dict = field(default_factory=dict)
     fixed: tuple = ()

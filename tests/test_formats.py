@@ -1,4 +1,4 @@
-"""Folders written by an earlier version (f36e368) still open, and give what they gave then."""
+"""Folders written by an earlier version (f36e368) still open and give the same results."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `mmdit inspect` says of engine folders and checkpoints."""
+"""What `mmdit inspect` shows for engine folders and checkpoints."""
 
 import io
 import math
@@ -82,7 +82,7 @@ def test_other_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="neither an engine folder nor a checkpoint folder"):
         inspect(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a checkpoint's config"):
+    with pytest.raises(ValueError, match="not the config of a checkpoint"):
         inspect(tmp_path)
 
 

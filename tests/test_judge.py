@@ -23,6 +23,7 @@ def stated(scores) -> list[float]:
     return [scores.colour, scores.shape, scores.position, scores.size, scores.background, scores.count]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height, width", [(96, 96), (128, 128), (96, 192), (192, 96), (144, 112), (192, 192)])
 def test_right_on_clean_pictures(height, width):
     asked = prompts(60)
@@ -39,7 +40,7 @@ def test_right_on_blurred_noisy_pictures():
 
 
 def test_wrong_pictures_score_low():
-    """Pictures of other scenes match only by chance."""
+    """Images of other scenes match only by chance."""
     asked = prompts(60)
     seen = [look(picture_of(p.scene)) for p in asked[1:] + asked[:1]]
     scores = score(asked, seen)

@@ -1,4 +1,4 @@
-"""Which rank does what, and layouts that cannot be."""
+"""The ranks and groups of layouts, and invalid layouts."""
 
 import pytest
 from helpers import model_config
@@ -81,7 +81,7 @@ def test_illegal_layouts(values):
 def test_a_validators_sentence_stands_as_it_is():
     with pytest.raises(ValueError) as error:
         RankMapping.parse(dict(layout=Layout(tp_size=2), rank=2), "layout")
-    assert str(error.value) == "layout: rank 2 does not exist in a world of 2"
+    assert str(error.value) == "layout: rank 2 is out of range for world_size=2"
 
 
 @pytest.mark.parametrize("text", [0, "0", "0x512", "512x0", "-512", "", "x", "1x2x3", "512.0", "²"])

@@ -27,6 +27,11 @@ TOKENS = (154, 333, 589)
 SIZES = list(zip(SHAPES, BATCHES, TOKENS, strict=True))
 """Every shape, batch and length once; the output is checked for all 27."""
 
+each_model = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "sd3.5-medium" else []) for name in MODELS]
+)
+"""`make quick` runs one of them."""
+
 
 def test_the_cases_are_the_published_flags():
     for name, known in zip(("sd3-medium", "sd3.5-medium", "sd3.5-large"), KNOWN_MODELS.values(), strict=True):
@@ -37,10 +42,10 @@ def test_the_cases_are_the_published_flags():
             known.in_channels,
         )
         assert bool(small.dual_attention_layers) == bool(known.dual_attention_layers)
-        assert small.num_layers - 1 not in small.dual_attention_layers  # as there
+        assert small.num_layers - 1 not in small.dual_attention_layers  # as in the published model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@each_model
 def test_float32_output(name):
     c = case(name)
     errors = {}
@@ -51,7 +56,7 @@ def test_float32_output(name):
 
 
 @pytest.mark.parametrize(("patches", "batch", "tokens"), SIZES)
-@pytest.mark.parametrize("name", MODELS)
+@each_model
 def test_float32_every_module(name, patches, batch, tokens):
     c = case(name)
     table = compare(
@@ -61,7 +66,7 @@ def test_float32_every_module(name, patches, batch, tokens):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", MODELS)
+@each_model
 def test_half_precision_is_no_further_from_float32_than_diffusers(name, dtype):
     c = case(name)
     ours, theirs = [], []
@@ -77,7 +82,7 @@ def test_half_precision_is_no_further_from_float32_than_diffusers(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", MODELS)
+@each_model
 def test_tensorrt_builds_the_plan(name, dtype):
     folder = case(name).runner(dtype).folder
     weights = sum(t.numel() * t.element_size() for t in folder.open_checkpoint().weights().values())
@@ -85,9 +90,9 @@ def test_tensorrt_builds_the_plan(name, dtype):
     assert folder.tensorrt and folder.dtype == dtype
 
 
-@pytest.mark.parametrize("name", MODELS)
+@each_model
 def test_output_depends_on_every_input_and_weight(name):
-    """Or the numbers above would prove nothing: with each tensor in turn disturbed, the output moves."""
+    """Otherwise the errors above would prove nothing: perturbing any one tensor changes the output."""
     c = case(name)
     inputs = c.inputs(patches=(2, 3), batch=1, tokens=77)
     inputs |= {"timestep": torch.tensor([417.25])}
@@ -104,7 +109,7 @@ def test_output_depends_on_every_input_and_weight(name):
         # (joint attention: the text's) or a norm follows.
         if weight.endswith("attn2.to_k.bias") and c.config.qk_norm is None:
             continue
-        # The last block only reads the text, so nobody asks what its queries find.
+        # The last block only attends to the text, so the result of the text's queries is not used.
         if weight.startswith(f"{last}.attn.") and ("add_q_proj" in weight or "norm_added_q" in weight):
             continue
         original = getattr(module, buffer)
@@ -118,7 +123,7 @@ def test_output_depends_on_every_input_and_weight(name):
 def test_timestep_with_stride_0_and_fractions():
     c = case("sd3.5-medium")
     inputs = c.inputs(batch=3)
-    expanded = torch.tensor(999.4375).expand(3)  # as diffusers' pipelines hand it over
+    expanded = torch.tensor(999.4375).expand(3)  # as diffusers' pipelines pass it
     assert expanded.stride() == (0,)
     one = c.runner().run(inputs | {"timestep": expanded})
     assert torch.equal(one, c.runner().run(inputs | {"timestep": expanded.contiguous()}))
@@ -128,7 +133,7 @@ def test_timestep_with_stride_0_and_fractions():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_timestep_is_not_rounded_to_half_precision(dtype):
-    """Near 1000 float16 steps by 0.5 and bfloat16 by 4: these two are one there."""
+    """Near 1000, float16 has steps of 0.5 and bfloat16 of 4: these two timesteps would be equal."""
     a, b = torch.tensor([998.1]), torch.tensor([998.2])
     assert torch.equal(a.to(getattr(torch, dtype)), b.to(getattr(torch, dtype)))
     c = case("sd3.5-medium")

@@ -55,11 +55,11 @@ def test_is_executed_in_order_without_errors(path):
     for cell in code:
         for output in cell.outputs:
             assert output.output_type != "error", f"{output.ename}: {output.evalue}"
-            assert output.get("name") != "stderr", f"something spoke on stderr: {output.text[:200]}"
+            assert output.get("name") != "stderr", f"there is output on stderr: {output.text[:200]}"
 
 
 @each_notebook
-def test_is_small_and_tells_nothing_of_the_machine(path):
+def test_is_small_and_says_nothing_about_the_machine(path):
     assert path.stat().st_size < 1000 * KILOBYTES
     text = path.read_text()
     found = re.findall(r"(?<![\w./:-])/(?:home|root|work|tmp|usr|opt|var|Users|mnt|data)/[\w./-]*", text)
@@ -85,7 +85,7 @@ def test_begins_and_ends_as_all_do(path):
     number = path.stem[:2]
     assert first.cell_type == "markdown" and first.source.startswith(f"# {number}")
     assert "**At the end you will have**" in first.source and "**It takes**" in first.source
-    assert "__version__" in cells(path, "code")[0].source, "the first code cell tells the versions"
+    assert "__version__" in cells(path, "code")[0].source, "the first code cell prints the versions"
     words = [cell.source for cell in cells(path, "markdown")]
     takeaways = [text for text in words if text.startswith("## Takeaways")]
     assert len(takeaways) == 1 and "../mmdit_lib/" in takeaways[0], "takeaways link to the files that were read"

@@ -1,4 +1,4 @@
-"""A rank that raises, is killed, or never comes: all ranks stop, the reason is shown, nothing stays behind."""
+"""A rank that raises, is killed or never starts: all ranks stop, the reason is shown, no process is left behind."""
 
 import sys
 import time
@@ -16,6 +16,7 @@ pytest.importorskip("mpi4py")
 from helpers import TESTS, mpirun
 from parallel_tasks import fail, greet, join_twice
 
+pytestmark = pytest.mark.slow
 LIMIT = 30
 
 
@@ -27,7 +28,7 @@ def engine(tmp_path_factory) -> Path:
 
 
 def processes(word: str) -> list[psutil.Process]:
-    """Those with `word` in their arguments or in their IPYTHONDIR, but not this one."""
+    """Processes with `word` in their arguments or in their IPYTHONDIR, except this one."""
     found = []
     for process in psutil.process_iter():
         try:

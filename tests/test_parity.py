@@ -1,4 +1,4 @@
-"""`compare_layers` sees every module of diffusers, says ok where it is, and points at the culprit where not."""
+"""`compare_layers` covers every module of diffusers, reports ok if it is, and otherwise names the first wrong one."""
 
 import io
 from dataclasses import replace
@@ -40,7 +40,7 @@ def table(case) -> pd.DataFrame:
 
 
 def test_the_reference_is_found_in_all_that_convert_takes(case, tmp_path):
-    """A folder, its shards by their index, and single files of both layouts, with and without a config beside them."""
+    """A folder, its shards by their index, and single files of both layouts, with and without a config next to them."""
     case.reference.save_pretrained(tmp_path / "shards", max_shard_size="100KB", variant="half")
     save_file(case.reference.state_dict(), tmp_path / "alone.safetensors")
     save_file(original_layout(case.reference), tmp_path / "original.safetensors")
@@ -73,7 +73,7 @@ def test_no_pickle_is_loaded(case, tmp_path):
 def text_of(renderable, width: int = 160) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(renderable)
-    return " ".join(console.export_text().split())  # however it is wrapped
+    return " ".join(console.export_text().split())  # independent of line wrapping
 
 
 def test_every_module_that_calculates_is_there(table, case):
@@ -174,11 +174,11 @@ def test_tolerance_is_that_of_the_coarser_dtype(case):
 
 
 def test_other_models_and_sizes_are_refused(case):
-    with pytest.raises(ValueError, match="do not belong together: num_layers 4 and 3; attention_head_dim 24 and 16"):
+    with pytest.raises(ValueError, match="do not match: num_layers 4 and 3; attention_head_dim 24 and 16"):
         compare_layers(helpers.case("sd3.5-large").transformer, case.engine(), device="cpu")
     with pytest.raises(ValueError, match="resolution 100x100: height and width must be multiples of 16 pixels"):
         compare_layers(case.transformer, case.engine(), resolution=100, device="cpu")
-    with pytest.raises(ValueError, match="9 lies outside the engine's 1 to 3"):
+    with pytest.raises(ValueError, match="9 is outside the engine's 1 to 3"):
         compare_layers(case.transformer, case.engine(), batch=9, device="cpu")
 
 
@@ -187,7 +187,7 @@ LAYOUT = Layout(tp_size=2, cp_size=3, cfg_size=2)
 
 @pytest.mark.parametrize("rank", range(12))
 def test_align_takes_the_part_that_a_rank_holds(rank):
-    """Said again in NumPy: cfg cuts the batch, cp the tokens (10 in parts of 4), tp the features or heads."""
+    """The same in NumPy: cfg splits the batch, cp the tokens (10 in parts of 4), tp the features or heads."""
     mapping = LAYOUT.at(rank)
     rng = np.random.default_rng(0)
     tokens = slice(4 * mapping.cp_rank, 4 * mapping.cp_rank + 4)

@@ -1,4 +1,4 @@
-"""The runner in diffusers' pipelines, and what it refuses."""
+"""The runner in diffusers' pipelines, and its errors."""
 
 import shutil
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_img2img(pipes):
 
 def test_inpainting(pipes):
     mask = Image.fromarray(np.pad(np.full((64, 64), 255, np.uint8), 32))
-    size = dict(height=128, width=128)  # its own default is the model's, 128 latents
+    size = dict(height=128, width=128)  # its default is the model's, 128 latent pixels
     assert (
         grey_levels(pipes(StableDiffusion3InpaintPipeline), image=picture(2), mask_image=mask, strength=0.8, **size)
         <= 1
@@ -102,7 +102,7 @@ def test_inpainting(pipes):
 
 
 def test_without_t5(model, engine):
-    """diffusers puts zeros where T5's part of the text would be."""
+    """diffusers replaces T5's part of the text with zeros."""
     theirs = _quiet(StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None))
     ours = StableDiffusion3Pipeline(**theirs.components)
     ours = install(_quiet(ours), MMDiTRunner.from_engine(engine, backend="pytorch", device="cpu"))
@@ -110,7 +110,7 @@ def test_without_t5(model, engine):
 
 
 def test_the_pictures_can_differ(pipes, engine):
-    """The comparison above would see a wrong transformer."""
+    """The comparison above detects a wrong transformer."""
     theirs, ours = pipes(StableDiffusion3Pipeline)
     runner = ours.transformer
     weights = dict(runner.folder.open_checkpoint().weights())
@@ -139,7 +139,7 @@ def test_no_pickle_is_loaded(model, engine, tmp_path):
         load_pipeline(tmp_path / "pickled", engine, device="cpu")
 
 
-# The runner by itself -----------------------------------------------------------------------------
+# The runner on its own -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -200,13 +200,13 @@ def test_harmless_arguments(case):
     [
         (
             dict(batch=4),
-            r"batch 4 lies outside the engine's 1 to 3 \(guidance doubles the images\); build with --max_batch_size 4",
+            r"batch 4 is outside the engine's 1 to 3 \(guidance doubles the batch\); build with --max_batch_size 4",
         ),
-        (dict(batch=0), "batch 0 lies outside"),
-        (dict(tokens=76), "76 text tokens lie outside the engine's 77 to 589"),
-        (dict(tokens=590), "590 text tokens lie outside the engine's 77 to 589"),
-        (dict(patches=(1, 8)), "height 16 lies outside the engine's 32 to 320 pixels"),
-        (dict(patches=(8, 21)), "width 336 lies outside the engine's 32 to 320 pixels"),
+        (dict(batch=0), "batch 0 is outside"),
+        (dict(tokens=76), "76 text tokens are outside the engine's 77 to 589"),
+        (dict(tokens=590), "590 text tokens are outside the engine's 77 to 589"),
+        (dict(patches=(1, 8)), "height 16 is outside the engine's 32 to 320 pixels"),
+        (dict(patches=(8, 21)), "width 336 is outside the engine's 32 to 320 pixels"),
     ],
 )
 def test_outside_the_profile(case, sizes, words):
@@ -238,7 +238,7 @@ def test_wrong_shapes(case, name, shape, words):
 def test_inputs_that_are_not_finite(case, name, value):
     inputs = case.inputs()
     inputs[name].view(-1)[-1] = value
-    with pytest.raises(ValueError, match=f"{name}.* holds? NaN or infinity"):
+    with pytest.raises(ValueError, match=f"{name}.* contains? NaN or infinity"):
         case.runner().run(inputs)
 
 
@@ -265,5 +265,5 @@ def test_output_that_is_not_finite_in_float32(case):
     runner = case.runner()
     weights = dict(runner.folder.open_checkpoint().weights())
     weights["proj_out.bias"] = weights["proj_out.bias"] * float("nan")
-    with pytest.raises(ValueError, match=r"^output holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"^output contains NaN or infinity"):
         MMDiTRunner(runner.folder, PyTorchBackend(runner.backend.graph, weights), "changed").run(case.inputs())

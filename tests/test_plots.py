@@ -1,4 +1,4 @@
-"""The figures say what the data says: labels, numbers and colours are looked up in the drawn figure."""
+"""The figures match the data: labels, numbers and colors are read from the drawn figure."""
 
 import io
 
@@ -18,7 +18,7 @@ MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
 
 
 def texts(figure: Figure) -> str:
-    """All that is written in a figure; drawing it must raise no warning (a missing glyph, no room)."""
+    """All text in a figure; drawing it must not warn (of a missing glyph or lack of space)."""
     figure.savefig(io.BytesIO(), format="png", dpi=50)
     found = [
         t.get_text() for axes in figure.axes for t in (*axes.texts, axes.title, axes._left_title, axes.xaxis.label)
@@ -67,7 +67,7 @@ def test_many_blocks_get_few_ticks():
 
 @pytest.mark.parametrize(
     ("gap", "words"),
-    [(0, "equal in every pixel"), (1, "255 times\nat most 1 grey level of"), (5, "51 times\nat most 5 grey levels")],
+    [(0, "equal in every pixel"), (1, "255 times\nat most 1 gray level of"), (5, "51 times\nat most 5 gray levels")],
 )
 def test_images_side_by_side(gap, words):
     a = Image.new("RGB", (32, 24), (100, 100, 100))
@@ -84,7 +84,7 @@ def test_few_differing_pixels_are_enlarged_and_counted():
     b[0, 0] += 2
     b[64, 100, 2] += 1
     figure = plots.images_side_by_side([a, b], ["one", "other"])
-    assert "at most 2 grey levels of 255, in 2 pixels,\neach drawn as a square of 7 x 7" in texts(figure)
+    assert "at most 2 gray levels of 255, in 2 pixels,\neach drawn as a square of 7 x 7" in texts(figure)
     shown = figure.axes[2].images[0].get_array()
     assert (shown[:4, :4] == 254).all() and (shown > 0).any(-1).sum() == 4 * 4 + 7 * 7
     assert shown[61:68, 97:104].max(-1).min() == 127 and not shown[61:68, 97:104, :2].any()
@@ -120,7 +120,7 @@ def test_shard_map_refuses_and_knows_both_layouts():
     [
         (MEDIUM, 0, ["attn2", "with dual attention", "RMS norm", "1536 to 6144", "to_add_out"], ["only reads"]),
         (MEDIUM, 13, ["ff_context", "the next block"], ["attn2", "only reads"]),
-        (MEDIUM, 23, ["only reads the text", "norm_out"], ["attn2", "ff_context", "to_add_out"]),
+        (MEDIUM, 23, ["only attends to the text", "norm_out"], ["attn2", "ff_context", "to_add_out"]),
         (MODELS["sd3-medium"], 0, ["4 heads of 16"], ["RMS norm", "attn2"]),
     ],
 )
@@ -134,7 +134,7 @@ def test_bars_carry_numbers_and_ratios():
     said = texts(plots.time_bars({"diffusers": 101.2, "engine": 61.5}))
     assert "101 ms" in said and "61.5 ms, 1.65 times faster" in said and "101 ms," not in said
     said = texts(plots.traffic_bars({"megatron": 310e6, "trtllm": 775e6, "none": 0}))
-    assert "310 MB\n" in said and "775 MB, 2.5 times the least" in said
+    assert "310 MB\n" in said and "775 MB, 2.5 times the minimum" in said
     assert "2,610 MB" in texts(plots.traffic_bars({"trtllm": 2.6082e9}))
 
 

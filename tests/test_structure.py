@@ -51,7 +51,7 @@ def code_of(text: str) -> str:
 def test_no_fact_about_sd3_outside_its_package(part):
     files = [LIBRARY / f"{part}.py"] if (LIBRARY / f"{part}.py").is_file() else sorted((LIBRARY / part).rglob("*.py"))
     assert files
-    # The suffix by which any model's position table is recognised when random weights are drawn.
+    # The suffix by which any model's position table is recognized when random weights are drawn.
     text = "\n".join(code_of(file.read_text()).replace("'.pos_embed'", "") for file in files)
     assert set(re.findall(SD3_FACTS, text)) == set()
 

@@ -20,7 +20,7 @@ LAYERS, DUAL = 24, 13
 
 
 def contract(d: int, text: int, pooled: int, positions: int) -> MappingProxyType:
-    """Name -> (full shape, dimension cut by tensor parallelism), as TensorRT-LLM 1.2.1 writes SD3.5-medium.
+    """Name -> (full shape, dimension sharded by tensor parallelism), as TensorRT-LLM 1.2.1 writes SD3.5-medium.
 
     Written out from the contract's table; nothing here comes from `sd3/tensor_parallel.py` or `sd3/transformer.py`.
     """
@@ -98,7 +98,7 @@ def test_upstream_checkpoint_on_disk(tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["mapping"]["tp_size"] == 2 and config["mapping"]["world_size"] == 2
     assert config["architecture"] == "SD3Transformer2DModel"
-    # As upstream leaves it, without our key, it still reads as upstream's layout.
+    # As written by upstream, without our key, it is still read as upstream's layout.
     del config["mmdit_lib"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     assert Checkpoint.open(tmp_path / "out").layout.tp_layout == "trtllm"

@@ -44,6 +44,7 @@ def test_odd_prompts_give_a_picture(pipe, text):
     assert draw(pipe, [text], steps=2)[0].size == (128, 128)
 
 
+@pytest.mark.slow
 def test_a_broken_conversion_shows(tmp_path):
     """Swapping two weights of a converted checkpoint keeps all names and shapes, but the scores collapse."""
     checkpoint = convert(str(tiny.model_path()), str(tmp_path / "checkpoint"), dtype="float32", progress=False)

@@ -1,4 +1,4 @@
-"""The traffic table, against counts and bytes made by hand."""
+"""The traffic table, against counts and bytes calculated by hand."""
 
 import pytest
 
@@ -16,6 +16,7 @@ def totals(found) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, reduces, gathers",
     [
@@ -25,16 +26,17 @@ def totals(found) -> dict[str, int]:
     ],
 )
 def test_the_originals_collectives(model, reduces, gathers):
-    """Cut as TensorRT-LLM cuts it, the network has the collectives that TensorRT-LLM's had."""
+    """Sharded as in TensorRT-LLM, the network has the same collectives as TensorRT-LLM's."""
     found = count_traffic(KNOWN_MODELS[model], TWO_RANKS["tp 2 trtllm"], **SIZE)
     assert totals(found) == {"ALL_REDUCE": reduces, "ALL_GATHER": gathers}
 
 
+@pytest.mark.slow
 def test_bytes_of_sd35_medium():
     model = KNOWN_MODELS["stable-diffusion-3.5-medium"]
     image, text = 2 * 4096 * 1536 * 2, 2 * 333 * 1536 * 2  # bytes of a stream: batch, tokens, width, bf16
     found = count_traffic(model, TWO_RANKS["tp 2 megatron"], **SIZE)
-    # Attention, second attention and MLP of the image; attention and MLP of the text but in the last block.
+    # Attention, second attention and MLP of the image; attention and MLP of the text, except in the last block.
     assert found == {
         Collective("ALL_REDUCE", (0, 1), image): 24 + 13 + 24,
         Collective("ALL_REDUCE", (0, 1), text): 23 + 23,
@@ -65,10 +67,10 @@ def test_impossible_layouts_are_left_out():
 @pytest.mark.parametrize(
     "options, said",
     [
-        (dict(batch=1), "--batch 1 must be 2, 4 or another even number"),
-        (dict(batch=0), "--batch 0 must be 2, 4 or another even number"),
+        (dict(batch=1), "--batch 1 must be a positive even number"),
+        (dict(batch=0), "--batch 0 must be a positive even number"),
         (dict(text_tokens=0), "--text_tokens 0 must be 1 or more"),
-        (dict(resolution=Resolution.read(4096)), "the position table reaches 3072 pixels at most"),
+        (dict(resolution=Resolution.read(4096)), "the position table covers at most 3072 pixels"),
         (dict(resolution=Resolution.read(1000)), "must be multiples of 16 pixels"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The tiny model: how it is trained, what it is trained on, and how its pictures are judged.
+"""Training the tiny model, its training data, and scoring its images.
 
 Not part of the installed package; it runs from a checkout of the repository:
 
@@ -7,5 +7,5 @@ Not part of the installed package; it runs from a checkout of the repository:
     python -m training.gallery                    # draws a grid of example prompts
 
 Scenes (`scenes`) are described by captions (`captions`, `tokenizers`) and drawn as pictures (`render`); `data` makes
-the training set from them. `judge` recognises the scene in a picture, and `evaluation` compares it with the prompt.
+the training set from them. `judge` recognizes the scene in a picture, and `evaluation` compares it with the prompt.
 """

@@ -69,7 +69,7 @@ class Prompt:
     says_place: bool = True
     """Whether `text` gives the position; always true for two things."""
     says_background: bool = True
-    """Whether `text` gives the background colour."""
+    """Whether `text` gives the background color."""
 
 
 def caption(scene: Scene, rng: random.Random, complete: bool = False) -> Prompt:
@@ -153,6 +153,6 @@ def words() -> list[str]:
 
 
 def heldout_prompts(count: int = 256, seed: int = 1000) -> list[Prompt]:
-    """`count` complete prompts, each with at least one (size, colour, shape) that is absent from training."""
+    """`count` complete prompts, each with at least one (size, color, shape) that is absent from training."""
     rng = random.Random(seed)
     return [caption(draw_scene(rng, held_out=True), rng, complete=True) for _ in range(count)]

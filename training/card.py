@@ -1,4 +1,4 @@
-"""Write the model card beside the weights: `python -m training.card --training OUT --output_dir WEIGHTS ...`.
+"""Write the model card next to the weights: `python -m training.card --training OUT --output_dir WEIGHTS ...`.
 
 Its numbers come from what the training wrote (OUT/checkpoint/facts.json, OUT/scores.json), except the judge's accuracy,
 which is measured here.

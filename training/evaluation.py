@@ -26,7 +26,7 @@ STEPS = 28
 
 @dataclass(frozen=True)
 class Scores:
-    """What is right in the pictures.
+    """Prompt-following scores.
 
     `colour`, `shape`, `position` and `size` are fractions of the things whose prompt specifies them; `background` and
     `count` are fractions of the pictures.
@@ -136,7 +136,7 @@ def score(prompts: Iterable[Prompt], sightings: Iterable[Sighting], seconds: flo
 
 
 def judge(prompt: Prompt, sighting: Sighting) -> list[dict[str, bool]]:
-    """What is right about each thing of the prompt, for the most favourable matching with the things found."""
+    """What is right about each thing of the prompt, for the most favorable matching with the things found."""
     wanted = prompt.scene.things
     seen = list(sighting.things[: len(wanted) + 2]) + [None] * len(wanted)
     pairings = (_verdicts(prompt, pairing) for pairing in itertools.permutations(seen, len(wanted)))

@@ -1,7 +1,7 @@
-"""Recognise the scene in a picture from its pixels alone, without a neural network and without the prompt.
+"""Recognize the scene in a picture from its pixels alone, without a neural network and without the prompt.
 
-The background is the most frequent palette colour along the border. Pixels of other colours form connected components:
-each takes the most frequent palette colour of its interior, and the shape whose template, stretched to its bounding
+The background is the most frequent palette color along the border. Pixels of other colors form connected components:
+each takes the most frequent palette color of its interior, and the shape whose template, stretched to its bounding
 box, overlaps it best.
 """
 
@@ -17,9 +17,9 @@ from .render import DISTANCES
 from .scenes import CELLS, COLOURS, SHAPES, SMALL_BELOW
 
 PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
-FOREGROUND = 45.0  # RGB distance from the background; half the smallest distance between two palette colours
+FOREGROUND = 45.0  # RGB distance from the background; half the smallest distance between two palette colors
 LEAST_AREA = 0.008  # of the shorter side squared; the smallest shape covers 0.024
-LEAST_SHARE = 0.2  # of a component's interior: a second colour with this share is a second thing
+LEAST_SHARE = 0.2  # of a component's interior: a second color with this share is a second thing
 LEAST_FIT = 0.75  # intersection over union with the template; below it, the shape is None
 MOST_STRETCH = 1.3  # ratio of a bounding box's aspect ratio to the template's
 
@@ -33,15 +33,15 @@ class Found:
     colour: str
     size: str
     x: float
-    """Centre, as a fraction of the picture's width."""
+    """Center, as a fraction of the picture's width."""
     y: float
-    """Centre, as a fraction of the picture's height."""
+    """Center, as a fraction of the picture's height."""
     diameter: float
     """Longer side of the bounding box, as a fraction of the picture's shorter side."""
 
     @property
     def cell(self) -> str:
-        """The key of `CELLS` nearest to the centre."""
+        """The key of `CELLS` nearest to the center."""
         return min(CELLS, key=lambda name: (CELLS[name][0] - self.x) ** 2 + (CELLS[name][1] - self.y) ** 2)
 
 
@@ -99,9 +99,9 @@ def _erode(mask: np.ndarray) -> np.ndarray:
 
 
 def _split(component: np.ndarray, nearest: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """(mask, colour) of a component, or of its parts if things of different colours touch.
+    """(mask, color) of a component, or of its parts if things of different colors touch.
 
-    Only the interior votes: antialiased edges are blends of two colours.
+    Only the interior votes: antialiased edges are blends of two colors.
     """
     inside = _erode(_erode(component))
     inside = inside if inside.any() else component

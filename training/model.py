@@ -141,7 +141,7 @@ def _transformer(sizes: Sizes) -> SD3Transformer2DModel:
     """diffusers' transformer with a position table that advances by 1 per patch.
 
     diffusers' own table advances by base size / table size, here a third, too little for a small model to distinguish
-    neighbouring patches. The table is saved with the weights, so loading needs no special case.
+    neighboring patches. The table is saved with the weights, so loading needs no special case.
     """
     transformer = SD3Transformer2DModel(**sizes.transformer)
     base = sizes.transformer["sample_size"] // sizes.transformer["patch_size"]

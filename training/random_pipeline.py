@@ -53,6 +53,6 @@ def _sizes(overrides: dict) -> Sizes:
 
 @torch.no_grad()
 def _fill(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw every parameter here, so that the bytes do not depend on the initialisers of the libraries' versions."""
+    """Draw every parameter here, so that the bytes do not depend on the initializers of the libraries' versions."""
     for name, parameter in sorted(module.named_parameters()):
         parameter.copy_(draw_weight(name, tuple(parameter.shape), generator))

@@ -1,7 +1,7 @@
 """Render scenes as antialiased pictures from signed distance functions, in batches and on any device.
 
-Formulas: Inigo Quilez, "2D distance functions" (iquilezles.org). A shape of radius 1 is centred at the origin; y points
-down.
+Formulas: Inigo Quilez, "2D distance functions" (iquilezles.org). A shape of radius 1 is centered at the origin; y
+points down.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from .scenes import COLOURS, SHAPES, Scene, lay_out
 
 PALETTE = torch.tensor(list(COLOURS.values())) / 255
-NUMBERS = 5  # per thing: shape, colour, x, y, diameter; shape -1 means no thing
+NUMBERS = 5  # per thing: shape, color, x, y, diameter; shape -1 means no thing
 
 
 def circle(x: Tensor, y: Tensor) -> Tensor:

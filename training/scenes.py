@@ -1,6 +1,6 @@
-"""Scenes of one or two coloured shapes on a coloured background: which exist, which are held out, their layout.
+"""Scenes of one or two colored shapes on a colored background: which exist, which are held out, their layout.
 
-Centres are fractions of the picture's width and height, diameters are fractions of its shorter side.
+Centers are fractions of the picture's width and height, diameters are fractions of its shorter side.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CELLS = {
     "bottom right": (0.74, 0.74),
 }
 RELATIONS = ("left of", "right of", "above", "below")  # of the first thing to the second
-JITTER = 0.015  # largest random shift of a centre along each axis
+JITTER = 0.015  # largest random shift of a center along each axis
 
-# (size, colour, shape) that no training scene contains: an eighth of all combinations. Training still shows every size,
-# colour and shape in other combinations.
+# (size, color, shape) that no training scene contains: an eighth of all combinations. Training still shows every size,
+# color and shape in other combinations.
 HELD_OUT = frozenset(
     (list(SIZES)[(i + i // 8) % 2], list(COLOURS)[i % 8], SHAPES[(5 * i + 1 + i // 8) % 6]) for i in range(12)
 )
@@ -63,7 +63,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Placed:
-    """A thing with its exact centre and diameter, for the renderer."""
+    """A thing with its exact center and diameter, for the renderer."""
 
     thing: Thing
     x: float
@@ -88,7 +88,7 @@ def draw_scene(rng: random.Random, held_out: bool = False) -> Scene:
 
 
 def lay_out(scene: Scene, rng: random.Random) -> list[Placed]:
-    """Draw exact centres and diameters within the range that the scene's words allow."""
+    """Draw exact centers and diameters within the range that the scene's words allow."""
     if len(scene.things) == 1:
         centres = [CELLS[scene.place]]
     else:

@@ -59,7 +59,7 @@ class Log:
     def add(self, stage: str, step: int, loss: Tensor) -> None:
         """Record one step's loss; prints every tenth row."""
         start = self._started.setdefault(stage, time.monotonic())
-        self._sum = self._sum + loss.detach()  # on the device: synchronises only every `every` steps
+        self._sum = self._sum + loss.detach()  # on the device: synchronizes only every `every` steps
         self._count += 1
         if (step + 1) % self.every == 0:
             seconds = time.monotonic() - start

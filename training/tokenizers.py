@@ -50,7 +50,7 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def t5_tokenizer(words: list[str]) -> T5TokenizerFast:
-    """Unigram over whole words, also capitalised because T5 keeps case, then printable ASCII characters and `<unk>`."""
+    """Unigram over whole words, also capitalized because T5 keeps case, then printable ASCII characters and `<unk>`."""
     words = sorted({*words, *(word.capitalize() for word in words)})
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     vocab += [("▁" + word, -5.0) for word in words]

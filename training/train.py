@@ -1,6 +1,6 @@
 """Train the tiny Stable Diffusion 3 from scratch: `python -m training.train --output_dir OUT`.
 
-OUT/checkpoint holds what a resumed run continues from: the averaged weights in float32, without the optimiser's state,
+OUT/checkpoint is what a resumed run continues from: the averaged weights in float32, without the optimizer's state,
 which builds up again during warm-up. OUT/pipeline is the finished diffusers folder in float16. OUT/scores.json and
 OUT/gallery.png show how well it follows prompts.
 """

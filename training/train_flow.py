@@ -34,9 +34,9 @@ def learners(parts: dict) -> nn.ModuleDict:
 
 
 def initialise(parts: dict) -> None:
-    """Initialise every block as the identity and the output as zero (DiT, arXiv 2212.09748, section 3.2).
+    """Initialize every block as the identity and the output as zero (DiT, arXiv 2212.09748, section 3.2).
 
-    CLIP embeddings are enlarged to about the size of T5's, because CLIP states reach the transformer unnormalised.
+    CLIP embeddings are enlarged to about the size of T5's, because CLIP states reach the transformer unnormalized.
     """
     nn.init.zeros_(parts["transformer"].proj_out.weight)
     for module in parts["transformer"].modules():

@@ -1,4 +1,4 @@
-"""From diffusers' checkpoints to TensorRT-LLM's checkpoint folder, and reading such a folder."""
+"""Converting diffusers checkpoints to TensorRT-LLM's checkpoint folders, and reading such folders."""
 
 from .conversion import convert
 from .folder import Checkpoint

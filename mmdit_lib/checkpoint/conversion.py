@@ -1,4 +1,4 @@
-"""`convert`: a diffusers transformer becomes the rank files and `config.json` of a checkpoint folder."""
+"""`convert`: from a diffusers transformer to a checkpoint folder with `config.json` and one file per tp rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .source import Source, find_source
 from .tensor_file import TensorFileWriter
 
 CAST_BLOCK = 1 << 24
-"""Elements cast and checked at a time: bounds the memory of the check."""
+"""Elements cast and checked at a time, to bound memory."""
 
 
 def convert(
@@ -38,19 +38,19 @@ def convert(
 ) -> Path:
     """Convert the transformer of a Stable Diffusion 3 or 3.5 checkpoint to a rank-sharded checkpoint folder.
 
-    Weights pass through memory one tensor at a time. The folder appears only when complete, and replaces an
-    older checkpoint of that name then.
+    Weights pass through memory one tensor at a time. The folder appears only when it is complete,
+    and then replaces an older checkpoint of that name.
 
     Args:
         model_path: a diffusers pipeline folder, a `transformer` folder, a safetensors file in diffusers' or in
-            Stability AI's original layout, a hub id, or tiny: the small model that ships with the package.
+            Stability AI's original layout, a hub id, or tiny (the small model that ships with the package).
         output_dir: the folder to write.
-        dtype: of the weights; auto keeps the source's.
+        dtype: dtype of the weights; auto keeps the source's.
         tp_size: ranks over which tensor parallelism shards the weights.
-        cp_size: ranks of context parallelism; they share their tp rank's file.
+        cp_size: ranks of context parallelism; they use the same file as their tp rank.
         cfg_size: 2 to run the conditional and the unconditional pass on different ranks.
         tp_layout: megatron, or trtllm to shard as TensorRT-LLM does; both are the same if tp_size is 1.
-        variant: of the files in the folder, for instance fp16.
+        variant: variant of the weight files, for instance fp16.
         revision: branch, tag or commit of a hub id.
         progress: show a progress bar.
 
@@ -58,15 +58,15 @@ def convert(
         The folder.
 
     Raises:
-        ValueError: in one line, before anything is written, if source, config and options do not fit together;
-            or while writing, if the disk is full or a weight is too large for `dtype`. Nothing is left behind then.
+        ValueError: before anything is written, if source, config and options do not match; while writing, if the
+            disk is full or a weight overflows `dtype`, and then no partial output remains.
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype}: use auto, {', '.join(DTYPES)}")
     sizes = {"tp_size": tp_size, "cp_size": cp_size, "cfg_size": cfg_size, "tp_layout": tp_layout}
     layout = Layout.parse(sizes, "parallel layout")
     output = Path(output_dir).expanduser()
-    require_place(output, "checkpoint", is_checkpoint)  # a download may take long
+    require_place(output, "checkpoint", is_checkpoint)  # before a long download
 
     def check(model: ModelConfig) -> None:
         model.check_layout(layout)
@@ -94,7 +94,7 @@ def convert(
 
 
 def _write_ranks(source: Source, folder: Path, dtype: Dtype, layout: Layout, progress: bool) -> Files:
-    """Every tensor is read once, and each tp rank's part of it written to that rank's file."""
+    """Read every tensor once and write each tp rank's part of it to that rank's file."""
     architecture, tensors, tp_size = source.architecture, source.tensors, layout.tp_size
     sharding = architecture.shardings[layout.tp_layout]
     local = architecture.local_parameters(source.model, layout)
@@ -114,7 +114,7 @@ def _write_ranks(source: Source, folder: Path, dtype: Dtype, layout: Layout, pro
 
 
 def cast(tensor: torch.Tensor, dtype: Dtype, name: str) -> torch.Tensor:
-    """`tensor` in `dtype`; raises `ValueError` if a value does not fit it."""
+    """Cast `tensor` to `dtype`. Raises `ValueError` if a value overflows."""
     target = getattr(torch, dtype)
     if tensor.dtype == target:
         return tensor
@@ -128,7 +128,7 @@ def cast(tensor: torch.Tensor, dtype: Dtype, name: str) -> torch.Tensor:
 
 def _overflow(block: torch.Tensor, dtype: Dtype, name: str) -> str:
     if not block.isfinite().all():
-        return f"tensor '{name}' holds values that are not finite"
+        return f"tensor '{name}' contains values that are not finite"
     most = torch.finfo(getattr(torch, dtype)).max
     advice = "bfloat16 or float32" if dtype == "float16" else "float32"
     return (

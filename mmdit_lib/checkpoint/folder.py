@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder: ours, or one that TensorRT-LLM (<= 1.2.1) wrote."""
+"""Reading checkpoint folders, written by this library or by TensorRT-LLM (<= 1.2.1)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tensor_file import StoredTensor, read_header
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose files are all there and fit its config."""
+    """A checkpoint folder whose files are complete and match its config."""
 
     path: Path
     architecture: Architecture
@@ -34,18 +34,18 @@ class Checkpoint:
     files: Files
     """Empty if TensorRT-LLM wrote the folder."""
     config: dict[str, Any]
-    """`config.json` as it is."""
+    """The content of `config.json`."""
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = False) -> Checkpoint:
-        """Read the config and the headers of the rank files.
+        """Read the config and the headers of the rank files, and check them against each other.
 
         Args:
-            folder: as `convert` writes it, or as TensorRT-LLM's converter did.
-            verify: also read every file through and compare its checksum.
+            folder: written by `convert` or by TensorRT-LLM's converter.
+            verify: also read every file and compare its checksum.
 
         Raises:
-            ValueError: in one line, naming the first thing that does not fit.
+            ValueError: a one-line message naming the first mismatch.
         """
         folder = Path(folder).expanduser()
         if not (folder / CONFIG_FILE).is_file():
@@ -57,7 +57,7 @@ class Checkpoint:
             checkpoint = _interpret(folder, config)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{folder / CONFIG_FILE} is not a checkpoint's config ({type(error).__name__}: {error})"
+                f"{folder / CONFIG_FILE} is not the config of a checkpoint ({type(error).__name__}: {error})"
             ) from None
         checkpoint._check_files()
         if verify:
@@ -70,14 +70,14 @@ class Checkpoint:
         return [rank_file(rank) for rank in range(self.layout.tp_size)]
 
     def weights(self, tp_rank: int = 0) -> dict[str, torch.Tensor]:
-        """The tensors of one tp rank, by name: mapped from the file, not copied."""
+        """The tensors of one tp rank, by name, memory-mapped. Raises `ValueError` if there is no such rank."""
         if not 0 <= tp_rank < self.layout.tp_size:
             raise ValueError(f"tp rank {tp_rank} does not exist: the checkpoint has tp_size {self.layout.tp_size}")
         with safe_open(self.path / rank_file(tp_rank), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def verify(self) -> None:
-        """Raises `ValueError` naming the first file that is not the one that was written."""
+        """Raises `ValueError` naming the first file whose size or checksum differs from the record."""
         for file in self.files.values():
             file.verify(self.path)
 
@@ -96,16 +96,16 @@ def _interpret(folder: Path, config: dict[str, Any]) -> Checkpoint:
     where = folder / CONFIG_FILE
     architecture = models.find(config["architecture"], folder)
     if config["dtype"] not in DTYPES or (config.get("quantization") or {}).get("quant_algo"):
-        raise ValueError(f"{folder} is quantized or of dtype {config['dtype']}; {', '.join(DTYPES)} can be read")
+        raise ValueError(f"{folder} is quantized or has dtype {config['dtype']}; supported are {', '.join(DTYPES)}")
     fields = {key: config[key] for key in architecture.config.model_fields}
     model = architecture.config.parse(fields, str(where))
     if unknown := sorted(config.keys() - known_keys(architecture, model)):
-        warnings.warn(f"{where}: unknown keys are kept but not used: {', '.join(unknown)}", stacklevel=3)
+        warnings.warn(f"{where}: unknown keys are kept but ignored: {', '.join(unknown)}", stacklevel=3)
     own = config.get(OWN_KEY) or {}
     if own.get("format_version", 1) > FORMAT_VERSION:
         raise ValueError(f"{folder} has format {own['format_version']}; this version reads up to {FORMAT_VERSION}")
     sizes = {key: config["mapping"][key] for key in ("tp_size", "cp_size")} | {"cfg_size": own.get("cfg_size", 1)}
-    # Without our key TensorRT-LLM wrote the folder; with one tp rank both tables give the same files.
+    # Without our key, TensorRT-LLM wrote the folder. With one tp rank, both layouts give the same files.
     tp_layout = own["tp_layout"] if own else ("trtllm" if sizes["tp_size"] > 1 else "megatron")
     layout = Layout.parse(sizes | {"tp_layout": tp_layout}, f"{where}: mapping")
     model.check_layout(layout)

@@ -1,4 +1,4 @@
-"""Where a model is: on disk, on the Hugging Face hub (of which only the transformer is fetched), or in this package."""
+"""Locating a model: on disk, on the Hugging Face hub (only the transformer is downloaded), or in this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONFIGS = ["model_index.json", "vae/config.json", "transformer/config.json"]
 
 
 def resolve_model(model: str | Path) -> str:
-    """The name of a model that ships with the package becomes its folder; any other name is left as it is."""
+    """Replace the name of a model that ships with the package by its folder; return any other name unchanged."""
     name = str(model)
     return str(shipped_model(name)) if name in SHIPPED and not Path(name).exists() else name
 
@@ -21,40 +21,39 @@ def shipped_model(name: str) -> Path:
     """The diffusers pipeline folder of a model that ships with the package. Raises `FileNotFoundError`."""
     folder = Path(str(files("mmdit_lib"))) / name / "weights"
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no model: the package was installed without its weights")
+        raise FileNotFoundError(f"{folder} contains no model: the package was installed without its weights")
     return folder
 
 
 def download(repository: str, patterns: list[str], revision: str | None) -> tuple[Path, str]:
-    """The local folder and the commit of a hub id; only what is not cached is fetched.
+    """Download files of a hub id, unless cached; returns the local folder and the commit.
 
     Args:
-        patterns: the files to fetch.
+        patterns: glob patterns of the files to download.
 
     Raises:
-        ValueError: if there is no such path or repository, or it cannot be fetched.
+        ValueError: if there is no such path or repository, or the download fails.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"{repository} does not exist and is not a hub id (owner/name)")
     try:
         import huggingface_hub
     except ImportError:
-        raise ValueError(f"{repository} does not exist here; for hub ids: pip install huggingface_hub") from None
+        raise ValueError(f"{repository} does not exist locally; for hub ids: pip install huggingface_hub") from None
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except huggingface_hub.errors.GatedRepoError:
         raise ValueError(
-            f"{repository} asks for its licence to be accepted: do so at huggingface.co/{repository}, "
-            "then `hf auth login`"
+            f"{repository} is gated: accept its license at huggingface.co/{repository}, then run `hf auth login`"
         ) from None
-    except Exception as error:  # the client's errors have no common class of their own
+    except Exception as error:  # the client's errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{repository} does not exist here and cannot be fetched from the hub: {reason}") from None
+        raise ValueError(f"{repository} does not exist locally and cannot be downloaded: {reason}") from None
     return folder, folder.name
 
 
 def weights(variant: str | None) -> list[str]:
-    """Patterns of a transformer's files."""
+    """Glob patterns of a transformer's weight files."""
     infix = f".{variant}" if variant else ""
     stem = "transformer/diffusion_pytorch_model"
     return [

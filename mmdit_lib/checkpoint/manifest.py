@@ -1,4 +1,4 @@
-"""`config.json` of a checkpoint folder: TensorRT-LLM's keys in its order, then one key of our own."""
+"""`config.json` of a checkpoint folder: TensorRT-LLM's keys in the same order, then one key of our own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rank_file(rank: int) -> str:
 def checkpoint_config(
     architecture: Architecture, model: ModelConfig, dtype: str, layout: Layout, model_path: str, own: dict[str, Any]
 ) -> dict[str, Any]:
-    """The content of `config.json`; `own` is stored under the key of our own."""
+    """The content of `config.json`; `own` is stored under `OWN_KEY`."""
     return {
         "architecture": architecture.name,
         "dtype": dtype,
@@ -45,7 +45,7 @@ def checkpoint_config(
 
 
 def trtllm_mapping(layout: Layout) -> dict[str, Any]:
-    """TensorRT-LLM has no CFG parallelism: its world is one cfg rank's share of ours."""
+    """TensorRT-LLM has no CFG parallelism, so its `world_size` covers the ranks of one cfg rank."""
     tp, cp = layout.tp_size, layout.cp_size
     return {
         "world_size": tp * cp,
@@ -69,12 +69,12 @@ def known_keys(architecture: Architecture, model: ModelConfig) -> set[str]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that a conversion depends on."""
+    """Versions of the packages that a conversion depends on."""
     return {package: version_of(package) for package in PACKAGES}
 
 
 def version_of(package: str) -> str | None:
-    """None if it is not installed."""
+    """A package's version; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -82,7 +82,7 @@ def version_of(package: str) -> str | None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` holds a checkpoint and nothing else."""
+    """Whether `folder` contains a checkpoint and nothing else."""
     names = {path.name for path in folder.iterdir()}
     ranks = {name for name in names if name.startswith("rank") and name.endswith(".safetensors")}
     return rank_file(0) in ranks and names == ranks | {CONFIG_FILE} and "architecture" in keys_in(folder / CONFIG_FILE)

@@ -1,4 +1,4 @@
-"""Random weights, and random transformers of any size in diffusers' layout: for tests and for timing."""
+"""Random weights, and random transformers of any size in diffusers' layout, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def write_random_transformer(
     """Write a transformer folder as diffusers does: `config.json` and safetensors of at most `shard_bytes` each.
 
     Args:
-        folder: the transformer folder; weights that are already there are overwritten.
+        folder: the transformer folder; existing weights are overwritten.
         config: one of `KNOWN_MODELS`, or any other.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         seed: the same seed gives the same bytes.
-        shard_bytes: size limit of a file (a larger tensor gets a file of its own).
+        shard_bytes: maximum size of a file (a larger tensor gets its own file).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def write_random_transformer(
 
 
 def _shards(shapes: Shapes, limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Groups of consecutive tensors of at most `limit` elements together."""
+    """Groups of consecutive tensors with at most `limit` elements in total."""
     shard, size = {}, 0
     for name, shape in shapes.items():
         if shard and size + math.prod(shape) > limit:
@@ -73,22 +73,22 @@ def draw_weight(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """A random weight for the parameter `name`: activations stay near unit size, and each weight shows in the output.
+    """A random weight for the parameter `name`: activations stay near unit size, and each weight affects the output.
 
-    Biases 0.3 n, norms 1 + 0.2 n, tables (position, token embeddings) 0.7 n, all else n / sqrt(inputs), with n
+    Biases 0.3 n, norms 1 + 0.2 n, tables (position, token embeddings) 0.7 n, all others n / sqrt(fan_in), with n
     drawn from a unit normal.
     """
     mean = 0.0
     if name.endswith("bias") or "relative_attention_bias" in name:
         deviation = 0.3
     elif name.endswith(".pos_embed") or any(word in name for word in ("embedding", "shared", "embed_tokens")):
-        deviation = 0.7  # about that of sines and cosines
+        deviation = 0.7  # about the deviation of sines and cosines
     elif len(shape) == 1:  # norms
         mean, deviation = 1.0, 0.2
     else:
         deviation = 1 / math.sqrt(math.prod(shape[1:]))
     tensor = torch.empty(shape, dtype=dtype, device=device)
-    # Drawn in float32, block by block: twice as fast as in half precision, and in little memory.
+    # Drawn in float32, block by block: twice as fast as in half precision, with little memory.
     for block in tensor.view(-1).split(DRAWN_AT_A_TIME):
         block.copy_(torch.empty(block.shape, device=device).normal_(mean, deviation, generator=generator))
     return tensor
@@ -96,7 +96,7 @@ def draw_weight(
 
 @torch.no_grad()
 def randomize(module: torch.nn.Module, generator: torch.Generator) -> torch.nn.Module:
-    """`draw_weight` for every parameter and every stored table of a module, in the order of their names."""
+    """Apply `draw_weight` to every parameter and persistent buffer of a module, in name order. Returns the module."""
     for name, tensor in sorted(module.state_dict().items()):
         if tensor.is_floating_point():
             tensor.copy_(draw_weight(name, tuple(tensor.shape), generator, device=tensor.device))

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors checked against what its config implies."""
+"""Checking a checkpoint's tensors against its config."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def check_shapes(
 ) -> None:
     """Raises `ValueError` naming the first missing, unknown or wrongly shaped tensor.
 
-    If another config explains every tensor, the config is wrong: the fields that differ are named too.
+    If another config explains every tensor, the config is wrong, and the message also names the fields that differ.
 
     Args:
-        found: full shapes by our names.
-        model: what they should fit.
+        found: full shapes, by our names.
+        model: the config that they must match.
         where: the checkpoint, for the message.
-        spell: how the checkpoint spells our names.
+        spell: maps our names to the checkpoint's.
     """
     fault = first_fault(found, architecture.parameters(model), spell)
     if fault is not None:
@@ -45,7 +45,7 @@ def first_fault(found: Shapes, expected: Shapes, spell: Callable[[str], str] = s
 
 
 def _contradiction(found: Shapes, architecture: Architecture, model: ModelConfig) -> str:
-    """'the config says num_layers 4, its weights say 3: ' if the weights are complete in themselves, else ''."""
+    """'the config says num_layers 4, its weights say 3: ' if another config explains the weights, else ''."""
     try:
         weights = architecture.infer_config(found, model)
     except ValueError:

@@ -1,8 +1,7 @@
-"""A model's original single-file layout, seen as diffusers' tensors.
+"""Reading a model's original single-file layout as diffusers' tensors.
 
-diffusers' own conversion function decides what goes where. It is given not the weights but the numbers
-of their rows: since it moves whole rows only, the numbers that come out say which bytes of the file
-make up each tensor, and those are read when they are needed.
+diffusers' conversion function runs on row numbers instead of weights. Because it only moves entire rows,
+its result says which bytes of the file make up each tensor, and these are read when needed.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ def is_layout(tensors: dict[str, StoredTensor], layout: SingleFile) -> bool:
 
 
 def as_diffusers(tensors: dict[str, StoredTensor], layout: SingleFile, path: Path) -> dict[str, StoredTensor]:
-    """The transformer of a single file, by diffusers' names; the VAE and text encoders beside it are left out.
+    """The transformer in a single file, by diffusers' names; VAE and text encoders in the file are ignored.
 
     Raises:
-        ValueError: naming a tensor that is missing, or that diffusers does not know.
+        ValueError: naming a tensor that is missing or unknown to diffusers.
     """
     if any(name.startswith(layout.prefix) for name in tensors):
         tensors = {name.removeprefix(layout.prefix): t for name, t in tensors.items() if name.startswith(layout.prefix)}
@@ -54,7 +53,7 @@ class _Rows:
             end += count + 1
 
     def tensor(self, numbers: torch.Tensor) -> StoredTensor:
-        """The tensor made of these rows, in this order."""
+        """The tensor that consists of these rows, in this order."""
         breaks = (numbers.diff() != 1).nonzero().flatten() + 1
         runs = numbers.tensor_split(breaks.tolist())
         sources = [bisect_right(self.first, int(run[0])) - 1 for run in runs]

@@ -22,7 +22,7 @@ STEM = "diffusion_pytorch_model"
 
 @dataclass(frozen=True)
 class Source:
-    """A transformer whose headers have been read and fit its config; no weights are in memory."""
+    """A transformer whose file headers match its config; no weights are in memory."""
 
     architecture: Architecture
     model: ModelConfig
@@ -33,7 +33,7 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """The dtype of most parameters."""
+        """The dtype that takes the most bytes."""
         sizes = Counter()
         for tensor in self.tensors.values():
             sizes[tensor.dtype] += tensor.nbytes
@@ -48,10 +48,10 @@ def find_source(
 ) -> Source:
     """Find a transformer; see `convert` for what `model_path` may be.
 
-    A hub id's config is passed to `check` before its weights are fetched.
+    A hub id's config is passed to `check` before its weights are downloaded.
 
     Raises:
-        ValueError: in one line, if there is no transformer, or its parts do not fit together.
+        ValueError: if there is no transformer, or its files do not match.
     """
     path = Path(model_path).expanduser()
     if not path.exists():
@@ -59,8 +59,8 @@ def find_source(
         _, model = _read_config(_transformer(path) / "config.json")
         check(model)
         path, again = hub.download(str(model_path), hub.weights(variant), revision)
-        if again != commit:  # asking for the commit itself fails offline with huggingface_hub 1
-            raise ValueError(f"{model_path} changed on the hub while it was fetched; try again")
+        if again != commit:  # requesting the commit itself fails offline with huggingface_hub 1
+            raise ValueError(f"{model_path} changed on the hub during the download; try again")
         return _from_folder(path, variant, commit)
     if revision:
         raise ValueError(f"revision {revision} applies to hub ids; {path} is on disk")
@@ -79,7 +79,7 @@ def _from_folder(folder: Path, variant: str | None, revision: str | None) -> Sou
 
 
 def _transformer(folder: Path) -> Path:
-    """The folder of the transformer's files."""
+    """The folder with the transformer's files."""
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
     if not (folder / "config.json").is_file():
@@ -105,7 +105,7 @@ def _from_file(path: Path) -> Source:
 
 
 def _without_config(path: Path, tensors: dict[str, StoredTensor]) -> Source:
-    """The first architecture that the tensors fit; the last one's complaint if none does."""
+    """Use the first architecture that matches the tensors. Raises the last one's error if none does."""
     fault = None
     for architecture in models.ARCHITECTURES.values():
         try:
@@ -151,7 +151,7 @@ def _read_config(path: Path) -> tuple[Architecture, ModelConfig]:
 
 
 def _vae_scale_factor(transformer: Path, architecture: Architecture) -> int:
-    """Image pixels per latent pixel, from the VAE beside the transformer; the published models' without one."""
+    """Image pixels per latent pixel, from the VAE next to the transformer; without a VAE, the published models'."""
     path = transformer.parent / "vae" / "config.json"
     if not path.is_file():
         return architecture.vae_scale_factor
@@ -159,7 +159,7 @@ def _vae_scale_factor(transformer: Path, architecture: Architecture) -> int:
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The safetensors files of one variant, as diffusers names them; never a mixture."""
+    """The safetensors files of one variant, as diffusers names them; variants are never mixed."""
     infix = f".{variant}" if variant else ""
     index = folder / f"{STEM}.safetensors.index{infix}.json"
     if index.is_file():
@@ -175,7 +175,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
         refuse_pickles(sorted(folder.iterdir()))
     raise ValueError(
         f"{folder} has neither {index.name} nor {single.name}"
-        + (f"; variants there: {', '.join(there)}" if there else "")
+        + (f"; variants found: {', '.join(there)}" if there else "")
     )
 
 
@@ -186,7 +186,7 @@ def _shards(index: Path) -> list[Path]:
         raise ValueError(f"{index} names no files")
     refuse_pickles(files)
     if missing := [path.name for path in files if not path.is_file()]:
-        raise ValueError(f"{index} names {missing[0]}, which is not there")
+        raise ValueError(f"{index} names {missing[0]}, which does not exist")
     return files
 
 

@@ -1,7 +1,7 @@
 """Safetensors files, one tensor at a time: plain reads and writes at known offsets.
 
-The safetensors package would map a whole file, which counts as resident memory while it is read, and
-its writer takes every tensor at once.
+The safetensors package maps the entire file, which becomes resident memory as it is read, and its
+writer needs all tensors at once.
 Format: https://huggingface.co/docs/safetensors/index#format
 """
 
@@ -22,19 +22,19 @@ from ..config import DTYPES
 from ..files import FileRecord
 
 CODES = {names.safetensors: dtype for dtype, names in DTYPES.items()}
-"""Our name of a data type by its code in the format."""
+"""Our names for data types, by their code in the format."""
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_HEADER = 100_000_000
-"""The format's own limit, in bytes."""
+"""The format's limit, in bytes."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes are: `spans` of (offset, length) in one file, to be read one after the other."""
+    """Where a tensor's bytes are: `spans` of (offset, length) in one file, concatenated."""
 
     path: Path
     code: str
-    """Its dtype as the format spells it, for instance 'BF16'."""
+    """Its dtype in the format, for instance 'BF16'."""
     shape: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
 
@@ -44,11 +44,11 @@ class StoredTensor:
 
     @property
     def dtype(self) -> str | None:
-        """As a config names it; None if it cannot be converted."""
+        """The dtype as a config names it; None if it cannot be converted."""
         return CODES.get(self.code)
 
     def read_into(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Read the bytes to the start of `buffer` (uint8); returns it as a tensor of the right dtype and shape."""
+        """Read the bytes into the start of `buffer` (uint8); returns a view with the right dtype and shape."""
         view = memoryview(buffer.numpy())
         end = 0
         with open(self.path, "rb", buffering=0) as file:
@@ -64,7 +64,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file. Raises `ValueError` if it is truncated or no such file."""
+    """The tensors of a safetensors file. Raises `ValueError` if it is truncated or not a safetensors file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -94,7 +94,7 @@ def _stored(path: Path, data: int, entry: dict) -> StoredTensor:
 
 
 class TensorFileWriter:
-    """Writes a safetensors file whose tensors come one by one, in the order declared, and checksums it."""
+    """Writes a safetensors file one tensor at a time, in the declared order, and computes its checksum."""
 
     def __init__(self, path: Path, dtype: str, shapes: dict[str, tuple[int, ...]]):
         item = getattr(torch, dtype).itemsize
@@ -128,7 +128,7 @@ class TensorFileWriter:
             hashed.result()  # the caller reuses the memory
 
     def finish(self) -> FileRecord:
-        """Bring the file to disk."""
+        """Flush the file to disk; returns its size and checksum."""
         assert next(self._awaited, None) is None, "tensors are missing"
         os.fsync(self._file.fileno())
         return FileRecord(self._path.name, self.nbytes, self._sha256.hexdigest())

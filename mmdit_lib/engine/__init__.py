@@ -1,1 +1,1 @@
-"""Engine folders: building them, reading a network back, running it with TensorRT or with PyTorch."""
+"""Engine folders: building them, reading a network back, and running it with TensorRT or PyTorch."""

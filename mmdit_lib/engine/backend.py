@@ -1,4 +1,4 @@
-"""What a backend is: a way to run one rank of an engine folder."""
+"""The backend interface: running one rank of an engine folder."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class RunnerOptions:
     """How to open and run an engine folder."""
 
     checkpoint_dir: str | Path | None = None
-    """where the converted checkpoint is, if it was moved away from the engine folder"""
+    """the converted checkpoint, if it is no longer at its path relative to the engine folder"""
     backend: BackendName = "auto"
     """tensorrt runs the plan, pytorch the graph file with the checkpoint's tensors; auto prefers tensorrt"""
     device: str | torch.device | None = None
-    """a CUDA device or cpu; CUDA if it is available, if not given"""
+    """a CUDA device or cpu; by default CUDA if available"""
     compile: bool = False
     """pytorch backend: compile with `torch.compile`"""
     cuda_graph: bool = False
     """replay each step as a CUDA graph"""
     check_finite: bool = True
-    """look for NaN and infinity in every input and output"""
+    """check every input and output for NaN and infinity"""
     verify: bool = True
-    """compare the checksums of the files that are read"""
+    """verify the checksums of the files that are read"""
 
     @property
     def torch_device(self) -> torch.device:
@@ -40,14 +40,14 @@ class RunnerOptions:
 
 
 class Ranks(Protocol):
-    """What a backend needs of the ranks that run an engine folder together (`parallel.Team`)."""
+    """What a backend needs from the ranks that run an engine folder together (`parallel.Team`)."""
 
     rank: int
     groups: Mapping[tuple[int, ...], str]
-    """The process group's name for every group of ranks."""
+    """Process group names, by ranks."""
 
     def nccl_communicator(self):
-        """The `ncclComm_t` of all ranks in a capsule. Collective."""
+        """The `ncclComm_t` of all ranks as a capsule. Every rank must call it."""
 
 
 class Backend(Protocol):
@@ -60,7 +60,7 @@ class Backend(Protocol):
 
     @staticmethod
     def refusal(folder: EngineFolder, device: torch.device) -> str | None:
-        """Why this backend cannot run the folder on `device`, in one line; None if it can be tried."""
+        """Why this backend cannot run the folder on `device`, in one line; None if it may work."""
 
     @classmethod
     def open(cls, folder: EngineFolder, options: RunnerOptions, team: Ranks | None = None) -> Backend:
@@ -70,4 +70,4 @@ class Backend(Protocol):
         """`inputs` by name, on the device, in the engine's dtypes -> the output."""
 
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """Every named tensor of the network, by name. Raises `ValueError` if the backend keeps none."""
+        """Every named tensor of the network, by name. Raises `ValueError` if the backend does not keep them."""

@@ -1,4 +1,4 @@
-"""The backends there are, in order of preference, and the choice between them."""
+"""The available backends, in order of preference, and choosing one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (Tens
 
 
 def choose_backend(folder: EngineFolder, asked: str, device: torch.device) -> tuple[type[Backend], str]:
-    """The backend and why. 'auto' takes the first that can run here.
+    """Choose a backend; returns it and the reason. 'auto' takes the first that can run the folder.
 
     Raises:
-        ValueError: the backend that was asked for cannot run the folder on `device`.
+        ValueError: the backend that was asked for, or every backend for 'auto', cannot run the folder on `device`.
     """
     if asked != "auto":
         if asked not in BACKENDS:

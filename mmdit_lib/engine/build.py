@@ -1,4 +1,4 @@
-"""`build`: a checkpoint becomes an engine folder, one plan and one graph file per rank."""
+"""`build`: from a checkpoint to an engine folder with one plan and one graph file per rank."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def build(
     `tensorrt_rtx` needs no GPU for this. The folder appears only when every rank is built.
 
     Args:
-        checkpoint_dir: as `convert` writes it, or as TensorRT-LLM (<= 1.2.1) did.
+        checkpoint_dir: a checkpoint folder of `convert` or of TensorRT-LLM (<= 1.2.1).
         output_dir: the engine folder to write.
-        max_batch_size: rows of the largest batch; classifier-free guidance takes two per image.
-        min_resolution: smallest image, HEIGHTxWIDTH in pixels; a quarter of the model's default side if not given.
-        opt_resolution: the size to optimize for; the model's default if not given.
-        max_resolution: largest image; 1.5 times the model's default side if not given.
-        min_text_tokens: shortest text.
-        opt_text_tokens: 77 tokens of CLIP and 256 of T5, diffusers' default.
-        max_text_tokens: longest text: 77 and 512 tokens.
-        cp_size: ranks of context parallelism; the checkpoint's if not given.
-        cfg_size: 2 for CFG parallelism; the checkpoint's if not given.
+        max_batch_size: rows of the largest batch; classifier-free guidance uses two per image.
+        min_resolution: smallest image, HEIGHTxWIDTH in pixels; by default a quarter of the model's default side.
+        opt_resolution: the size to optimize for; by default the model's.
+        max_resolution: largest image; by default 1.5 times the model's default side.
+        min_text_tokens: length of the shortest text.
+        opt_text_tokens: text length to optimize for; 77 CLIP and 256 T5 tokens are diffusers' default.
+        max_text_tokens: length of the longest text; 589 is 77 CLIP and 512 T5 tokens.
+        cp_size: ranks of context parallelism; by default the checkpoint's.
+        cfg_size: 2 for CFG parallelism; by default the checkpoint's.
         cp_method: allgather (keys and values are gathered) or ulysses (heads are scattered).
-        compute_capability: GPUs to build for, for instance 8.9 12.0 (tensorrt_rtx only; its own list if not given).
+        compute_capability: GPUs to build for, for instance 8.9 12.0 (tensorrt_rtx only, which has a default list).
         plan: with --no-plan only the graph files for the pytorch backend are written.
         progress: show a progress bar.
 
@@ -64,7 +64,7 @@ def build(
         The folder.
 
     Raises:
-        ValueError: in one line, if checkpoint, layout and profile do not fit together, or TensorRT refuses.
+        ValueError: if checkpoint, layout and profile do not match, or TensorRT rejects the network.
     """
     checkpoint = Checkpoint.open(checkpoint_dir)
     own = checkpoint.layout
@@ -102,7 +102,7 @@ def build(
 
 
 def default_resolutions(model: ModelConfig, vae_scale_factor: int) -> tuple[Resolution, ...]:
-    """(min, opt, max): a quarter of the model's default side, that side, 1.5 times it; no more than its table holds."""
+    """(min, opt, max): a quarter of the model's default side, that side, 1.5 times it; at most its position table."""
     step, most = model.pixel_step(vae_scale_factor), model.max_side(vae_scale_factor)
     side = model.default_side(vae_scale_factor)
     sides = (max(step, side // 4), min(side, most), min(side * 3 // 2, most))
@@ -110,7 +110,7 @@ def default_resolutions(model: ModelConfig, vae_scale_factor: int) -> tuple[Reso
 
 
 def define(definition, checkpoint: Checkpoint, mapping: RankMapping, config: BuildConfig) -> Network:
-    """Add one rank's whole network to an empty `INetworkDefinition`. The result owns the weights' memory."""
+    """Add one rank's full network to an empty `INetworkDefinition`. The result owns the weights' memory."""
     architecture, model = checkpoint.architecture, checkpoint.model
     network = Network(
         definition,
@@ -138,7 +138,7 @@ def build_rank(
 ) -> dict:
     """Write one rank's graph file and plan; returns a report of sizes and times."""
     start = time.perf_counter()
-    logger().errors.clear()  # an earlier build's
+    logger().errors.clear()  # of an earlier build
     builder = trt.Builder(logger())
     definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     network = define(definition, checkpoint, mapping, config)
@@ -161,10 +161,10 @@ def build_rank(
 
 
 def builder_config(builder, dtype: str, shapes: dict[str, list[tuple[int, ...]]], capabilities: tuple[str, ...]):
-    """An `IBuilderConfig` with one optimisation profile."""
+    """An `IBuilderConfig` with one optimization profile."""
     options = builder.create_builder_config()
     if dtype == "float32":
-        options.clear_flag(trt.BuilderFlag.TF32)  # float32 here means float32
+        options.clear_flag(trt.BuilderFlag.TF32)  # full float32 precision
     profile = builder.create_optimization_profile()
     for name, (low, middle, high) in shapes.items():
         profile.set_shape(name, low, middle, high)
@@ -173,7 +173,7 @@ def builder_config(builder, dtype: str, shapes: dict[str, list[tuple[int, ...]]]
         return options
     if not hasattr(options, "set_compute_capability"):
         raise ValueError(
-            f"compute_capability: {installed()} builds for the GPU at hand only; tensorrt_rtx takes a list"
+            f"compute_capability: {installed()} builds for the local GPU only; tensorrt_rtx accepts a list"
         )
     options.num_compute_capabilities = len(capabilities)
     for i, capability in enumerate(capabilities):

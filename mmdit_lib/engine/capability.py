@@ -1,11 +1,11 @@
-"""Which GPUs a plan can run on: measured and documented facts about TensorRT and TensorRT-RTX."""
+"""Which GPUs TensorRT and TensorRT-RTX plans run on, as documented and measured."""
 
 from __future__ import annotations
 
 import torch
 
 RTX_CAPABILITIES = {(7, 5), (8, 0), (8, 6), (8, 9)}
-"""Besides these, TensorRT-RTX runs on every compute capability 12.x. It refuses 9.0."""
+"""Besides these, TensorRT-RTX runs on every compute capability 12.x. It rejects 9.0."""
 
 
 def refused_capability(package: str, capability: tuple[int, int]) -> str | None:

@@ -1,4 +1,4 @@
-"""Replaying a whole step as one CUDA graph."""
+"""Replaying a full step as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class GraphedStep:
     """Captures `step` once per set of input shapes and replays it from then on.
 
     Args:
-        step: named inputs on one CUDA device -> output; it must do the same work at every call.
+        step: named inputs on one CUDA device -> output; it must do the same work in every call.
     """
 
     WARM_UP_CALLS = 3

@@ -1,4 +1,4 @@
-"""The graph of any layout of any model, without its weights: to count and to plan."""
+"""The graph of any model in any layout, without weights, for counting traffic and planning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .read_network import read_network
 
 @dataclass(frozen=True)
 class NoWeights:
-    """Takes the place of a checkpoint. All tensors share one buffer that is never written, so it takes no memory."""
+    """Replaces a checkpoint. All tensors share one buffer that is never written, so it takes no physical memory."""
 
     model: ModelConfig
     dtype: Dtype
@@ -37,7 +37,7 @@ class NoWeights:
 
 
 def dry_graph(model: ModelConfig, mapping: RankMapping, config: BuildConfig, dtype: Dtype = "bfloat16") -> Graph:
-    """What `build` would write as the graph file of `mapping.rank`. Raises `ValueError` if `build` would."""
+    """The graph that `build` would write for `mapping.rank`. Raises `ValueError` as `check_build` does."""
     check_build(model, config, mapping.layout)
     builder = trt.Builder(logger())
     definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

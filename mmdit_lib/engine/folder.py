@@ -1,4 +1,4 @@
-"""The engine folder: `rank{r}.engine`, `rank{r}.graph.json` and `config.json`, as TensorRT-LLM lays it out."""
+"""The engine folder: `rank{r}.engine` and `config.json` as in TensorRT-LLM, and `rank{r}.graph.json`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def graph_file(rank: int) -> str:
 
 
 def is_engine_folder(folder: Path) -> bool:
-    """Whether `folder` holds an engine folder, ours or TensorRT-LLM's, and nothing else."""
+    """Whether `folder` is an engine folder, ours or TensorRT-LLM's, and contains nothing else."""
     names = {path.name for path in folder.iterdir()}
     if {name for name in names if not re.fullmatch(r"rank\d+\.(engine|graph\.json)", name)} != {CONFIG_FILE}:
         return False
@@ -50,7 +50,7 @@ class CheckpointReference:
 
 @dataclass(frozen=True)
 class EngineFolder:
-    """What `build` wrote, checked against its config."""
+    """An engine folder written by `build`, with a valid config."""
 
     path: Path
     architecture: Architecture
@@ -63,11 +63,11 @@ class EngineFolder:
     files: Files
     checkpoint: CheckpointReference
     config: dict[str, Any]
-    """`config.json` as it is."""
+    """The content of `config.json`."""
 
     @classmethod
     def open(cls, folder: str | Path) -> EngineFolder:
-        """Read the config. Raises `ValueError`, in one line, if this is no engine folder."""
+        """Read the config. Raises a one-line `ValueError` if this is not an engine folder."""
         folder = Path(folder).expanduser()
         path = folder / CONFIG_FILE
         if not path.is_file():
@@ -109,15 +109,15 @@ class EngineFolder:
     ) -> Checkpoint:
         """The checkpoint that the folder was built from.
 
-        It is looked for in `checkpoint_dir` or, if that is not given, where it was relative to this folder, then
-        next to this folder under its name.
+        It is searched for in `checkpoint_dir` or, if that is not given, at its original path relative to this
+        folder, then next to this folder under its name.
 
         Args:
-            verify: read the files through and compare their checksums.
-            tp_rank: the only one whose file is verified; all if not given.
+            verify: compare the checksums of the files.
+            tp_rank: verify only this tp rank's file; all files if not given.
 
         Raises:
-            ValueError: if it is not found, or is another one.
+            ValueError: if it is not found, or is not the one that this folder was built from.
         """
         places = [checkpoint_dir] if checkpoint_dir else [
             self.path / self.checkpoint.path, self.path.resolve().parent / self.checkpoint.name,
@@ -128,10 +128,10 @@ class EngineFolder:
             tried = " and ".join(map(str, places))
             raise ValueError(
                 f"the pytorch backend reads the weights from the checkpoint '{self.checkpoint.name}', which is not "
-                f"at {tried}; name its place with --checkpoint_dir"
+                f"at {tried}; give its path with --checkpoint_dir"
             )
         checkpoint = Checkpoint.open(found)
-        # What TensorRT-LLM wrote has no checksums of its own: those of the build are compared.
+        # TensorRT-LLM's checkpoints have no checksums; those recorded by the build are compared.
         for name, built_from in self.checkpoint.files.items():
             if checkpoint.files.get(name, built_from) != built_from:
                 raise ValueError(f"{found / name} is not the file that {self.path} was built from; build again")
@@ -141,7 +141,7 @@ class EngineFolder:
 
 
 def _interpret(folder: Path, config: dict[str, Any]) -> EngineFolder:
-    """Raises `KeyError` with the key that is missing, or whose value is of another type."""
+    """Raises `KeyError` with the key that is missing or whose value has the wrong type."""
     own, pretrained, options = (_entry(config, key, dict) for key in (OWN_KEY, "pretrained_config", "build_config"))
     version = _entry(own, "format_version", int)
     if version > FORMAT_VERSION:
@@ -173,7 +173,7 @@ def _entry(values: dict[str, Any], key: str, kind: type) -> Any:
 
 
 def checkpoint_reference(checkpoint: Checkpoint, engine_dir: Path) -> dict[str, Any]:
-    """What an engine folder's config says about the checkpoint that it was built from."""
+    """What an engine folder's config records about the checkpoint that it was built from."""
     files = checkpoint.files or {name: FileRecord.of(checkpoint.path / name) for name in checkpoint.rank_files}
     folder = checkpoint.path.resolve()
     return {"name": folder.name, "path": os.path.relpath(folder, engine_dir.resolve()), "files": to_json(files)}

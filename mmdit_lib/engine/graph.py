@@ -1,7 +1,7 @@
 """The graph file: a TensorRT network as data, `rank{r}.graph.json`.
 
-Layers in the order in which they were added, under TensorRT's names for layer types and attributes.
-Weights are not in it: a constant names a tensor of the checkpoint. Reading it needs no TensorRT.
+Layers are in the order in which they were added, with TensorRT's names for layer types and attributes.
+It contains no weights: a constant names a checkpoint tensor. Reading it does not need TensorRT.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Layer:
         type: TensorRT's `LayerType`, for instance 'MATRIX_MULTIPLY'; an `IAttention`'s two boundary
             layers appear as one 'ATTENTION'.
         inputs: tensor names; None for an optional input that is not used.
-        attributes: as TensorRT names them; for what cannot be read back (where a constant comes from,
-            a collective's group), what the network wrote into the layer's metadata.
+        attributes: under TensorRT's names; what cannot be read back (a constant's source, a collective's
+            group) is what the network wrote into the layer's metadata.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Graph:
 
     @classmethod
     def load(cls, path: Path) -> Graph:
-        """Raises `ValueError` if the file is no graph of this format."""
+        """Raises `ValueError` if this is not a graph file of this format version."""
         try:
             content = json.loads(path.read_text())
             version = content["format_version"]

@@ -1,4 +1,4 @@
-"""The shapes of an engine's inputs, all derived from the model's table: declared, profiled, checked, drawn."""
+"""Shapes of an engine's inputs, derived from the model's input table: declarations, profiles, checks, random inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 def declared_shape(tensor: Input, model: ModelConfig) -> Shape:
-    """As the network declares it: -1 for a dynamic size."""
+    """The shape that the network declares; -1 marks a dynamic size."""
     return tuple(-1 if dim.partition("/")[0] in Sizes._fields else getattr(model, dim) for dim in tensor.shape)
 
 
@@ -33,7 +33,7 @@ def shape_of(tensor: Input, model: ModelConfig, sizes: Sizes, vae_scale_factor: 
 def profile_shapes(
     architecture: Architecture, model: ModelConfig, build: BuildConfig, cfg_size: int
 ) -> dict[str, list[Shape]]:
-    """The smallest, the optimal and the largest shape of every input."""
+    """The min, opt and max shape of every input."""
     ends, scale = build.sizes(cfg_size), build.vae_scale_factor
     return {x.name: [shape_of(x, model, sizes, scale) for sizes in ends] for x in architecture.inputs}
 
@@ -47,16 +47,16 @@ def input_dtype(tensor: Input, network: str) -> str:
 
 
 def check_resolution(model: ModelConfig, resolution: Resolution, vae_scale_factor: int) -> None:
-    """Raises `ValueError` if the model has no image of this size."""
+    """Raises `ValueError` if the model does not support this image size."""
     step, largest = model.pixel_step(vae_scale_factor), model.max_side(vae_scale_factor)
     if resolution.height % step or resolution.width % step:
         raise ValueError(f"resolution {resolution}: height and width must be multiples of {step} pixels")
     if max(resolution.height, resolution.width) > largest:
-        raise ValueError(f"resolution {resolution}: the position table reaches {largest} pixels at most")
+        raise ValueError(f"resolution {resolution}: the position table covers at most {largest} pixels")
 
 
 def check_build(model: ModelConfig, build: BuildConfig, layout: Layout) -> None:
-    """Raises `ValueError` if profile, layout and model do not fit together."""
+    """Raises `ValueError` if profile, layout and model do not match."""
     for resolution in build.resolutions:
         check_resolution(model, resolution, build.vae_scale_factor)
     if build.max_batch_size % layout.cfg_size:
@@ -65,16 +65,16 @@ def check_build(model: ModelConfig, build: BuildConfig, layout: Layout) -> None:
 
 
 def check_sizes(folder: EngineFolder, sizes: Sizes) -> None:
-    """Raises `ValueError`, naming the size and the legal range, if the profile does not hold `sizes`."""
+    """Raises `ValueError`, naming the size and the valid range, if `sizes` are outside the profile."""
     build = folder.build_config
     if not 1 <= sizes.batch <= build.max_batch_size:
         raise ValueError(
-            f"batch {sizes.batch} lies outside the engine's 1 to {build.max_batch_size} (guidance doubles the images); "
+            f"batch {sizes.batch} is outside the engine's 1 to {build.max_batch_size} (guidance doubles the batch); "
             f"build with --max_batch_size {sizes.batch}"
         )
     if not build.min_text_tokens <= sizes.text_tokens <= build.max_text_tokens:
         raise ValueError(
-            f"{sizes.text_tokens} text tokens lie outside the engine's "
+            f"{sizes.text_tokens} text tokens are outside the engine's "
             f"{build.min_text_tokens} to {build.max_text_tokens}"
         )
     resolution = Resolution(height=sizes.height, width=sizes.width)
@@ -83,19 +83,19 @@ def check_sizes(folder: EngineFolder, sizes: Sizes) -> None:
         pixels = getattr(sizes, side)
         if not low <= pixels <= high:
             raise ValueError(
-                f"{side} {pixels} lies outside the engine's {low} to {high} pixels; "
+                f"{side} {pixels} is outside the engine's {low} to {high} pixels; "
                 f"build with --{'min' if pixels < low else 'max'}_resolution {pixels}"
             )
     check_resolution(folder.model, resolution, build.vae_scale_factor)
 
 
 def check_shapes(folder: EngineFolder, shapes: dict[str, Shape]) -> None:
-    """Raises `ValueError` if inputs of these shapes do not fit together or into the profile."""
+    """Raises `ValueError` if these input shapes are inconsistent or outside the profile."""
     check_sizes(folder, sizes_from(folder, shapes))
 
 
 def sizes_from(folder: EngineFolder, shapes: dict[str, Shape]) -> Sizes:
-    """The sizes that inputs of these shapes have. Raises `ValueError` if they contradict the table or one another."""
+    """The dynamic sizes of these input shapes. Raises `ValueError` if they contradict the table or each other."""
     scale = {"": 1, "vae_scale_factor": folder.build_config.vae_scale_factor}
     found: dict[str, dict[str, int]] = {}
     for tensor in folder.architecture.inputs:
@@ -125,7 +125,7 @@ def sample_inputs(
     batch: int | None = None,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Seeded inputs in the engine's dtypes, on the CPU; what is not given is what the engine is optimized for."""
+    """Seeded random inputs in the engine's dtypes, on the CPU. Default sizes are those the engine is optimized for."""
     build, cfg_size = folder.build_config, folder.layout.cfg_size
     size = Resolution.read(resolution or build.opt_resolution)
     check_resolution(folder.model, size, build.vae_scale_factor)
@@ -145,7 +145,7 @@ def draw_inputs(
     vae_scale_factor: int = 8,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Random inputs by name, on the CPU; the same seed gives the same numbers."""
+    """Random inputs by name, on the CPU; the same seed gives the same values."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(tensor: Input) -> torch.Tensor:

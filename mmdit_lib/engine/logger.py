@@ -1,4 +1,4 @@
-"""TensorRT's log, forwarded to Python's `logging`, and its build progress as a bar."""
+"""TensorRT's log, forwarded to Python's `logging`, and its build progress as a progress bar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("tensorrt")
 
 @cache
 def logger():
-    """The process's TensorRT logger. TensorRT keeps the first one that it is given."""
+    """The process's TensorRT logger. TensorRT keeps using the first one it gets."""
 
     class Logger(trt.ILogger):
         def __init__(self):
@@ -32,13 +32,13 @@ def logger():
 
         def last_error(self) -> str:
             """The last error on one line."""
-            return " ".join(self.errors[-1].split()) if self.errors else "its log says nothing"
+            return " ".join(self.errors[-1].split()) if self.errors else "no error was logged"
 
     return Logger()
 
 
 class Progress:
-    """An `IProgressMonitor` for the length of a `with` block. Ctrl-C stops the build at its next step."""
+    """An `IProgressMonitor` for a `with` block. Ctrl-C stops the build at its next step."""
 
     def __init__(self, title: str, show: bool):
         self.title = title

@@ -1,4 +1,4 @@
-"""A graph file and a checkpoint's tensors -> `torch.fx.GraphModule`."""
+"""Lowering a graph file and a checkpoint's tensors to a `torch.fx.GraphModule`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def lower(
     device: torch.device | str = "cpu",
     groups: Mapping[tuple[int, ...], str] | None = None,
 ) -> fx.GraphModule:
-    """Translate each layer of `graph` into a call of its operator in `torch_ops`.
+    """Translate each layer of `graph` into a call to its operator in `torch_ops`.
 
     Args:
         weights: the checkpoint tensors of this rank; on the CPU they are used without a copy.
-        groups: the process group's name for every group of ranks that the collectives name.
+        groups: process group names, by ranks, for every group that the collectives use.
 
     Returns:
         A module that takes the graph's inputs in order. Each node's `meta['tensor']` is the name of the TensorRT
         tensor that it computes.
 
     Raises:
-        ValueError: naming a layer whose type has no operator.
+        ValueError: naming the first layer whose type has no operator.
     """
     root = torch.nn.Module()
     target = fx.Graph()
@@ -73,7 +73,7 @@ def _named(node: fx.Node, name: str) -> fx.Node:
 
 
 def constant(layer: Layer, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The value of a CONSTANT layer: a view of a checkpoint tensor, or the network's own numbers."""
+    """The value of a CONSTANT layer: a view of a checkpoint tensor, or values stored in the graph."""
     source = layer.attributes
     if "values" in source:
         return torch.tensor(source["values"], dtype=TORCH_DTYPES[source["dtype"]]).expand(source["shape"])
@@ -83,12 +83,12 @@ def constant(layer: Layer, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return tensor
 
 
-# Fusions that also change rounding. TensorRT fuses these pairs too, and diffusers calls the fused operator
-# in the first place. Only the values between the two layers disappear.
+# These fusions also change rounding. TensorRT fuses the same pairs, and diffusers calls the fused operators.
+# Only the value between the two layers is no longer available.
 
 
 def fuse(graph: Graph) -> list[Layer]:
-    """The graph's layers with matmul + bias, x * sigmoid(x) and the scale before attention as one each."""
+    """The graph's layers, with matmul + bias, x * sigmoid(x) and scale + attention each fused into one layer."""
     made_by = {layer.output.name: layer for layer in graph.layers}
     uses = Counter(name for layer in graph.layers for name in layer.inputs)
     fused = (_linear(layer, made_by, uses) or _silu(layer, made_by) or _scale(layer, made_by) or layer

@@ -1,6 +1,6 @@
 """Outlining: all blocks of one kind become one function, called once per block.
 
-`torch.compile` takes more than a minute for a whole MMDiT, but seconds for its two or three kinds of block.
+`torch.compile` takes more than a minute for a full MMDiT, but seconds for its two or three kinds of block.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import fx
 
 
 def outline_blocks(module: fx.GraphModule, blocks: str, compile: Callable = lambda f: f) -> fx.GraphModule:
-    """Rewrite a lowered graph: each block is a call of the function of its kind, with its weights as arguments.
+    """Rewrite a lowered graph so that each block calls the function of its kind, with its weights as arguments.
 
     Args:
         blocks: path of the module list, for instance 'transformer_blocks'.
-        compile: applied to the function of every kind.
+        compile: applied to the function of each kind.
     """
     root = torch.nn.Module()
     for name, buffer in module.named_buffers():
@@ -56,7 +56,7 @@ def block_of(node: fx.Node, number: re.Pattern) -> str | None:
 
 
 def boundary(members: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The values that a block takes from outside, in the order of use, and those that are used outside it."""
+    """A block's inputs, in order of use, and its outputs (values used outside it)."""
     inside = set(members)
     inputs = dict.fromkeys(n for member in members for n in member.all_input_nodes if n not in inside)
     outputs = [member for member in members if any(user not in inside for user in member.users)]

@@ -1,4 +1,4 @@
-"""The `pytorch` backend: the network that TensorRT was given, run by PyTorch. Needs no TensorRT."""
+"""The `pytorch` backend: runs the network that was defined for TensorRT in PyTorch, without TensorRT."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class PyTorchBackend:
     """Runs one rank's graph on a CPU or a CUDA device.
 
     Args:
-        graph: the network that TensorRT was given.
-        weights: this rank's checkpoint tensors; on a CPU they stay mapped from disk.
-        groups: names of process groups, by ranks, for a graph with collectives.
+        graph: the network, as read back from TensorRT.
+        weights: this rank's checkpoint tensors; on a CPU they stay memory-mapped.
+        groups: process group names, by ranks, for a graph with collectives.
         compile_blocks: path of the module list whose blocks are compiled with `torch.compile`; None: no compilation.
         cuda_graph: capture and replay a CUDA graph per set of input shapes.
     """
@@ -73,7 +73,7 @@ class PyTorchBackend:
 
     @torch.inference_mode()
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """Every named tensor of the network, by its TensorRT name (fused-away values are left out)."""
+        """Every named tensor of the network, by its TensorRT name (without values removed by fusion)."""
         recorder = Recorder(self.module)
         recorder.run(*(inputs[name] for name in self.inputs))
         return recorder.found

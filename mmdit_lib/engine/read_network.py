@@ -1,7 +1,7 @@
 """Reading an `INetworkDefinition` back, layer by layer, into a `Graph`.
 
-`network.get_layer` returns a plain `ILayer`; once its class is set to that of its type, its attributes can
-be read.
+`network.get_layer` returns a plain `ILayer`; its attributes can be read once `__class__` is set to the class
+for its type.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def read_network(definition, modules: dict[str, list[str]]) -> Graph:
         modules: the names of the tensors that each module returned.
 
     Raises:
-        ValueError: naming a layer of a type that the graph file does not support.
+        ValueError: naming the first layer of a type that the graph file does not support.
     """
     layers = []
     attention_inputs: dict[str, tuple[str, ...]] = {}
@@ -132,4 +132,4 @@ READERS: dict[str, tuple[str, Callable]] = {
     "SLICE": ("ISliceLayer", _slice),
     "UNARY": ("IUnaryLayer", lambda layer: {"op": layer.op.name}),
 }
-"""By layer type: the class to read it as, and its attributes."""
+"""By layer type: the class to read it as, and a function that reads its attributes."""

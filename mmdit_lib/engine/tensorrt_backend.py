@@ -82,10 +82,10 @@ class TensorRTBackend:
         raise ValueError("intermediates: the tensorrt backend keeps none; open the engine with backend='pytorch'")
 
     def _context(self, shapes: tuple):
-        """One context for all shapes, or one for each if CUDA graphs are captured.
+        """One context for all shapes, or one per set of shapes if CUDA graphs are captured.
 
-        A CUDA graph goes on using the memory and the state of the context that it was captured from, so
-        that context must not be given other shapes.
+        A CUDA graph keeps using the memory and state of the context that it was captured from, so that
+        context must not be used with other shapes.
         """
         key = shapes if self._graphed else None
         if key not in self._contexts:
@@ -103,7 +103,7 @@ class TensorRTBackend:
         context = self._context(shapes)
         for name, shape in zip(self.inputs, shapes, strict=True):
             if not context.set_input_shape(name, shape):
-                raise ValueError(f"{name} {shape} lies outside the profile: {logger().last_error()}")
+                raise ValueError(f"{name} {shape} is outside the profile: {logger().last_error()}")
         if shapes not in self._buffers:
             self._buffers[shapes] = self._allocate(context, inputs)
         buffers = self._buffers[shapes]
@@ -123,9 +123,9 @@ class TensorRTBackend:
 
 
 def refusal(built_with: str | None, device: torch.device | str = "cuda") -> str | None:
-    """Why a plan built with `built_with` cannot run in this process on `device`; None if it can be tried."""
+    """Why a plan built with `built_with` cannot run in this process on `device`; None if it may work."""
     if built_with is None:
-        return "the engine folder holds no plan (it was built with --no-plan)"
+        return "the engine folder contains no plan (it was built with --no-plan)"
     here = installed()
     if here is None:
         return f"the plan was built with {built_with}, and no TensorRT is installed"

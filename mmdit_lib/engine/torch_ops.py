@@ -1,4 +1,4 @@
-"""TensorRT's layers in PyTorch: one short function per layer type, its attributes as keywords.
+"""TensorRT's layers in PyTorch: one short function per layer type, with its attributes as keywords.
 
 int64 tensors are shapes (sizes and offsets that TensorRT keeps on the host). Here they are tuples of
 int, so nothing is read back from a GPU and `torch.compile` sees plain sizes.
@@ -65,7 +65,7 @@ def matrix_multiply(a, b, *, op0, op1):
 
 
 def normalization(x, scale, bias, *, axes, epsilon):
-    assert axes == 1 << (x.dim() - 1), "only the last dimension is normalised"
+    assert axes == 1 << (x.dim() - 1), "only the last dimension is normalized"
     return F.layer_norm(x, x.shape[-1:], scale.flatten(), bias.flatten(), epsilon)
 
 
@@ -104,7 +104,7 @@ def unary(x, *, op):
 
 
 def dist_collective(x, *, operation, group, size):
-    """`group` is the name of a process group of `torch.distributed`, `size` its number of ranks."""
+    """`group` is the name of a `torch.distributed` process group, `size` its number of ranks."""
     collective = torch.ops._c10d_functional
     x = x.contiguous()
     if operation == "ALL_REDUCE":
@@ -117,11 +117,11 @@ def dist_collective(x, *, operation, group, size):
     return collective.wait_tensor(y)
 
 
-# What the fusions of `lowering.py` insert.
+# Operators inserted by the fusions in `lowering.py`.
 
 
 def linear(x, weight, bias):
-    """A matrix multiply by a transposed constant, and its bias: one rounding instead of two."""
+    """Matrix multiply by a transposed constant, plus bias, with one rounding instead of two."""
     return F.linear(x, weight.reshape(weight.shape[-2:]), bias.flatten())
 
 

@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, known by their checksums."""
+"""Files on disk: written atomically, and recorded with checksums."""
 
 from .atomic import alive, complete_file, complete_folder, require_place, require_space
 from .records import FileRecord, read_json, write_synced

@@ -21,10 +21,10 @@ def complete_folder(folder: Path, kind: str, is_kind: Callable[[Path], bool]) ->
     Args:
         folder: must not exist, or be empty, or be of the same kind.
         kind: what the folder is, for messages: "checkpoint".
-        is_kind: whether an existing folder is one, so that nothing else is ever deleted.
+        is_kind: whether an existing folder is of that kind, so that no other folder is ever deleted.
 
     Raises:
-        ValueError: if `folder` cannot be made or replaced (see `require_place`), or the disk is full.
+        ValueError: if `folder` cannot be created or replaced (see `require_place`), or the disk is full.
     """
     require_place(folder, kind, is_kind)
     folder = folder.resolve()
@@ -69,7 +69,7 @@ def require_place(folder: Path, kind: str, is_kind: Callable[[Path], bool]) -> N
         raise ValueError(f"no permission to write in {parent}; give a folder elsewhere for the {kind}")
     if there == folder and any(folder.iterdir()) and not is_kind(folder):
         article = "an" if kind[0] in "aeiou" else "a"
-        raise ValueError(f"{folder} holds something other than {article} {kind}; nothing there is overwritten")
+        raise ValueError(f"{folder} contains something other than {article} {kind}; nothing there is overwritten")
 
 
 def require_space(folder: Path, nbytes: int) -> None:
@@ -94,7 +94,7 @@ def _swap(partial: Path, folder: Path) -> None:
 
 
 def _clean_up(folder: Path) -> None:
-    """Remove what dead processes left. One that died between the two renames of `_swap` left the only copy."""
+    """Remove what dead processes left behind. One that died between the two renames of `_swap` left the only copy."""
     name = re.compile(re.escape(f".{folder.name}.") + r"(partial|replaced)-(\d+)")
     for path in folder.parent.iterdir():
         match = name.fullmatch(path.name)
@@ -118,7 +118,7 @@ def alive(pid: int) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Bring the entries of `folder` to disk, so that even a power cut leaves all or nothing."""
+    """Flush the directory entries of `folder` to disk, so that a power failure leaves all or nothing."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

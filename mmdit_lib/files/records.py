@@ -1,4 +1,4 @@
-"""A file as a manifest records it, and the JSON files around it."""
+"""File records in a manifest, and reading and writing the files around them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says about one file of its folder."""
+    """What a manifest records about one file in its folder."""
 
     name: str
     nbytes: int
@@ -64,7 +64,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError`, in one line, for anything else."""
+    """A JSON object. Raises a one-line `ValueError` for anything else."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -83,7 +83,7 @@ def keys_in(path: Path) -> set[str]:
 
 
 def write_synced(path: Path, content: str | bytes | memoryview) -> None:
-    """Write and bring to disk, so that a rename after it never precedes the content."""
+    """Write and flush to disk, so that a later rename cannot reach the disk before the content."""
     with open(path, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()

@@ -1,1 +1,1 @@
-"""The TensorRT frontend in TensorRT-LLM's manner: networks, tensors, operators, modules. It knows no model."""
+"""A model-independent TensorRT frontend in the style of TensorRT-LLM: networks, tensors, operators, modules."""

@@ -1,8 +1,8 @@
-"""Context parallelism: each cp rank holds a part of the tokens of every stream (image, text).
+"""Context parallelism: each cp rank holds part of the tokens of every stream (image, text).
 
-A stream of N tokens is split into cp parts of ceil(N / cp) rows; the last ranks' rows past the end are
-zero padding. Padded rows never enter an attention as keys: the gathered keys and values are sliced
-back to N rows before the softmax, so every size is exact. With cp = 1 all of this is the identity.
+A stream of N tokens is split into cp parts of ceil(N / cp) rows; on the last ranks, rows past the
+end are zero padding. Padded rows never enter attention as keys: the gathered keys and values are sliced
+back to N rows before the softmax, so the result is exact for every N. With cp = 1 all of this is the identity.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def uncat(x: Tensor, lengths: list[F.Size]) -> list[Tensor]:
 
 
 def gathered(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
-    """Keys and values of all ranks, one all-gather; queries stay local."""
+    """One all-gather of keys and values; queries stay local."""
     mapping = parts[0].q.network.mapping
     head_dim = parts[0].q.shape[-1]
     keys_values = F.concat([cat([p.k for p in parts]), cat([p.v for p in parts])], 3)
@@ -89,18 +89,18 @@ def whole_streams(x: Tensor, streams: list[Stream]) -> list[Tensor]:
 
 
 def ulysses(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
-    """Every rank attends with its share of the heads over all tokens; one all-to-all before, one after."""
+    """Each rank runs attention over all tokens for its share of the heads; one all-to-all before, one after."""
     mapping = parts[0].q.network.mapping
     ranks = mapping.cp_size
     qkv = F.concat([cat([getattr(p, name) for p in parts]) for name in QKV._fields], 3)
     batch, heads, rows, channels = (F.size(qkv, i) for i in range(4))
     head_dim, share = channels // 3, heads // ranks
-    # Heads out, tokens in: dimension 0 is the peer, before and after.
+    # Scatter heads, gather tokens: dimension 0 is the peer, before and after.
     by_peer = F.transpose(F.reshape(qkv, (batch, ranks, share, rows, channels)), 1, 0, 2, 3, 4)
     whole = F.transpose(F.all_to_all(by_peer, mapping.cp_group), 1, 2, 0, 3, 4)
     whole = cat(whole_streams(whole, streams))
     out = F.attention(*(F.narrow(whole, 3, i * head_dim, head_dim) for i in range(3)))
-    # Tokens out, heads in, with the padded rows put back.
+    # Restore the padded rows, then scatter tokens and gather heads.
     pieces = []
     for stream, x in zip(streams, uncat(out, [s.length for s in streams]), strict=True):
         x = F.narrow(x, 2, 0, stream.local * ranks, pad=True)
@@ -121,7 +121,7 @@ def split_batch(x: Tensor) -> Tensor:
 
 
 def gather_output(x: Tensor, image: Stream) -> Tensor:
-    """[b, local, c] of every cfg and cp rank, in one all-gather -> [B, length, c] on each of them."""
+    """One all-gather over the cfg and cp ranks: [b, local, c] -> [B, length, c] on each."""
     mapping = x.network.mapping
     group = mapping.output_group
     if len(group) == 1:

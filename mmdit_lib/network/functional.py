@@ -1,7 +1,7 @@
-"""Operators: one short function each, which adds TensorRT layers and returns a `Tensor`.
+"""Operators: one short function each that adds TensorRT layers and returns a `Tensor`.
 
-Sizes are `int` where they are known and int64 tensors of shape [1] where they are dynamic; both can
-be computed with. Every operator has its counterpart in `engine/torch_ops.py`.
+Static sizes are `int`, dynamic ones int64 tensors of shape [1]; arithmetic works on both. Every operator
+has a counterpart in `engine/torch_ops.py`.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def unary(x: Tensor, kind: str) -> Tensor:
 
 
 def mean(x: Tensor, dim: int) -> Tensor:
-    """Mean over `dim`, which is kept with size 1."""
+    """Mean over `dim`, which is kept as size 1."""
     layer = x.network.definition.add_reduce(x.itensor, trt.ReduceOperation.AVG, 1 << dim, True)
     return x.network.add(layer, "mean")
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension; no affine part."""
+    """Layer norm over the last dimension, without weight and bias."""
     last = len(x.shape) - 1
     shape = (1,) * last + (x.shape[-1],)
     one, zero = x.network.values([1.0], x.dtype, shape), x.network.values([0.0], x.dtype, shape)
@@ -90,7 +90,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def size(x: Tensor, dim: int) -> Size:
-    """The size of a dimension: an int where it is static."""
+    """The size of a dimension: an int if it is static."""
     if x.shape[dim] != -1:
         return x.shape[dim]
     sizes = x.network.add(x.network.definition.add_shape(x.itensor), "shape")
@@ -109,7 +109,7 @@ def _vector(network, sizes: Sequence[Size]) -> Tensor:
 
 
 def reshape(x: Tensor, shape: Sequence[Size]) -> Tensor:
-    """0 keeps the input's size at that place; -1, once, is what remains."""
+    """In `shape`, 0 copies the input's size at that position, and one -1 is inferred."""
     static = all(isinstance(s, int) for s in shape)
     target = tuple(shape) if static else _vector(x.network, shape).itensor
     layer = x.network.definition.add_shuffle(x.itensor)
@@ -152,8 +152,8 @@ def chunk(x: Tensor, count: int, dim: int) -> tuple[Tensor, ...]:
     return tuple(narrow(x, dim, i * part, part) for i in range(count))
 
 
-# Collectives. TensorRT gathers and scatters along dimension 0. Operation and group cannot be read back
-# from the layer, so both are in its metadata too.
+# Collectives. TensorRT gathers and scatters along dimension 0. A layer's operation and group cannot be read
+# back, so both are also stored in its metadata.
 
 
 def _collective(x: Tensor, operation: str, reduce: str, group: Sequence[int]) -> Tensor:
@@ -180,14 +180,14 @@ def all_gather(x: Tensor, group: Sequence[int]) -> Tensor:
     """[1, ...] of every rank -> [len(group), ...]."""
     if len(group) == 1:
         return x
-    # TensorRT-RTX 1.7 infers the shape of every all-gather from the largest group of the plan, whichever
-    # collective uses it. Smaller groups gather through an all-to-all of copies: the same bytes between
-    # ranks, and a shape that does not depend on the group.
+    # TensorRT-RTX 1.7 infers the shape of every all-gather from the largest group in the plan, whichever
+    # collective uses that group. Smaller groups use an all-to-all of copies instead: it moves the same
+    # bytes, and its shape does not depend on the group.
     if len(group) < x.network.mapping.largest_group:
         return all_to_all(concat([x] * len(group), 0), group)
     return _collective(x, "ALL_GATHER", "NONE", group)
 
 
 def all_to_all(x: Tensor, group: Sequence[int]) -> Tensor:
-    """Dimension 0 in len(group) chunks: chunk i goes to rank i; place i receives a chunk from rank i."""
+    """Dimension 0 is split into len(group) chunks: chunk i goes to rank group[i], whose chunk replaces it."""
     return x if len(group) == 1 else _collective(x, "ALL_TO_ALL", "NONE", group)

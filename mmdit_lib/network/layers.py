@@ -1,4 +1,4 @@
-"""Layers that any transformer is made of, and their parameters."""
+"""Common transformer layers and their parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .network import Parameter, Tensor
 
 
 class Linear(Module):
-    """x W^T + b on the last dimension; the network's sharding table says how it is sharded over the tp ranks."""
+    """x W^T + b on the last dimension; the network's sharding table decides how it is sharded over tp ranks."""
 
     def __init__(self, in_features: int, out_features: int):
         self.weight = Parameter(out_features, in_features)
@@ -27,7 +27,7 @@ class Linear(Module):
 
 
 def gather_features(x: Tensor, group) -> Tensor:
-    """The last dimension of every tp rank, side by side."""
+    """All-gather the last dimension over the tp ranks."""
     if len(group) == 1:
         return x
     features = x.shape[-1]
@@ -50,7 +50,7 @@ class Conv2d(Module):
 
 
 class LayerNorm(Module):
-    """Without parameters."""
+    """Layer norm over the last dimension, without parameters."""
 
     def __init__(self, eps: float = 1e-6):
         self.eps = eps
@@ -79,7 +79,7 @@ class SiLU(Module):
 
 
 class GELU(Module):
-    """A linear layer and GELU in its tanh form."""
+    """A linear layer followed by the tanh approximation of GELU."""
 
     def __init__(self, in_features: int, out_features: int):
         self.proj = Linear(in_features, out_features)

@@ -1,4 +1,4 @@
-"""Modules in TensorRT-LLM's manner: a tree that knows its parameters and, when called, adds layers.
+"""Modules in the style of TensorRT-LLM: a tree that declares parameters and, when called, adds layers.
 
 A module's path in the tree ('transformer_blocks.0.attn.to_q') names its parameters in the
 checkpoint and its layers and tensors in the network.
@@ -29,7 +29,7 @@ class Module:
         return ((name, value) for name, value in vars(self).items() if isinstance(value, Module))
 
     def named_modules(self, path: str = "") -> Iterator[tuple[str, Module]]:
-        """This module and all below it, with their paths, in the order of definition."""
+        """This module and all below it, with their paths, in definition order."""
         yield path, self
         for name, child in self.children():
             yield from child.named_modules(f"{path}.{name}" if path else name)
@@ -44,7 +44,7 @@ class Module:
         }
 
     def assign_paths(self, path: str = "") -> Module:
-        """Give this module the path `path`, and every module and parameter below it its own. Returns the module."""
+        """Set the path of this module to `path`, and name every module and parameter below it. Returns the module."""
         for place, module in self.named_modules(path):
             module.path = place
             for name, value in vars(module).items():

@@ -1,4 +1,4 @@
-"""The network being defined: TensorRT's `INetworkDefinition`, its names, its weights.
+"""A network under construction: TensorRT's `INetworkDefinition`, its names and its weights.
 
 There is no ambient default network: a `Tensor` knows the network it belongs to.
 """
@@ -122,7 +122,7 @@ class Network:
         return name
 
     def name_outputs(self, path: str, outputs) -> None:
-        """Record what the module at `path` returned, and give each tensor the innermost module's name."""
+        """Record what the module at `path` returned, and name each tensor after the innermost module."""
         tensors = list(flatten(outputs))
         self.modules[path] = tensors
         for i, tensor in enumerate(tensors):
@@ -138,7 +138,7 @@ class Network:
     def add(self, layer, suffix: str) -> Tensor:
         """Name a new layer and its output; returns the output."""
         if layer is None:
-            raise ValueError(f"TensorRT refused layer '{self.unique_name(suffix)}'; its log says why")
+            raise ValueError(f"TensorRT rejected layer '{self.unique_name(suffix)}'; see its log")
         layer.name = self.unique_name(suffix)
         output = layer.get_output(0)
         output.name = layer.name
@@ -157,8 +157,8 @@ class Network:
     ) -> Tensor:
         """This rank's part of a checkpoint tensor as a constant.
 
-        `shape` views it (say, with leading 1s so that it broadcasts); `crop` then keeps `start, size`
-        of some dimensions. The graph file stores these two and the checkpoint tensor's name.
+        `shape` reshapes it (for instance with leading 1s, to broadcast); `crop` then keeps `(start, size)` of
+        some dimensions. The graph file stores both, and the checkpoint tensor's name.
         """
         array = self.weights[parameter.name]
         shape = tuple(shape or array.shape)
@@ -173,7 +173,7 @@ class Network:
         return self.add(layer, parameter.name.rpartition(".")[2])
 
     def by_address(self, array: torch.Tensor):
-        """`trt.Weights` over the array's own memory: no copy, so the array is kept until the build has ended."""
+        """`trt.Weights` that point to the array's memory without a copy; the array is kept alive for the build."""
         array = array.contiguous()
         self._arrays.append(array)
         return trt.Weights(trt_dtype(dtype_name(array.dtype)), array.data_ptr(), array.numel())
@@ -199,7 +199,7 @@ class Network:
 
 
 def flatten(outputs) -> Iterator[Tensor]:
-    """The tensors of a module's result, which may be a tensor or (named) tuples of them; None is left out."""
+    """The tensors in a module's result, which may be a tensor or nested (named) tuples; None is skipped."""
     if isinstance(outputs, Tensor):
         yield outputs
     elif isinstance(outputs, tuple):

@@ -1,8 +1,8 @@
 """Tensor parallelism as data: which linear layer is sharded along which dimension.
 
-In diffusers' words. `colwise` shards weight and bias along dim 0 (output features), `rowwise` shards
-the weight along dim 1 (input features) and adds the whole bias once, after the all-reduce;
-`colwise_gather` is colwise with an all-gather of the output, as TensorRT-LLM does it.
+Styles are named as in diffusers. `colwise` shards weight and bias along dim 0 (output features), `rowwise` shards
+the weight along dim 1 (input features) and adds the full bias once, after the all-reduce;
+`colwise_gather` is colwise with an all-gather of the output, as in TensorRT-LLM.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Sharding:
 
     Attributes:
         name: 'megatron' or 'trtllm'.
-        rules: the first whose pattern matches a module's path decides.
+        rules: the first rule whose pattern matches a module's path applies.
     """
 
     name: str
     rules: tuple[Rule, ...]
 
     def rule_for(self, module: str) -> Rule:
-        """The rule of a module's path, for instance 'transformer_blocks.0.ff.net.1'. Raises `ValueError` if none."""
+        """The rule for a module path, for instance 'transformer_blocks.0.ff.net.1'. Raises `ValueError` if none."""
         for rule in self.rules:
             if fnmatchcase(module, rule.pattern):
                 return rule

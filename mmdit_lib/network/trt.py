@@ -1,7 +1,7 @@
-"""The TensorRT package of this environment: `tensorrt` where it is installed, else `tensorrt_rtx`.
+"""The installed TensorRT package: `tensorrt` if available, else `tensorrt_rtx`.
 
-Both have the same Python API. `trt` imports the package at its first use, so that what only describes
-a network (its parameters, how they are sharded) works without TensorRT.
+Both have the same Python API. `trt` imports the package on first use, so code that only describes a
+network (its parameters, how they are sharded) works without TensorRT.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PACKAGES = ("tensorrt", "tensorrt_rtx")
 
 
 class TensorRT:
-    """A proxy of the package: every attribute is the package's own."""
+    """A lazy proxy for the package."""
 
     @cached_property
     def package(self) -> ModuleType:
@@ -40,7 +40,7 @@ trt = TensorRT()
 
 
 def installed() -> str | None:
-    """'tensorrt_rtx 1.7.1.116', or None."""
+    """For instance 'tensorrt_rtx 1.7.1.116'; None without TensorRT."""
     try:
         return f"{trt.package.__name__} {trt.package.__version__}"
     except ImportError:

@@ -1,6 +1,6 @@
-"""Several ranks: MPI starts and numbers them, `torch.distributed` or TensorRT's NCCL moves the tensors.
+"""Multiple ranks: MPI starts and numbers them, `torch.distributed` or TensorRT's NCCL moves the tensors.
 
-mpirun -n 2 python script.py       # the same script on every rank; `join` makes them a team
+mpirun -n 2 python script.py       # the same script on every rank; `join` forms a team
 with parallel.cluster(2) as ranks: # the same from a notebook, over ipyparallel
 """
 

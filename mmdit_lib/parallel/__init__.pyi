@@ -1,4 +1,4 @@
-"""The names of this package, for editors and type checkers and for `lazy_loader`, which imports them at first use."""
+"""The names of this package, for editors and type checkers and for `lazy_loader`, which imports them on first use."""
 
 from .clusters import Ranks, cluster, stop_clusters
 from .faults import guard

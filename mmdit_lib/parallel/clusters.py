@@ -1,7 +1,7 @@
-"""MPI ranks for a notebook: ipyparallel starts them, and a fault leaves none behind.
+"""MPI ranks for a notebook: ipyparallel starts them, and a failure leaves none behind.
 
 with parallel.cluster(2) as ranks:
-    results = ranks.run(function, argument)     # one result per rank, in their order
+    results = ranks.run(function, argument)     # one result per rank, in rank order
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..files import alive
 from .launch import RANK_VARIABLES, mpi_environment
 
 PROFILE = "mmdit_lib"
-"""ipyparallel's profile of our clusters; clusters of other profiles are never touched."""
+"""The ipyparallel profile of our clusters; clusters with other profiles are never touched."""
 
 
 class Ranks:
     """`n` MPI processes, reached through ipyparallel. Engine i is MPI rank i.
 
     Attributes:
-        view: ipyparallel's view of all engines, for `%px` and the like (without the watch for faults that `run` keeps).
+        view: ipyparallel's view of all engines, for `%px` and the like (without the failure detection of `run`).
     """
 
     def __init__(self, n: int, seconds: int = 60):
@@ -39,8 +39,8 @@ class Ranks:
         self._local: dict[int, Any] = {}  # the processes of the ranks on this machine
 
     def start(self) -> Ranks:
-        """Start the processes, which takes seconds. Raises `TimeoutError`, and stops them, if they do not come up."""
-        os.environ.setdefault("IPP_NONINTERACTIVE", "1")  # output in the order of the ranks, whole tracebacks
+        """Start the processes. If they take too long, stops them and raises `TimeoutError`."""
+        os.environ.setdefault("IPP_NONINTERACTIVE", "1")  # output in rank order, full tracebacks
         import ipyparallel
 
         stop_clusters()
@@ -97,7 +97,7 @@ class Ranks:
         self.stop()
 
     def run(self, function: Callable, *arguments, **options) -> list[Any]:
-        """Call `function` on every rank; returns the results in rank order and prints what ranks printed.
+        """Call `function` on every rank; returns the results in rank order and prints the ranks' output.
 
         Raises:
             RuntimeError: as soon as one rank fails or dies, with that rank's error. All ranks are stopped
@@ -131,7 +131,7 @@ class Ranks:
                 return
 
     def _died(self) -> str | None:
-        """Which rank is gone. MPI ends the others too, but reports it much later."""
+        """Which rank died; None if all are alive. MPI ends the others too, but reports it much later."""
         import psutil
 
         for rank, process in self._local.items():
@@ -165,7 +165,7 @@ def _text(error: BaseException) -> str:
 
 
 def end(processes: list, seconds: float = 1) -> None:
-    """Wait until `processes` are gone; those that stay (ipyparallel's nannies do) are killed."""
+    """Wait for `processes` to exit, then kill those that do not (such as ipyparallel's nannies)."""
     import psutil
 
     _, alive = psutil.wait_procs(processes, timeout=seconds)
@@ -176,7 +176,7 @@ def end(processes: list, seconds: float = 1) -> None:
 
 
 def cluster(n: int, seconds: int = 60) -> Ranks:
-    """`n` MPI ranks for a `with` block, or to `start()` and `stop()`. Ends what dead notebooks left behind first.
+    """`n` MPI ranks, for a `with` block or `start()` and `stop()`. Starting first ends clusters of dead notebooks.
 
     Args:
         n: number of ranks.
@@ -191,7 +191,7 @@ def stop_clusters(*, mine_too: bool = False) -> list[str]:
     A killed kernel cannot clean up after itself. Clusters of other profiles are left alone.
 
     Args:
-        mine_too: also end those of this process.
+        mine_too: also end the clusters of this process.
     """
     import ipyparallel
 
@@ -214,7 +214,7 @@ def stop_clusters(*, mine_too: bool = False) -> list[str]:
 
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
-    """`os.environ` with `variables` for a while."""
+    """Set `variables` in `os.environ` for a `with` block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

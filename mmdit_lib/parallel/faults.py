@@ -1,6 +1,6 @@
-"""One rank's fault ends all ranks: none waits for a collective that will never complete.
+"""If one rank fails, all ranks end: none waits for a collective that will never complete.
 
-mpirun notices a killed rank by itself. It does not notice a rank that raises while the others wait in a
+mpirun detects a killed rank. It does not detect a rank that raises while the others wait in a
 collective, so that rank prints its error and aborts all.
 """
 
@@ -21,10 +21,10 @@ START_SECONDS = 25
 
 
 def start_mpi(seconds: float = START_SECONDS):
-    """`mpi4py.MPI`. MPI starts when it is first imported, and waits there for every rank.
+    """Import `mpi4py.MPI`. The first import starts MPI, which waits for every rank.
 
-    If one never starts, the process ends after `seconds` with a traceback of this function: MPI waits
-    with the GIL held, so nothing gentler can run.
+    If a rank never starts, the process ends after `seconds` with a traceback of this function: MPI waits
+    with the GIL held, so no exception can be raised.
     """
     if "mpi4py.MPI" not in sys.modules and launched_size() > 1:
         faulthandler.dump_traceback_later(seconds, exit=True)
@@ -60,7 +60,7 @@ def _hook(kind, error, trace) -> None:
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Put around a program's main function: any exception, also `SystemExit` with an error, ends all ranks.
+    """Wrap a program's main function: any exception, including `SystemExit` with an error, ends all ranks.
 
     With one rank, and for `sys.exit(0)`, it does nothing.
     """
@@ -73,7 +73,7 @@ def guard() -> Iterator[None]:
 
 
 def end_all(error: BaseException) -> None:
-    """Show `error` with this rank's number and end all ranks of this mpirun. Does not return."""
+    """Print `error` with this rank's number and end all ranks of this mpirun. Does not return."""
     rank = launched_rank()
     if isinstance(error, (ValueError, SystemExit)) and rank:
         time.sleep(2)  # an error that all ranks raise is printed once, by rank 0

@@ -1,4 +1,4 @@
-"""What mpirun passes to a process in its environment, read without starting MPI; and the environment for mpirun."""
+"""Environment variables that mpirun sets, read without starting MPI, and those that mpirun needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _first(names: tuple[str, ...], otherwise: int) -> int:
 
 
 def check_launch(layout: Layout, size: int, folder: object = "this engine folder") -> None:
-    """Raises `ValueError`, naming the right way to start it, if `size` ranks cannot run `layout`."""
+    """Raises `ValueError`, with the right way to start it, if `size` ranks cannot run `layout`."""
     wanted = layout.world_size
     if size == wanted:
         return

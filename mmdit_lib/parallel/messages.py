@@ -1,4 +1,4 @@
-"""Tensors between the processes of an mpirun that are not part of a network: plain bytes over MPI."""
+"""Sending tensors between MPI processes outside the network, as plain bytes over MPI."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def broadcast(world, tensors: Tensors | None, device: torch.device) -> Tensors:
     Args:
         world: MPI's communicator of all ranks.
         tensors: on rank 0; None elsewhere.
-        device: where the results go.
+        device: device of the results.
     """
     if world.size == 1:
         return {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -44,9 +44,9 @@ def broadcast(world, tensors: Tensors | None, device: torch.device) -> Tensors:
 
 
 def check_equal(world, tensor: torch.Tensor, what: str) -> None:
-    """Raises `RuntimeError` on every rank if the ranks' tensors are not equal to the last bit."""
+    """Raises `RuntimeError` on every rank if the ranks' tensors are not bitwise equal."""
     digest = hashlib.sha256(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
     everyone = world.allgather(digest)
     differ = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
     if differ:
-        raise RuntimeError(f"rank {differ[0]} ended with other {what} than rank 0: the ranks did not compute the same")
+        raise RuntimeError(f"rank {differ[0]} has different {what} from rank 0: the ranks did not compute the same")

@@ -1,4 +1,4 @@
-"""The ranks that run one engine folder: who they are, their devices and their process groups."""
+"""The ranks that run one engine folder, their devices and process groups."""
 
 from __future__ import annotations
 
@@ -18,51 +18,51 @@ from .faults import START_SECONDS, abort_on_error, start_mpi
 from .launch import check_launch
 
 ROLL_CALL = 7301
-"""Tag of the messages with which ranks announce themselves to one another."""
+"""MPI tag of the messages with which ranks announce themselves to each other."""
 COLLECTIVE_SECONDS = 600
 
 Groups = dict[tuple[int, ...], str]
 
 
 class SharedFolder(Protocol):
-    """What all ranks run: an engine folder."""
+    """The folder that all ranks run: an engine folder."""
 
     path: Path
     layout: Layout
 
     def fingerprint(self) -> dict[str, str]:
-        """What must be the same for all ranks: part -> checksum."""
+        """What must be the same on all ranks: part -> checksum."""
 
 
 @dataclass
 class Team:
-    """This process among the ranks of an engine folder."""
+    """This process as one of the ranks of an engine folder."""
 
     rank: int
     mapping: RankMapping
     device: torch.device
     groups: Groups = field(default_factory=dict)
-    """The process group's name for every group of ranks."""
+    """Process group names, by ranks."""
 
     def agree(self, what: str, value: str) -> None:
-        """Raises `ValueError` on every rank if the ranks have different values. Every rank calls it."""
+        """Raises `ValueError` on every rank if the ranks have different values. Every rank must call it."""
         everyone = start_mpi().COMM_WORLD.allgather(value)
         if len(set(everyone)) > 1:
             found = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(everyone))
-            raise ValueError(f"the ranks do not agree on the {what} ({found}): name one for all of them")
+            raise ValueError(f"the ranks do not agree on the {what} ({found}): give the same one to all of them")
 
     def nccl_communicator(self):
-        """The `ncclComm_t` of all ranks in a capsule, as `IExecutionContext.set_communicator` takes it.
+        """The `ncclComm_t` of all ranks as a capsule, for `IExecutionContext.set_communicator`.
 
-        Setting it is collective, so every rank opens its plan at the same time.
-        Written against TensorRT 11's documentation; not yet run with it.
+        Setting it is collective, so every rank must open its plan at the same time.
+        Written against TensorRT 11's documentation; not yet run with it. Raises `ValueError` without NCCL.
         """
         if self.device.type != "cuda":
             raise ValueError("TensorRT's collectives run over NCCL, which needs CUDA devices; use backend pytorch")
         backend = dist.distributed_c10d._get_default_group()._get_backend(self.device)
         if not hasattr(backend, "_comm_ptr"):
             raise ValueError(f"torch {torch.__version__} does not expose its NCCL communicator; use backend pytorch")
-        dist.barrier(device_ids=[self.device.index])  # torch creates the communicator at its first use
+        dist.barrier(device_ids=[self.device.index])  # torch creates the communicator on first use
         return capsule(backend._comm_ptr())
 
 
@@ -82,13 +82,13 @@ def current() -> Team | None:
 
 
 def join(folder: SharedFolder, device: str | torch.device | None = None, *, seconds: float = START_SECONDS) -> Team:
-    """Make the ranks of this mpirun, or of this ipyparallel cluster, a team. Every rank calls it.
+    """Form a team from the ranks of this mpirun or ipyparallel cluster. Every rank must call it.
 
-    It can be called again, also with another folder for as many ranks: process groups are kept.
+    It can be called again, also with another folder for the same number of ranks: process groups are reused.
 
     Args:
-        folder: the engine folder; its files must be the same for all ranks.
-        device: cuda or cpu; CUDA if it is available, if not given. A machine's ranks take its GPUs in order.
+        folder: the engine folder; its files must be the same on all ranks.
+        device: cuda or cpu; by default CUDA if available. The ranks on a machine take its GPUs in order.
         seconds: how long to wait for the slowest rank.
 
     Raises:
@@ -101,14 +101,14 @@ def join(folder: SharedFolder, device: str | torch.device | None = None, *, seco
     abort_on_error()
     world = MPI.COMM_WORLD
     roll_call(world, seconds)
-    # All ranks compare the same facts, so either all of them refuse or none.
+    # All ranks compare the same data, so either all of them raise or none.
     everyone = world.allgather((str(folder.path), folder.fingerprint()))
     check_launch(folder.layout, world.size, folder.path)
     check_same(everyone)
     mapping = folder.layout.at(world.rank)
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
     place = device_of(device, here.rank, here.size)
-    # Each rank looked at its own machine: they must have found the same kind of device.
+    # Each rank checked its own machine: the device types must match.
     kinds = world.allgather(place.type)
     if len(set(kinds)) > 1:
         raise ValueError(f"the ranks found different devices ({', '.join(kinds)}): give cuda or cpu")
@@ -119,7 +119,7 @@ def join(folder: SharedFolder, device: str | torch.device | None = None, *, seco
 
 
 def leave() -> None:
-    """End the team: every rank calls it. A later `join` starts anew."""
+    """Dissolve the team. Every rank must call it; a later `join` starts afresh."""
     global _team
     _team = None
     _groups.clear()
@@ -157,7 +157,7 @@ def check_same(everyone: list[tuple[str, dict[str, str]]]) -> None:
 
 
 def device_of(device: str | torch.device | None, local_rank: int, local_size: int) -> torch.device:
-    """This rank's device: a GPU of its own, or the CPU."""
+    """This rank's device: its own GPU, or the CPU."""
     asked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if asked.type != "cuda":
         return asked

@@ -1,4 +1,4 @@
-"""Every figure that the notebooks and the command show. Each function returns a matplotlib `Figure`."""
+"""The figures of the notebooks and the `mmdit` command. Each function returns a matplotlib `Figure`."""
 
 from .bars import time_bars, traffic_bars
 from .block import block_diagram

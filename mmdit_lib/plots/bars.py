@@ -1,4 +1,4 @@
-"""Times and traffic as bars, labelled with their ratios."""
+"""Times and traffic as bars, labeled with their ratios."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .figure import COLOURS, Figure, new_axes
 
 
 def time_bars(times: Mapping[str, float], *, unit: str = "ms", title: str = "Time per denoising step") -> Figure:
-    """A bar per label and, on it, how many times faster it is than the slowest."""
+    """One bar per label, annotated with its speedup over the slowest."""
     slowest = max(times.values())
     notes = [
         f"{value:.3g} {unit}" + (f", {slowest / value:.2f} times faster" if slowest / value > 1.005 else "")
@@ -18,17 +18,17 @@ def time_bars(times: Mapping[str, float], *, unit: str = "ms", title: str = "Tim
 
 
 def traffic_bars(nbytes: Mapping[str, float], *, title: str = "Sent by each rank per denoising step") -> Figure:
-    """A bar per label: bytes between ranks, and their ratio to the least."""
+    """One bar per label: bytes sent between ranks, and their ratio to the smallest non-zero value."""
     least = min((n for n in nbytes.values() if n), default=1)
     megabytes = {label: n / 1e6 for label, n in nbytes.items()}
     notes = [
-        f"{_megabytes(n)} MB" + (f", {n / least:.3g} times the least" if n > least else "") for n in nbytes.values()
+        f"{_megabytes(n)} MB" + (f", {n / least:.3g} times the minimum" if n > least else "") for n in nbytes.values()
     ]
     return _bars(megabytes, notes, "MB", title)
 
 
 def _megabytes(nbytes: float) -> str:
-    """Three digits, and never an exponent: 0.524, 98.1, 1,630."""
+    """Three significant digits, without an exponent: 0.524, 98.1, 1,630."""
     return f"{float(f'{nbytes / 1e6:.3g}'):,g}"
 
 

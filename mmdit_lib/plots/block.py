@@ -74,7 +74,7 @@ def block_diagram(model: SD3Config, block: int = 0) -> Figure:
         where = "norm_out" if last else "the next block"
         draw.text(centre, bottom + 3.6, f"{'x' if centre == x else 'c'}, to {where}")
     if last:
-        draw.text(c, y, "the last block only reads the text:\nits stream ends here", GREY)
+        draw.text(c, y, "the last block only attends to the text:\nits stream ends here", GREY)
     axes.set_xlim(-0.2, 10.2)
     axes.set_ylim(bottom + 3.9, -0.5)
     kind = ", the last" if last else ", with dual attention" if dual else ""
@@ -118,6 +118,6 @@ class _Diagram:
         self.axes.text(x + 0.12, y - 0.45, "× gate", fontsize=8.5, color="#338844", va="center")
 
     def residual(self, x: float, top: float, bottom: float, side: int) -> None:
-        """The stream past a branch: it leaves its line at `top` and is added at `bottom`."""
+        """The skip connection around a branch, from `top` to the addition at `bottom`."""
         far = x + side * 2.05
         self.path([(x, top), (far, top), (far, bottom), (x + side * 0.25, bottom)])

@@ -1,4 +1,4 @@
-"""Errors of all modules over the depth of the network."""
+"""Errors of all modules by depth in the network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def error_by_depth(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Relative error of every value against the module's place in the order of execution, on a logarithmic axis.
 
     Args:
-        tables: what `compare_layers` returned, by label (a dtype, say). An error of exactly 0 is drawn at
+        tables: results of `compare_layers`, by label (for instance a dtype). An error of exactly 0 is drawn at
             the bottom of the axis. A cross marks a value that is not ok.
     """
     figure, axes = new_axes(9, 4.5)
@@ -41,7 +41,7 @@ def error_by_depth(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def _label_line(axes, text: str, height: float, colour: str) -> None:
-    """A few words at the right end, on white, so that they stay readable on top of the data."""
+    """A short label at the right end, on a white background so that it stays readable over the data."""
     axes.annotate(text, (0.995, height), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
                   ha="right", va="bottom", fontsize=8, color=colour, zorder=5,
                   bbox=dict(facecolor="white", edgecolor="none", pad=0.8, alpha=0.85))  # fmt: skip
@@ -54,7 +54,7 @@ def _floor(tables: Mapping[str, pd.DataFrame]) -> float:
 
 
 def _mark_blocks(axes, table: pd.DataFrame) -> None:
-    """A line at the end of each transformer block, its number before it; if there are many, only every few."""
+    """A line at the end of each transformer block, and its number (for deep models, only every few)."""
     blocks = table[table.module.str.fullmatch(r"\w+\.\d+")]
     ends = blocks.groupby("module", sort=False).depth.first()
     inside = table[table.module.str.match(r"\w+\.\d+\b")]

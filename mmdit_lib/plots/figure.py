@@ -1,4 +1,4 @@
-"""What all figures share: colours, and a figure that shows itself."""
+"""Shared by all figures: colors, and a figure class that notebooks can display."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import io
 import matplotlib.figure
 
 COLOURS = ("#3366aa", "#dd7733", "#339977", "#aa4466", "#8866bb", "#bb9922", "#55aacc", "#777777")
-"""Distinguishable with any colour vision, and in print."""
+"""Distinguishable with any color vision, and in print."""
 GREY = "#888888"
 
 
 class Figure(matplotlib.figure.Figure):
-    """A figure that a notebook displays although pyplot does not know it."""
+    """A figure that a notebook displays without pyplot."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()

@@ -9,16 +9,16 @@ import numpy as np
 from .figure import GREY, Figure
 
 FEW = 0.01
-"""Share of differing pixels below which they are enlarged: single ones would not be visible."""
+"""Fraction of differing pixels below which they are enlarged; single pixels would not be visible."""
 
 
 def images_side_by_side(images: Sequence, titles: Sequence[str], *, difference: bool = True) -> Figure:
-    """Images in a row and, with `difference`, that of the first two, amplified so that it can be seen.
+    """Images in a row and, with `difference`, the amplified difference of the first two.
 
-    Where only a few pixels differ, each is drawn as a square of several, and the title says so.
+    If only a few pixels differ, each is enlarged to a square, and the title says so.
 
     Args:
-        images: PIL images or arrays [H, W, 3] of 0 to 255.
+        images: PIL images, or arrays [H, W, 3] with values 0 to 255.
     """
     arrays = [np.asarray(image) for image in images]
     titles = list(titles)
@@ -31,7 +31,7 @@ def images_side_by_side(images: Sequence, titles: Sequence[str], *, difference: 
     for axes, array, title in zip(figure.subplots(1, len(arrays), squeeze=False)[0], arrays, titles, strict=True):
         axes.imshow(array, interpolation="nearest" if array.shape[0] < 256 else "antialiased")
         axes.set_title(title, fontsize=11)
-        axes.set_anchor("S")  # room for titles above, none left below
+        axes.set_anchor("S")  # room for titles above, no gap below
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
@@ -46,7 +46,7 @@ def _difference(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, str]:
         return gap.astype(np.uint8), "difference\nnone: equal in every pixel"
     gain = 255 // most
     says = f"difference{f', {gain} times' if gain > 1 else ''}\n"
-    says += f"at most {most} grey level{'s' * (most != 1)} of 255, in {pixels:,} pixel{'s' * (pixels != 1)}"
+    says += f"at most {most} gray level{'s' * (most != 1)} of 255, in {pixels:,} pixel{'s' * (pixels != 1)}"
     gap = gap * gain
     if pixels < FEW * gap.shape[0] * gap.shape[1]:
         side = 2 * (min(gap.shape[:2]) // 50) + 3
@@ -56,6 +56,6 @@ def _difference(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _enlarged(image: np.ndarray, side: int) -> np.ndarray:
-    """Every pixel becomes the brightest of the `side` x `side` around it."""
+    """Replace each pixel by the per-channel maximum of the `side` x `side` pixels around it."""
     padded = np.pad(image, ((side // 2, side // 2), (side // 2, side // 2), (0, 0)))
     return np.lib.stride_tricks.sliding_window_view(padded, (side, side), axis=(0, 1)).max((-2, -1))

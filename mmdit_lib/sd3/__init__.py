@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: all that the library knows about them, in one record."""
+"""Stable Diffusion 3 and 3.5, described by one `Architecture`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of one or two token streams: the only place where image and text meet."""
+"""Attention over one or two token streams: the only place where image and text interact."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Attention(Module):
     """diffusers' `Attention` as SD3 uses it, with diffusers' parameter names.
 
     Args:
-        text: 'none' for image tokens alone (`attn2`), 'full', or 'keys' if the text stream is only
-            read (the last block).
+        text: 'none' for image tokens alone (`attn2`), 'full', or 'keys' if the text is attended to
+            but its own output is not used (the last block).
     """
 
     def __init__(self, dim: int, head_dim: int, qk_norm: str | None, text: str):

@@ -12,9 +12,9 @@ from ..architecture import ModelConfig, Shapes
 from ..config import Layout, either
 
 SAMPLE_SIZE = 128
-"""Of the published models. No tensor shows it; it only sets a pipeline's default resolution."""
+"""The published models' value. No tensor determines it; it only sets a pipeline's default resolution."""
 HEAD_DIM = 64
-"""Of the published models; without QK-norm no tensor shows it."""
+"""The published models' value; without QK norm, no tensor determines it."""
 
 
 class SD3Config(ModelConfig):
@@ -43,7 +43,7 @@ class SD3Config(ModelConfig):
             )
         beyond = [i for i in self.dual_attention_layers if not 0 <= i < self.num_layers]
         if beyond:
-            raise ValueError(f"dual_attention_layers {beyond} lie outside the {self.num_layers} layers")
+            raise ValueError(f"dual_attention_layers {beyond} are out of range for num_layers={self.num_layers}")
         return self
 
     @property
@@ -52,8 +52,8 @@ class SD3Config(ModelConfig):
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> SD3Config:
-        """From a transformer's `config.json`; keys that start with `_` are diffusers' own bookkeeping."""
-        # Checkpoints older than SD3.5 lack the two fields that came with it.
+        """Parse a transformer's `config.json`; keys that start with `_` are diffusers' bookkeeping and are ignored."""
+        # Checkpoints older than SD3.5 lack the two fields that it introduced.
         older = {"dual_attention_layers": (), "qk_norm": None}
         values = older | {k: v for k, v in config.items() if not k.startswith("_")}
         if values.get("out_channels") is None:
@@ -64,7 +64,7 @@ class SD3Config(ModelConfig):
         return self.model_dump()
 
     def to_trtllm(self, model_path: str) -> dict[str, Any]:
-        """The last part is what TensorRT-LLM's config of any transformer has; nothing here reads it."""
+        """Keys from `logits_dtype` on are in all of TensorRT-LLM's configs; nothing here reads them."""
         return {
             **self.model_dump(mode="json"),
             "skip_layers": None,
@@ -116,7 +116,7 @@ class SD3Config(ModelConfig):
         return self.patch_size * vae_scale_factor
 
     def max_side(self, vae_scale_factor: int) -> int:
-        """The position table's side."""
+        """The side of the position table, in image pixels."""
         return self.pos_embed_max_size * self.pixel_step(vae_scale_factor)
 
 
@@ -124,8 +124,8 @@ def infer_config(shapes: Shapes, like: SD3Config | None = None) -> SD3Config:
     """Infer the config from tensor shapes, by our names.
 
     Args:
-        like: where to take what no tensor shows: `sample_size` and, without QK-norm, the head size. The published
-            models' if not given.
+        like: supplies what no tensor determines: `sample_size` and, without QK norm, the head size. The published
+            models' values if not given.
 
     Raises:
         ValueError: a tensor that determines the config is missing or has the wrong number of dimensions.
@@ -133,7 +133,7 @@ def infer_config(shapes: Shapes, like: SD3Config | None = None) -> SD3Config:
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if len(shapes.get(name, ())) != dimensions:
-            raise ValueError(f"tensor '{name}' with {dimensions} dimensions is missing: this is no SD3 transformer")
+            raise ValueError(f"tensor '{name}' with {dimensions} dimensions is missing: this is not an SD3 transformer")
         return tuple(shapes[name])
 
     dim, channels, patch, _ = shape("pos_embed.proj.weight", 4)

@@ -1,4 +1,4 @@
-"""What turns latents, timesteps and prompts into tokens and the conditioning vector."""
+"""Embeddings: latents to image tokens; timestep and pooled text to the conditioning vector."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..network.network import Parameter, Tensor
 
 
 class PatchEmbed(Module):
-    """Latents [B, C, H, W] -> tokens [B, (H/p)(W/p), D] with the centre of the position table added.
+    """Latents [B, C, H, W] -> tokens [B, (H/p)(W/p), D], plus the center crop of the position table.
 
     The engine holds only the part of the table that its largest resolution needs: `max_patches`,
     (rows, columns).
@@ -88,6 +88,6 @@ class CombinedTimestepTextProjEmbeddings(Module):
         self.text_embedder = TextProjection(pooled_dim, dim)
 
     def forward(self, timestep, pooled):
-        # Only the finished sinusoid is rounded to the network's dtype.
+        # Sinusoids are computed in float32 and rounded to the network's dtype only here.
         time = self.timestep_embedder(F.cast(self.time_proj(timestep), pooled.dtype))
         return time + self.text_embedder(pooled)

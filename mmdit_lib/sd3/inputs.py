@@ -1,4 +1,4 @@
-"""What enters and leaves the engine. The network, the profile, every check, samples and the runner read this table."""
+"""The engine's inputs and output: one table for the network, the profile, all checks, random inputs and the runner."""
 
 from __future__ import annotations
 

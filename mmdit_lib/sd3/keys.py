@@ -1,7 +1,7 @@
-"""The two-way table between diffusers' names and ours (TensorRT-LLM's), for tensors and for modules.
+"""Maps tensor and module names between diffusers and this library, which uses TensorRT-LLM's.
 
-One family differs: diffusers numbers the dropout of a feed-forward (`net.1`), which has no weights and
-no counterpart here, so the second linear layer is `net.2` there and `net.1` here.
+Only the feed-forward differs: diffusers' `net.1` is a dropout, which has no weights and no counterpart
+here, so the second linear layer is `net.2` there and `net.1` here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ _FEED_FORWARD = re.compile(r"^(transformer_blocks\.\d+\.(?:ff|ff_context)\.net\.
 
 
 def from_diffusers(name: str) -> str:
-    """Our name of diffusers' tensor or module `name`; raises `ValueError` if there is none."""
+    """Our name for diffusers' tensor or module `name`; raises `ValueError` if there is none."""
     return _renumber(name, "2", "1", "diffusers numbers a feed-forward's dropout 1 and its second linear layer 2")
 
 
 def to_diffusers(name: str) -> str:
-    """diffusers' name of our tensor or module `name`; raises `ValueError` if there is none."""
+    """diffusers' name for our tensor or module `name`; raises `ValueError` if there is none."""
     return _renumber(name, "1", "2", "a feed-forward's second linear layer is number 1 here, 2 in diffusers")
 
 

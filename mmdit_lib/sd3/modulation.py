@@ -1,4 +1,4 @@
-"""Adaptive layer norms: shift, scale and gate of every branch come from the conditioning vector `temb`."""
+"""Adaptive layer norms: the conditioning vector `temb` sets the shift, scale and gate of every branch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Branch(NamedTuple):
 
 
 class Norm1(NamedTuple):
-    """What a block's first norm returns; flattened, diffusers' order."""
+    """The outputs of a block's first norm; flattened, they are in diffusers' order."""
 
     attn: Branch
     mlp: Modulation
@@ -42,7 +42,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class AdaLayerNorm(Module):
-    """A layer norm and the linear layer that makes `count` vectors [B, 1, D] of the conditioning vector."""
+    """A layer norm, and a linear layer from the conditioning vector [B, D] to `count` vectors [B, 1, D]."""
 
     def __init__(self, dim: int, count: int):
         self.silu = SiLU()
@@ -51,7 +51,7 @@ class AdaLayerNorm(Module):
         self.count = count
 
     def vectors(self, temb: Tensor) -> tuple[Tensor, ...]:
-        """In diffusers' order."""
+        """The modulation vectors, in diffusers' order."""
         vectors = self.linear(self.silu(temb))
         vectors = F.reshape(vectors, (0, self.count, vectors.shape[-1] // self.count))
         return F.chunk(vectors, self.count, 1)

@@ -1,4 +1,4 @@
-"""What is special about diffusers' SD3 pipelines: their text encoders, their VAE, the transformer's arguments."""
+"""The model-specific parts of diffusers' SD3 pipelines: text encoders, VAE, the transformer's arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adapt(pipe, config: SD3Config) -> None:
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    """Raises `ValueError`, by name, for an argument of `SD3Transformer2DModel` that an engine does not support."""
+    """Raises `ValueError` naming an argument of `SD3Transformer2DModel` that an engine does not support."""
     for name, value in arguments.items():
         if value is None or (name == "skip_layers" and not value):
             continue
@@ -47,7 +47,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def encode(pipe, prompt, *, generator, latents, options: dict, encoding: dict) -> dict[str, torch.Tensor]:
-    """What the denoising loop starts from, as arguments of the pipeline's call."""
+    """Text embeddings and initial latents, as arguments for the pipeline's call."""
     guidance = options.get("guidance_scale", 7.0) > 1
     texts = {"prompt_2": None, "prompt_3": None} | encoding
     found = pipe.encode_prompt(prompt, device=pipe._execution_device, do_classifier_free_guidance=guidance, **texts)

@@ -1,4 +1,4 @@
-"""diffusers' transformer, to compare with: loading it, and what each of its modules returns."""
+"""diffusers' transformer as the reference: loading it, and recording the outputs of its modules."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def load(
     revision: str | None = None,
     config: ModelConfig | None = None,
 ) -> torch.nn.Module:
-    """`SD3Transformer2DModel` of a folder or hub id, or of a single file whose `config` is known."""
+    """Load `SD3Transformer2DModel` from a folder or hub id, or from a single file whose `config` is known."""
     from diffusers import SD3Transformer2DModel
 
     folder = Path(path)
     if config is not None:
-        # Without a local config diffusers would ask the hub for one.
+        # Without a local config, diffusers would download one from the hub.
         content = config.to_diffusers() | {"_class_name": SD3Transformer2DModel.__name__}
         with tempfile.TemporaryDirectory() as place:
             Path(place, "config.json").write_text(json.dumps(content))
@@ -43,7 +43,7 @@ def load(
 def outputs(
     reference: torch.nn.Module, inputs: dict[str, torch.Tensor]
 ) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
-    """Every module's outputs by our path, in the order in which the modules finish; and what is left out, and why."""
+    """Every module's outputs by our path, in the order in which modules finish; and the reason for each omission."""
     found: dict[str, list[torch.Tensor]] = {}
     left_out: dict[str, str] = {}
     handles = []
@@ -60,7 +60,7 @@ def outputs(
         if reason:
             left_out[path] = reason
             continue
-        # The last block's attention also returns the text's part, which nothing reads: our network leaves it out.
+        # The last block's attention also returns the text stream, which is not used; our network does not return it.
         unread = 1 if getattr(module, "context_pre_only", None) and hasattr(module, "to_q") else None
         if unread:
             left_out[f"{path}:1"] = "the last block drops the text stream"
@@ -75,15 +75,15 @@ def outputs(
 
 
 def _moved(reference: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the reference's device, in its dtype unless the table says another."""
+    """Inputs on the reference's device, in its dtype unless `INPUTS` specifies another."""
     dtypes = {x.name: getattr(torch, x.dtype) if x.dtype else reference.dtype for x in INPUTS}
     return {name: value.to(reference.device, dtypes[name]) for name, value in inputs.items()}
 
 
 def _no_counterpart(module: torch.nn.Module) -> str | None:
-    """Why this module of diffusers has nothing to compare; None for every module that computes."""
+    """Why a diffusers module is not compared; None if it is."""
     if isinstance(module, torch.nn.ModuleList):
-        return "a list of modules is not itself called"
+        return "a ModuleList is not called itself"
     if isinstance(module, torch.nn.Dropout):  # ff.net.1 and attn.to_out.1
         return "dropout does nothing at inference"
     return None

@@ -9,21 +9,21 @@ HEADS = "every rank holds its own heads"
 MEGATRON: tuple[Rule, ...] = (
     Rule("*.attn*.to_[qkv]", "colwise", HEADS),
     Rule("*.attn.add_[qkv]_proj", "colwise", HEADS),
-    Rule("*.attn*.to_out.0", "rowwise", "one all-reduce sums what the heads contribute"),
-    Rule("*.attn.to_add_out", "rowwise", "one all-reduce sums what the heads contribute"),
+    Rule("*.attn*.to_out.0", "rowwise", "one all-reduce sums the heads' contributions"),
+    Rule("*.attn.to_add_out", "rowwise", "one all-reduce sums the heads' contributions"),
     Rule("*.attn*.norm_*", "replicated", "one weight per head channel, the same for every head"),
     Rule("*.ff*.net.0.proj", "colwise", "GELU acts element by element, so the hidden features stay sharded"),
     Rule("*.ff*.net.1", "rowwise", "one all-reduce per MLP"),
     Rule("*.norm1*.linear", "replicated", "a vector per sample: gathering it costs more than computing it"),
     Rule("norm_out.linear", "replicated", "a vector per sample: gathering it costs more than computing it"),
     Rule("time_text_embed.*", "replicated", "a vector per sample: reducing it costs more than computing it"),
-    Rule("context_embedder", "replicated", "its output is the text stream, which every tp rank needs whole"),
-    Rule("pos_embed*", "replicated", "its output is the image stream, which every tp rank needs whole"),
+    Rule("context_embedder", "replicated", "its output is the text stream, which every tp rank needs in full"),
+    Rule("pos_embed*", "replicated", "its output is the image stream, which every tp rank needs in full"),
     Rule("proj_out", "replicated", "patch_size^2 * channels rows: too few to shard"),
 )
 
-# TensorRT-LLM <= 1.2.1: a gather after nearly every layer, 2.5 times the MLP's traffic and 1.6 to
-# 1.8 times a whole step's (`mmdit traffic`). Supported so that its users' checkpoints stay exchangeable.
+# TensorRT-LLM <= 1.2.1: an all-gather after nearly every layer, 2.5 times the MLP's traffic and 1.6 to
+# 1.8 times a full step's (`mmdit traffic`). Supported for compatibility with its checkpoints.
 TRTLLM: tuple[Rule, ...] = (
     Rule("*.ff*.net.0.proj", "colwise_gather", "upstream"),
     Rule("*.ff*.net.1", "colwise_gather", "upstream"),

@@ -20,7 +20,7 @@ from .modulation import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNo
 
 
 class JointTransformerBlock(Module):
-    """Image stream x, text stream c. The last block (`context_pre_only`) only reads the text."""
+    """Image stream x, text stream c. The last block (`context_pre_only`) only attends to the text."""
 
     def __init__(self, config: SD3Config, index: int):
         dim, head_dim, qk_norm = config.hidden_size, config.attention_head_dim, config.qk_norm
@@ -53,12 +53,12 @@ class JointTransformerBlock(Module):
             return None, x
         c = c + norm_c.attn.gate * c_attn
         c = c + norm_c.mlp.gate * self.ff_context(norm_c.mlp.modulate(self.norm2_context(c)))
-        # diffusers keeps the text stream finite in float16.
+        # As in diffusers, to keep the text stream finite in float16.
         return (F.clip(c, -65504.0, 65504.0) if c.dtype == "float16" else c), x
 
 
 class MMDiT(Module):
-    """The whole transformer. `named_parameters` works without TensorRT."""
+    """The full transformer. `named_parameters` works without TensorRT."""
 
     def __init__(self, config: SD3Config):
         self.config = config
@@ -106,6 +106,6 @@ class MMDiT(Module):
 
 
 def define(config: SD3Config, inputs: dict[str, Tensor], build: BuildConfig) -> Tensor:
-    """Add the whole network. Of the position table it holds what the largest resolution needs."""
+    """Add the full network, with the part of the position table that the largest resolution needs."""
     step, largest = config.pixel_step(build.vae_scale_factor), build.max_resolution
     return MMDiT(config)(**inputs, max_patches=(largest.height // step, largest.width // step))

@@ -1,4 +1,4 @@
-"""`mmdit demo`: every step with the small model that ships with the package, on a CPU."""
+"""`mmdit demo`: every step with the tiny model that ships with the package, on a CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from . import model_path
 
 PROMPT = "a small red circle to the left of a large blue triangle on a yellow background"
 GUIDANCE = 4.0
-"""The guidance scale with which the small model draws best."""
+"""The guidance scale at which the tiny model draws best."""
 
 
 def demo(
@@ -32,17 +32,17 @@ def demo(
     num_inference_steps: int = 28,
     seed: int = 0,
 ) -> None:
-    """Convert the small model, build its engine, check every layer, and paint the same picture as diffusers.
+    """Convert the tiny model, build its engine, check every layer, and generate the same image as diffusers.
 
     Args:
-        output_dir: folder for checkpoint, engine folder and pictures.
-        prompt: what to paint.
-        dtype: of the engine.
+        output_dir: folder for checkpoint, engine folder and images.
+        prompt: what to draw.
+        dtype: dtype of the engine.
         num_inference_steps: denoising steps.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Raises:
-        ValueError: if a module differs from diffusers', or the pictures do.
+        ValueError: if a module or, in float32, the image differs from diffusers'.
     """
     console, stages = Console(), Stages()
     model, out = str(model_path()), Path(output_dir)
@@ -55,11 +55,11 @@ def demo(
     options = {"num_inference_steps": num_inference_steps, "guidance_scale": GUIDANCE, "seed": seed}
     folder = EngineFolder.open(engine)
     options |= {"resolution": folder.build_config.opt_resolution}
-    ours = stages.run("paint with our network", lambda: generate(prompt, model, engine, **options), None, describe)
+    ours = stages.run("generate with our network", lambda: generate(prompt, model, engine, **options), None, describe)
     options |= {"dtype": TORCH_DTYPES[dtype]}
     reference = folder.architecture.pipelines.default_class()
     theirs = stages.run(
-        "paint with diffusers", lambda: generate_by_diffusers(prompt, model, reference, **options), None, describe
+        "generate with diffusers", lambda: generate_by_diffusers(prompt, model, reference, **options), None, describe
     )
 
     picture, side_by_side = out / "picture.png", out / "beside_diffusers.png"
@@ -69,10 +69,10 @@ def demo(
     console.print(stages.table())
     console.print(f"backend {ours.backend}: {ours.reason}")
     console.print(f"parity: every module agrees with diffusers; worst relative error {worst:.1e} in {dtype}")
-    console.print(f"largest difference to diffusers' picture: {difference} of 255 grey levels ({side_by_side})")
-    console.print(f"picture: {picture}")
+    console.print(f"largest difference from diffusers' image: {difference} of 255 gray levels ({side_by_side})")
+    console.print(f"image: {picture}")
     if dtype == "float32" and difference > 1:
-        raise ValueError(f"the two pictures differ by {difference} grey levels; at most 1 is rounding in float32")
+        raise ValueError(f"the two images differ by {difference} gray levels; rounding in float32 explains at most 1")
 
 
 class Stages:
@@ -109,11 +109,11 @@ def plan_of(engine: Path) -> Callable:
 
 
 def parity(model: str, engine: Path) -> float:
-    """Every module against diffusers; the worst relative error."""
+    """Compare every module with diffusers; returns the worst relative error."""
     result = compare_layers(model, engine)
     if not all_ok(result):
         Console().print(parity_report(result))
-        raise ValueError("parity: the network differs from diffusers' transformer; the table above says where")
+        raise ValueError("parity: the network differs from diffusers' transformer; see the table above")
     return float(result["relative_error"].max())
 
 
