@@ -65,12 +65,15 @@ class Input:
             those of `config.Sizes` (dynamic) and of the model config's fields (static).
         dtype: None for the network's dtype.
         uniform: random inputs are uniform in [0, `uniform`); unit normal if None.
+        default: every element of an input that a call leaves out, and of samples: diffusers' transformer has no
+            such argument. None: a call must give it.
     """
 
     name: str
     shape: tuple[str, ...]
     dtype: str | None = None
     uniform: float | None = None
+    default: float | None = None
 
 
 class SingleFile(NamedTuple):
@@ -163,6 +166,10 @@ class Architecture:
     pipelines: Pipelines
     blocks: str
     vae_scale_factor: int
+
+    def given(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs that diffusers' transformer has too."""
+        return {x.name: inputs[x.name] for x in self.inputs if x.default is None}
 
     def parameters(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Name and full shape of every checkpoint tensor, in the order of definition."""

@@ -32,7 +32,9 @@ DTYPES = {
     "bfloat16": DtypeNames(torch.bfloat16, "BF16", "BF16"),
 }
 """The data types that a network can compute in."""
-TORCH_DTYPES = {name: names.torch for name, names in DTYPES.items()} | {"int64": torch.int64}
+STORED_DTYPES = DTYPES
+"""What a checkpoint's tensor can be stored in."""
+TORCH_DTYPES = {name: names.torch for name, names in STORED_DTYPES.items()} | {"int64": torch.int64}
 """torch dtypes by name; int64 is for sizes and offsets inside a network."""
 
 

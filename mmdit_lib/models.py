@@ -19,4 +19,4 @@ def find(name: object, where: object) -> Architecture:
 
 
 def architecture_of(config: ModelConfig) -> Architecture:
-    return next(a for a in ARCHITECTURES.values() if isinstance(config, a.config))
+    return next(a for a in ARCHITECTURES.values() if type(config) is a.config)

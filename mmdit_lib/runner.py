@@ -15,7 +15,7 @@ from .config import TORCH_DTYPES
 from .engine.backend import Backend, RunnerOptions
 from .engine.backends import choose_backend
 from .engine.folder import EngineFolder
-from .engine.inputs import check_shapes, input_dtype
+from .engine.inputs import check_shapes, default_inputs, input_dtype
 
 log = logging.getLogger("mmdit_lib")
 
@@ -65,8 +65,11 @@ class MMDiTRunner:
         if team:
             team.agree("backend", backend.name)
         log.info("backend %s: %s", backend.name, reason)
+        opened = backend.open(folder, options, team)
+        if missing := [x.name for x in folder.architecture.inputs if x.name not in opened.inputs]:
+            raise ValueError(f"{folder.path} has no input {missing[0]}: build it again with this version")
         rank = team.rank if team else 0
-        return cls(folder, backend.open(folder, options, team), reason, rank=rank, check_finite=options.check_finite)
+        return cls(folder, opened, reason, rank=rank, check_finite=options.check_finite)
 
     def __call__(self, *positional, return_dict: bool = True, **arguments):
         """One denoising step, with the arguments of diffusers' transformer.
@@ -113,10 +116,12 @@ class MMDiTRunner:
     def prepare(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
         """Check inputs against the profile; returns them on the engine's device in its dtypes, and the batch size."""
         table = self.folder.architecture.inputs
-        missing = [tensor.name for tensor in table if inputs.get(tensor.name) is None]
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        missing = [tensor.name for tensor in table if tensor.default is None and tensor.name not in inputs]
         if missing:
             raise ValueError(f"missing input {', '.join(missing)}")
-        check_shapes(self.folder, {name: tuple(value.shape) for name, value in inputs.items()})
+        sizes = check_shapes(self.folder, {name: tuple(value.shape) for name, value in inputs.items()})
+        inputs = default_inputs(self.folder, sizes) | inputs
         batch = len(inputs[table[0].name])
         odd = batch % self.folder.layout.cfg_size
         prepared = {}

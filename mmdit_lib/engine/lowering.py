@@ -11,7 +11,7 @@ from torch import fx
 
 from ..config import TORCH_DTYPES
 from .graph import Graph, Layer
-from .torch_ops import OPS, SHAPE_OPS
+from .torch_ops import KINDS, OPS, SHAPE_OPS
 
 
 def lower(
@@ -64,6 +64,10 @@ def operator_of(layer: Layer) -> Callable:
     ops = SHAPE_OPS if layer.output.dtype == "int64" else OPS
     if layer.type not in ops:
         raise ValueError(f"layer '{layer.name}': the pytorch backend has no operator for layers of type {layer.type}")
+    attribute, supported = KINDS.get(layer.type, ("", ()))
+    kind = layer.attributes.get(attribute)
+    if attribute and kind not in supported:
+        raise ValueError(f"layer '{layer.name}': the pytorch backend does not support {layer.type} with {kind}")
     return ops[layer.type]
 
 

@@ -69,7 +69,7 @@ def signature(members: list[fx.Node], inputs: list[fx.Node]) -> str:
     lines = []
     for node in members:
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{index[n]}")
-        lines.append(f"{node.target.__name__}{arguments}")
+        lines.append(f"{node.target!r}{arguments}")
     return "\n".join(lines)
 
 

@@ -148,6 +148,14 @@ OPS: dict[str, Callable] = {
 }
 
 
+KINDS: dict[str, tuple[str, set[str]]] = {
+    "ACTIVATION": ("kind", {*ACTIVATIONS, "CLIP"}),
+    "ELEMENTWISE": ("op", {*ELEMENTWISE}),
+    "UNARY": ("op", {*UNARY}),
+}
+"""The attribute that selects the function of an operator, and its supported values."""
+
+
 # Shapes: tuples of int.
 
 

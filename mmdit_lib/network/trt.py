@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from ..config import DTYPES
+from ..config import STORED_DTYPES
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")
 
@@ -47,7 +47,7 @@ def installed() -> str | None:
         return None
 
 
-MEMBERS = {name: names.tensorrt for name, names in DTYPES.items()} | {"int64": "INT64"}
+MEMBERS = {name: names.tensorrt for name, names in STORED_DTYPES.items()} | {"int64": "INT64"}
 """Members of `trt.DataType` by our names."""
 
 

@@ -49,5 +49,6 @@ def bench_step(
     if model_path is not None:
         reference = load_reference(model_path, runner.folder.architecture, runner.dtype, device)
         with torch.inference_mode():
-            times["diffusers"] = median_ms(lambda: reference(**prepared, return_dict=False), device, repeats)
+            given = runner.folder.architecture.given(prepared)
+            times["diffusers"] = median_ms(lambda: reference(**given, return_dict=False), device, repeats)
     return times

@@ -75,9 +75,10 @@ def outputs(
 
 
 def _moved(reference: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Inputs on the reference's device, in its dtype unless `INPUTS` specifies another."""
-    dtypes = {x.name: getattr(torch, x.dtype) if x.dtype else reference.dtype for x in INPUTS}
-    return {name: value.to(reference.device, dtypes[name]) for name, value in inputs.items()}
+    """The inputs that diffusers has too, on its device, in its dtype unless `INPUTS` specifies another."""
+    table = [x for x in INPUTS if x.default is None]
+    dtypes = {x.name: getattr(torch, x.dtype) if x.dtype else reference.dtype for x in table}
+    return {name: inputs[name].to(reference.device, dtype) for name, dtype in dtypes.items()}
 
 
 def _no_counterpart(module: torch.nn.Module) -> str | None:
