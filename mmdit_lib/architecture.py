@@ -105,7 +105,10 @@ class Reference(Protocol):
     def outputs(
         self, reference: torch.nn.Module, inputs: dict[str, torch.Tensor]
     ) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
-        """Every module's outputs by our path, in the order in which modules finish; the reason for each omission."""
+        """Every module's outputs by our path, in the order in which modules finish; the reason for each omission.
+
+        If the reference is in float64, every output is a float64 result, also where diffusers itself uses float32.
+        """
 
 
 class Pipelines(Protocol):

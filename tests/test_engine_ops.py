@@ -61,6 +61,10 @@ def layer_norm(x, scale, bias):
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
 
 
+def rms_norm(x, weight):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
+
+
 def fill_slice(x):
     """Rows 3 to 8 of five: the last three are zero."""
     return np.concatenate([x[:, 3:5], np.zeros_like(x[:, :3])], 1)
@@ -99,6 +103,10 @@ CASES = [
         OpCase("ELEMENTWISE", ((2, 3, 4), (1, 1, 4)), f, dict(op=name), positive=name == "FLOOR_DIV", label=name)
         for name, f in TWO.items()
     ],
+    OpCase("GATED_SUM", ((2, 3, 8), (2, 1, 8), (2, 3, 8)), lambda x, g, y: x + g * y),
+    OpCase("LINEAR_GELU", ((2, 3, 8), (1, 5, 8), (1, 1, 5)), lambda x, w, b: gelu_tanh(x @ w[0].T + b[0, 0])),
+    OpCase("MODULATE", ((2, 3, 8), (2, 1, 8), (2, 1, 8)), lambda x, scale, shift: x * (scale + 1) + shift),
+    OpCase("RMS_NORM", ((2, 3, 8), (1, 1, 8)), rms_norm, dict(eps=1e-6)),
     OpCase("LINEAR", ((2, 3, 8), (1, 5, 8), (1, 1, 5)), lambda x, w, b: x @ w[0].T + b[0, 0]),
     OpCase(
         "MATRIX_MULTIPLY",

@@ -115,6 +115,33 @@ def runner_with(case: Case, weights: dict, graph=None):
     return type(runner)(runner.folder, backend, "changed")
 
 
+def test_float32_functions_that_differ_between_devices(case):
+    """Some frequencies off by a unit in the last place, as another device's exp may give them: float64 decides."""
+    runner = case.runner()
+    graph, weights = runner.backend.graph, dict(runner.folder.open_checkpoint().weights())
+    inputs = case.inputs() | {"timestep": torch.tensor([999.3, 870.1])}
+
+    def shifted(units: int):
+        def shift(layer):
+            values = torch.tensor(layer.attributes.get("values", []))
+            if len(values) < 100:
+                return layer
+            for _ in range(units):
+                values[3::8] = torch.nextafter(values[3::8], torch.tensor(2.0))
+            return replace(layer, attributes=layer.attributes | {"values": values.tolist()})
+
+        changed = replace(graph, layers=tuple(map(shift, graph.layers)))
+        return compare(case.reference, runner_with(case, weights, changed), inputs)
+
+    table = shifted(units=1)
+    row = table[table.module == "time_text_embed.time_proj"].iloc[0]
+    assert row.relative_error > row.tolerance and row.note.startswith("from float64: ours ")
+    assert all_ok(table), verdict(table)
+    assert "; float64 decided on time_text_embed.time_proj, " in verdict(table)
+    assert case.reference.dtype == torch.float32
+    assert first_bad(shifted(units=20)).module == "time_text_embed.time_proj"
+
+
 def test_swapped_weights_are_the_first_bad_module(case):
     weights = dict(case.runner().folder.open_checkpoint().weights())
     block = "transformer_blocks.1.attn"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..config import TORCH_DTYPES
 from .graph import Graph, Layer
+from .passes import NUMERICS, Pass, apply
 from .torch_ops import KINDS, OPS, SHAPE_OPS
 
 
@@ -20,12 +20,14 @@ def lower(
     *,
     device: torch.device | str = "cpu",
     groups: Mapping[tuple[int, ...], str] | None = None,
+    passes: tuple[Pass, ...] = NUMERICS,
 ) -> fx.GraphModule:
     """Translate each layer of `graph` into a call to its operator in `torch_ops`.
 
     Args:
         weights: the checkpoint tensors of this rank; on the CPU they are used without a copy.
         groups: process group names, by ranks, for every group that the collectives use.
+        passes: rewrite the layers first (see `passes.py`).
 
     Returns:
         A module that takes the graph's inputs in order. Each node's `meta['tensor']` is the name of the TensorRT
@@ -39,7 +41,7 @@ def lower(
     values: dict[str | None, fx.Node | tuple[int, ...] | None] = {None: None}
     for value in graph.inputs:
         values[value.name] = _named(target.placeholder(value.name), value.name)
-    for layer in fuse(graph):
+    for layer in apply(graph, passes):
         if layer.type == "CONSTANT":
             if layer.output.dtype == "int64":
                 values[layer.output.name] = tuple(layer.attributes["values"])
@@ -48,6 +50,7 @@ def lower(
             root.register_buffer(name, constant(layer, weights).to(device))
             node = target.get_attr(name)
             node.meta["weight"] = layer.attributes.get("weight")
+            node.meta["source"] = layer.attributes
         else:
             attributes = dict(layer.attributes)
             if layer.type == "DIST_COLLECTIVE":
@@ -58,6 +61,20 @@ def lower(
     target.output(values[graph.outputs[0]])
     target.eliminate_dead_code()
     return fx.GraphModule(root, target)
+
+
+def placed_weights(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The checkpoint tensors that a lowered graph holds in full, by name, on its device; no copies."""
+    found = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        source, tensor = node.meta["source"], getattr(module, node.target)
+        if "stack" in source:
+            parts, dim = source["stack"], source["dim"]
+            widths = [part["shape"][dim] for part in parts]
+            found |= {p["weight"]: t for p, t in zip(parts, tensor.split(widths, dim), strict=True)}
+        elif "weight" in source and "crop" not in source:
+            found[source["weight"]] = tensor
+    return found
 
 
 def operator_of(layer: Layer) -> Callable:
@@ -78,63 +95,15 @@ def _named(node: fx.Node, name: str) -> fx.Node:
 
 def constant(layer: Layer, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The value of a CONSTANT layer: a view of a checkpoint tensor, or values stored in the graph."""
-    source = layer.attributes
+    return value_of(layer.attributes, weights)
+
+
+def value_of(source: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if "stack" in source:
+        return torch.cat([value_of(part, weights) for part in source["stack"]], source["dim"])
     if "values" in source:
         return torch.tensor(source["values"], dtype=TORCH_DTYPES[source["dtype"]]).expand(source["shape"])
     tensor = weights[source["weight"]].reshape(source["shape"])
     for dim, (start, size) in source.get("crop", {}).items():
         tensor = tensor.narrow(int(dim), start, size)
     return tensor
-
-
-# These fusions also change rounding. TensorRT fuses the same pairs, and diffusers calls the fused operators.
-# Only the value between the two layers is no longer available.
-
-
-def fuse(graph: Graph) -> list[Layer]:
-    """The graph's layers, with matmul + bias, x * sigmoid(x) and scale + attention each fused into one layer."""
-    made_by = {layer.output.name: layer for layer in graph.layers}
-    uses = Counter(name for layer in graph.layers for name in layer.inputs)
-    fused = (_linear(layer, made_by, uses) or _silu(layer, made_by) or _scale(layer, made_by) or layer
-             for layer in graph.layers)  # fmt: skip
-    return list(fused)
-
-
-def _is(layer: Layer | None, layer_type: str, /, **attributes) -> bool:
-    if layer is None or layer.type != layer_type:
-        return False
-    return all(layer.attributes.get(name) == wanted for name, wanted in attributes.items())
-
-
-def _linear(layer: Layer, made_by: dict[str, Layer], uses: Counter) -> Layer | None:
-    if not _is(layer, "ELEMENTWISE", op="SUM"):
-        return None
-    product, bias = (made_by.get(name) for name in layer.inputs)
-    if not (_is(product, "MATRIX_MULTIPLY", op0="NONE", op1="TRANSPOSE") and _is(bias, "CONSTANT")):
-        return None
-    if not _is(made_by.get(product.inputs[1]), "CONSTANT") or uses[product.output.name] > 1:
-        return None
-    return replace(layer, type="LINEAR", inputs=(*product.inputs, bias.output.name), attributes={})
-
-
-def _silu(layer: Layer, made_by: dict[str, Layer]) -> Layer | None:
-    if not _is(layer, "ELEMENTWISE", op="PROD"):
-        return None
-    x, gate = layer.inputs
-    sigmoid = made_by.get(gate)
-    if not (_is(sigmoid, "ACTIVATION", kind="SIGMOID") and sigmoid.inputs == (x,)):
-        return None
-    return replace(layer, type="SILU", inputs=(x,), attributes={})
-
-
-def _scale(layer: Layer, made_by: dict[str, Layer]) -> Layer | None:
-    if not _is(layer, "ATTENTION"):
-        return None
-    product = made_by.get(layer.inputs[0])
-    if not _is(product, "ELEMENTWISE", op="PROD"):
-        return None
-    scale = made_by.get(product.inputs[1])
-    if not (_is(scale, "CONSTANT") and len(scale.attributes.get("values", [])) == 1):
-        return None
-    attributes = layer.attributes | {"scale": scale.attributes["values"][0]}
-    return replace(layer, inputs=(product.inputs[0], *layer.inputs[1:]), attributes=attributes)

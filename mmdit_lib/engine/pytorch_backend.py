@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -11,8 +12,10 @@ from .backend import Inputs, Ranks, RunnerOptions
 from .cuda_graph import GraphedStep
 from .folder import EngineFolder
 from .graph import Graph
-from .lowering import lower
+from .lowering import lower, placed_weights
 from .outline import outline_blocks
+from .passes import NUMERICS, SPEED, Pass
+from .precision import without_tf32
 
 
 class PyTorchBackend:
@@ -24,6 +27,7 @@ class PyTorchBackend:
         groups: process group names, by ranks, for a graph with collectives.
         compile_blocks: path of the module list whose blocks are compiled with `torch.compile`; None: no compilation.
         cuda_graph: capture and replay a CUDA graph per set of input shapes.
+        passes: `passes.NUMERICS` and, on a GPU, `passes.SPEED` if not given.
     """
 
     name = "pytorch"
@@ -37,12 +41,16 @@ class PyTorchBackend:
         groups: Mapping[tuple[int, ...], str] | None = None,
         compile_blocks: str | None = None,
         cuda_graph: bool = False,
+        passes: tuple[Pass, ...] | None = None,
     ):
         self.graph = graph
         self.modules = graph.modules
         self.device = torch.device(device)
-        self.module = lower(graph, weights, device=self.device, groups=groups)
         self.inputs = {value.name: value for value in graph.inputs}
+        if passes is None:
+            passes = NUMERICS + SPEED if self.device.type == "cuda" else NUMERICS
+        self._weights, self._groups, self._passes = weights, groups, passes
+        self.module = lower(graph, weights, device=self.device, groups=groups, passes=passes)
         self._module = outline_blocks(self.module, compile_blocks, torch.compile) if compile_blocks else self.module
         self._step = GraphedStep(self._run) if cuda_graph else self._run
 
@@ -69,14 +77,29 @@ class PyTorchBackend:
         return self._step(inputs)
 
     def _run(self, inputs: Inputs) -> torch.Tensor:
-        return self._module(*(inputs[name] for name in self.inputs))
+        with without_tf32():
+            return self._module(*(inputs[name] for name in self.inputs))
 
     @torch.inference_mode()
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """Every named tensor of the network, by its TensorRT name (without values removed by fusion)."""
-        recorder = Recorder(self.module)
-        recorder.run(*(inputs[name] for name in self.inputs))
+        """Every named tensor of the network, by its TensorRT name (values inside a fused operator are left out).
+
+        The passes for speed remove many of them, so the values come from the same weights without these passes,
+        and the output from the network as it runs.
+        """
+        with without_tf32():
+            recorder = Recorder(self._plain)
+            recorder.run(*(inputs[name] for name in self.inputs))
+        if self._plain is not self.module:
+            recorder.found |= dict.fromkeys(self.graph.outputs, self(inputs))
         return recorder.found
+
+    @cached_property
+    def _plain(self) -> fx.GraphModule:
+        if self._passes == NUMERICS:
+            return self.module
+        weights = {**self._weights, **placed_weights(self.module)}
+        return lower(self.graph, weights, device=self.device, groups=self._groups)
 
 
 class Recorder(fx.Interpreter):

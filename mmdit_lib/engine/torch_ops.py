@@ -129,6 +129,29 @@ def silu(x):
     return F.silu(x)
 
 
+def linear_gelu(x, weight, bias):
+    """A linear layer and GELU in its tanh form; on a GPU cuBLASLt applies it in the GEMM's epilogue."""
+    weight, bias = weight.reshape(weight.shape[-2:]), bias.flatten()
+    if not x.is_cuda:
+        return gelu_tanh(F.linear(x, weight, bias))
+    y = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def rms_norm(x, weight, *, eps):
+    return F.rms_norm(x, x.shape[-1:], weight.flatten(), eps)
+
+
+def modulate(x, scale, shift):
+    """x (scale + 1) + shift, rounded once."""
+    return torch.addcmul(shift, x, scale + 1)
+
+
+def gated_sum(x, gate, y):
+    """x + gate y, rounded once."""
+    return torch.addcmul(x, gate, y)
+
+
 OPS: dict[str, Callable] = {
     "ACTIVATION": activation,
     "ATTENTION": attention,
@@ -137,10 +160,14 @@ OPS: dict[str, Callable] = {
     "CONVOLUTION": convolution,
     "DIST_COLLECTIVE": dist_collective,
     "ELEMENTWISE": elementwise,
+    "GATED_SUM": gated_sum,
     "LINEAR": linear,
+    "LINEAR_GELU": linear_gelu,
     "MATRIX_MULTIPLY": matrix_multiply,
+    "MODULATE": modulate,
     "NORMALIZATION": normalization,
     "REDUCE": reduce,
+    "RMS_NORM": rms_norm,
     "SHUFFLE": shuffle,
     "SILU": silu,
     "SLICE": slice_,

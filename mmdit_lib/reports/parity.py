@@ -19,6 +19,7 @@ from rich.text import Text
 from ..architecture import ModelConfig
 from ..config import TORCH_DTYPES, Dtype, RankMapping, Resolution
 from ..engine.inputs import sample_inputs
+from ..engine.precision import without_tf32
 from ..runner import MMDiTRunner
 from .reference import load_reference
 
@@ -32,6 +33,8 @@ causes an error of order one.
 """
 
 NOT_FINITE = "diffusers' own value is not finite on these random inputs: try another seed, or bfloat16"
+
+BY_FLOAT64 = "from float64:"
 
 FAILING_SHOWN = 20
 """One wrong module makes all later ones wrong, so only the first failing rows are informative."""
@@ -116,7 +119,8 @@ def compare(
     architecture, mapping = folder.architecture, folder.layout.at(runner.rank)
     check_same_model(architecture.config.from_diffusers(dict(reference.config)), folder.model)
     ours = runner.intermediates(inputs)
-    theirs, left_out = architecture.reference.outputs(reference, inputs)
+    with without_tf32():
+        theirs, left_out = architecture.reference.outputs(reference, inputs)
     reference_dtype = str(reference.dtype).removeprefix("torch.")
     if tolerance is None:
         tolerance = max(TOLERANCES[folder.dtype], TOLERANCES[reference_dtype])
@@ -132,6 +136,8 @@ def compare(
             rows.append(row | _compare(tensor, expected, mapping, tolerance))
     for path in modules.keys() - theirs.keys():
         rows.append({"module": path, "output": 0, "status": "missing", "note": "diffusers ran no such module"})
+    if reference_dtype == folder.dtype == "float32" and any(row["status"] == "mismatch" for row in rows):
+        _judge_by_float64(rows, reference, runner, inputs, ours, theirs, modules)
     table = pd.DataFrame(rows, columns=COLUMNS)
     table.attrs = {
         "dtype": folder.dtype,
@@ -141,6 +147,29 @@ def compare(
         "left_out": left_out,
     }
     return table
+
+
+def _judge_by_float64(rows: list[dict], reference, runner: MMDiTRunner, inputs, ours, theirs, modules) -> None:
+    """Accept mismatches in which float32 itself is at fault.
+
+    A GPU's sine, cosine and exponential differ from a CPU's in their last bits, and where a function magnifies
+    that (the sine of an angle of 1000 rad), two correct float32 results are further apart than the tolerance.
+    Diffusers in float64 decides: our error against it may exceed that of diffusers in float32 by no more than
+    the tolerance.
+    """
+    architecture, mapping = runner.folder.architecture, runner.folder.layout.at(runner.rank)
+    exact, _ = architecture.reference.outputs(reference.double(), inputs)
+    reference.float()
+    for row in rows:
+        if row["status"] != "mismatch" or row.get("note"):
+            continue
+        path, number = row["module"], row["output"]
+        found, truth = ours[modules[path][number]], exact[path][number]
+        mine, its = (
+            _compare(x, truth, mapping, row["tolerance"])["relative_error"] for x in (found, theirs[path][number])
+        )
+        if mine <= its + row["tolerance"]:
+            row |= {"status": "ok", "note": f"{BY_FLOAT64} ours {mine:.1e}, diffusers {its:.1e}"}
 
 
 def check_same_model(theirs: ModelConfig, ours: ModelConfig) -> None:
@@ -221,10 +250,12 @@ def verdict(table: pd.DataFrame) -> str:
     modules, values = table.module.nunique(), len(table)
     bad = first_bad(table)
     if bad is None:
-        worst = table.loc[table.relative_error.idxmax()]
+        judged = table.note.str.startswith(BY_FLOAT64)
+        worst = table.loc[table.relative_error[~judged].idxmax()]
+        by_float64 = "; float64 decided on " + ", ".join(table.module[judged].unique()) if judged.any() else ""
         return (
             f"all {values} values of {modules} modules agree: worst relative error {worst.relative_error:.2g} "
-            f"in {worst.module} (tolerance {worst.tolerance:.2g})"
+            f"in {worst.module} (tolerance {worst.tolerance:.2g}{by_float64})"
         )
     count = int((table.status != "ok").sum())
     how = bad.note or f"relative error {bad.relative_error:.2g}, tolerance {bad.tolerance:.2g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def outputs(
 
         return hook
 
+    if reference.dtype == torch.float64:
+        handles.append(reference.time_text_embed.time_proj.register_forward_hook(_sinusoid_in_float64))
     for path, module in reference.named_modules():
         reason = _no_counterpart(module)
         if reason:
@@ -72,6 +75,14 @@ def outputs(
         for handle in handles:
             handle.remove()
     return found, left_out
+
+
+def _sinusoid_in_float64(module, args, output) -> torch.Tensor:
+    """diffusers computes the timestep's sinusoid in float32, whatever the transformer's dtype."""
+    half = module.num_channels // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float64, device=output.device) / half
+    angles = args[0].double()[:, None] * exponent.exp()
+    return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 def _moved(reference: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
