@@ -28,7 +28,6 @@ from training.captions import heldout_prompts
 BATCH = 8  # images; guidance doubles the batch of the transformer
 TITLE = "# Scores of the tiny model with engines"
 REPRODUCE = "Reproduce with `python -m benchmarks.tiny_scores` in the repository's root."
-NAMES = ("colour", "shape", "position", "size", "background", "count")
 
 
 def engine_folder(dtype: str, work: Path) -> Path:
@@ -45,7 +44,7 @@ def pipeline(run: str, work: Path, device: str) -> StableDiffusion3Pipeline:
     """The tiny pipeline for a run: "engine-bfloat16" uses an engine of that dtype, "diffusers-..." uses none."""
     kind, dtype = run.split("-")
     if kind == "diffusers":
-        return evaluation.load_pipeline(None, dtype, device)
+        return evaluation.Pipeline(None, dtype, device).load()
     # Text encoders and VAE stay in float32, so that runs differ only in the engine.
     options = {"backend": "pytorch"}
     return load_pipeline(
@@ -55,8 +54,10 @@ def pipeline(run: str, work: Path, device: str) -> StableDiffusion3Pipeline:
 
 def table(rows: list[dict]) -> str:
     """The conditions, and all runs as a Markdown table."""
-    head = f"| run | device | {' | '.join(NAMES)} |\n|---|---|{'---:|' * len(NAMES)}\n"
-    lines = (f"| {r['run']} | {r['device']} | {' | '.join(f'{r[name]:.1%}' for name in NAMES)} |" for r in rows)
+    head = f"| run | device | {' | '.join(evaluation.ASPECTS)} |\n|---|---|{'---:|' * len(evaluation.ASPECTS)}\n"
+    lines = (
+        f"| {r['run']} | {r['device']} | {' | '.join(f'{r[name]:.1%}' for name in evaluation.ASPECTS)} |" for r in rows
+    )
     about = rows[0]
     conditions = (
         f"{about['prompts']} held-out prompts ({about['objects']} objects), {about['steps']} steps, guidance "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from .scenes import COLOURS, Scene, Thing, draw_scene
@@ -133,8 +134,7 @@ def _flourish(text: str, rng: random.Random) -> str:
 
 
 def _articles(text: str) -> str:
-    text = re.sub(r"\ba (?=orange\b)", "an ", text)
-    text = re.sub(r"\bA (?=orange\b)", "An ", text)
+    text = re.sub(r"\b([aA]) (?=orange\b)", r"\1n ", text)
     return re.sub(r",+(?=[.,]|$)", "", text).replace(", ,", ",")
 
 
@@ -144,10 +144,7 @@ def words() -> list[str]:
     texts = [caption(draw_scene(rng, held_out), rng).text for _ in range(2000) for held_out in (False, True)]
     tables = [SIZE_WORDS, SHAPE_WORDS, COLOUR_WORDS, CELL_WORDS, RELATION_WORDS, SIDES]
     texts += [" ".join(phrase for phrases in table.values() for phrase in phrases) for table in tables]
-    counts: dict[str, int] = {}
-    for text in texts:
-        for word in re.findall("[a-z]+", text.lower()):
-            counts[word] = counts.get(word, 0) + 1
+    counts = Counter(word for text in texts for word in re.findall("[a-z]+", text.lower()))
     tabled = set(re.findall("[a-z]+", " ".join(texts[-len(tables) :])))
     return sorted(word for word, count in counts.items() if count > 8 or word in tabled)
 

@@ -12,9 +12,10 @@ import textwrap
 from pathlib import Path
 
 import tyro
+from matplotlib.figure import Figure
 
 from .captions import Prompt, caption
-from .evaluation import Scores, score
+from .evaluation import ASPECTS, Scores, score
 from .judge import look
 from .render import picture_of
 from .scenes import HELD_OUT, draw_scene
@@ -32,21 +33,14 @@ def judge_accuracy(count: int = 500, seed: int = 99) -> Scores:
 
 def loss_curve(log: list[list], path: Path) -> None:
     """Plot the loss, on a logarithmic axis, against steps, with one panel per training stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    stages = list(dict.fromkeys(row[0] for row in log))
-    figure, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 2.8), squeeze=False)
-    for axis, stage in zip(axes[0], stages, strict=True):
+    stages = list(dict.fromkeys(row[0] for row in log)) or ["no losses: every stage took fewer than 50 steps"]
+    figure = Figure(figsize=(4 * len(stages), 2.8), layout="tight")
+    for axis, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         rows = [(step, loss) for name, step, _, loss in log if name == stage]
         axis.semilogy([step for step, _ in rows], [loss for _, loss in rows])
         axis.set(title=stage, xlabel="step", ylabel="loss")
         axis.grid(alpha=0.3, which="both")
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def card(facts: dict, scores: dict[str, dict], accuracy: Scores, hardware: str, command: str, notes: str) -> str:
@@ -58,8 +52,7 @@ def card(facts: dict, scores: dict[str, dict], accuracy: Scores, hardware: str, 
         accuracy: of the judge.
         hardware, command, notes: see `main`.
     """
-    names = ("colour", "shape", "position", "size", "background", "count")
-    rows = [f"| {scale} | " + " | ".join(f"{s[name]:.1%}" for name in names) + " |" for scale, s in scores.items()]
+    rows = [f"| {scale} | " + " | ".join(f"{s[name]:.1%}" for name in ASPECTS) + " |" for scale, s in scores.items()]
     stages = [
         f"| {stage} | {facts.get(f'{stage}_step', 0)} | {facts.get(f'{stage}_seconds', 0) / 60:.1f} |"
         for stage in ("vae", "flow", "decoder")
@@ -67,7 +60,7 @@ def card(facts: dict, scores: dict[str, dict], accuracy: Scores, hardware: str, 
     options, first = facts["options"], next(iter(scores.values()))
     prompts, objects = first["prompts"], first["objects"]
     held_out = textwrap.fill(", ".join(" ".join(thing) for thing in sorted(HELD_OUT)), 120)
-    right = ", ".join(f"{name} {getattr(accuracy, name):.1%}" for name in names)
+    right = ", ".join(f"{name} {getattr(accuracy, name):.1%}" for name in ASPECTS)
     return f"""# Model card: a tiny Stable Diffusion 3
 
 A complete `StableDiffusion3Pipeline` in half precision that draws one or two coloured shapes on a coloured background.
@@ -99,8 +92,8 @@ hardware above. Every prompt contains a combination that is absent from the trai
 {held_out}.
 `python -m training.evaluation` measures the same in float32 on your machine.
 
-| guidance | {" | ".join(names)} |
-| --- | {" | ".join("---" for _ in names)} |
+| guidance | {" | ".join(ASPECTS)} |
+| --- | {" | ".join("---" for _ in ASPECTS)} |
 {chr(10).join(rows)}
 
 Judged from pixels alone by `training/judge.py`. Its own accuracy on {accuracy.prompts} rendered pictures

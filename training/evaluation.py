@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,45 @@ from mmdit_lib.config import Dtype, dtype_option
 from .captions import Prompt, heldout_prompts
 from .judge import Found, Sighting, look
 
-GUIDANCE = 4.0
-STEPS = 28
+ASPECTS = ("colour", "shape", "position", "size", "background", "count")
+"""What is scored."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A diffusers pipeline on a device."""
+
+    model_path: str | Path | None = None
+    """A diffusers SD3 folder; the model that ships with the package if not given."""
+    dtype: Dtype = "float32"
+    """Of all components."""
+    device: str | None = None
+    """cuda or cpu; if not given, a GPU if there is one."""
+
+    def load(self) -> StableDiffusion3Pipeline:
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        options = dtype_option(getattr(torch, self.dtype))
+        return StableDiffusion3Pipeline.from_pretrained(self.model_path or tiny.model_path(), **options).to(device)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn."""
+
+    steps: int = 28
+    """Denoising steps."""
+    guidance: float = 4.0
+    """Scale of classifier-free guidance."""
+    height: int = 128
+    """Of the pictures, in pixels."""
+    width: int = 128
+    """Of the pictures, in pixels."""
+    batch: int = 8
+    """Pictures per call of the pipeline; the noise does not depend on it."""
+    seed: int = 0
+    """The noise of picture i is drawn on the CPU with seed + i."""
+    max_sequence_length: int = 256
+    """T5 tokens per prompt."""
 
 
 @dataclass(frozen=True)
@@ -46,93 +84,60 @@ class Scores:
     """Time to draw all pictures."""
 
     def __str__(self) -> str:
-        names = ("colour", "shape", "position", "size", "background", "count")
-        parts = "  ".join(f"{name} {getattr(self, name):.1%}" for name in names)
+        parts = "  ".join(f"{name} {getattr(self, name):.1%}" for name in ASPECTS)
         return f"{parts}  ({self.prompts} prompts, {self.objects} objects, {self.seconds:.0f} s)"
 
 
-def evaluate(
-    pipe: StableDiffusion3Pipeline,
-    prompts: Sequence[Prompt] | None = None,
-    *,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    height: int = 128,
-    width: int = 128,
-    batch: int = 8,
-    seed: int = 0,
-    **call,
-) -> Scores:
+def evaluate(pipe: StableDiffusion3Pipeline, prompts: Sequence[Prompt] | None = None, **options) -> Scores:
     """Draw every prompt and score the pictures.
 
     Args:
         pipe: `pipe.transformer` may be diffusers' own or an engine.
-        prompts: `heldout_prompts(256)` if None.
-        steps: denoising steps.
-        guidance: scale of classifier-free guidance.
-        height, width: of the pictures, in pixels.
-        batch: pictures per call of the pipeline.
-        seed: the noise of prompt i is drawn on the CPU with seed + i.
-        call: further arguments of `pipe(...)`, e.g. `max_sequence_length=77`.
+        prompts: `heldout_prompts()` if None.
+        options: fields of `Drawing`.
     """
-    prompts = list(heldout_prompts() if prompts is None else prompts)
+    prompts = heldout_prompts() if prompts is None else prompts
     start = time.perf_counter()
-    pictures = draw(pipe, [p.text for p in prompts], steps, guidance, height, width, batch, seed, **call)
+    pictures = draw(pipe, [p.text for p in prompts], **options)
     seconds = time.perf_counter() - start
     return score(prompts, map(look, pictures), seconds)
 
 
-def draw(
-    pipe: StableDiffusion3Pipeline,
-    texts: Sequence[str],
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    height: int = 128,
-    width: int = 128,
-    batch: int = 8,
-    seed: int = 0,
-    **call,
-) -> list[Image.Image]:
-    """Pictures of `texts`, drawn in batches. Arguments as in `evaluate`; the noise does not depend on `batch`."""
+def draw(pipe: StableDiffusion3Pipeline, texts: Sequence[str], **options) -> list[Image.Image]:
+    """Pictures of `texts`, drawn in batches. `options` are fields of `Drawing`."""
+    how = Drawing(**options)
     pipe.set_progress_bar_config(disable=True)
     pictures = []
-    for first in range(0, len(texts), batch):
-        part = texts[first : first + batch]
-        noise = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
+    for first in range(0, len(texts), how.batch):
+        part = list(texts[first : first + how.batch])
         pictures += pipe(
             part,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=height,
-            width=width,
-            generator=noise,
-            **call,
+            num_inference_steps=how.steps,
+            guidance_scale=how.guidance,
+            height=how.height,
+            width=how.width,
+            max_sequence_length=how.max_sequence_length,
+            generator=[torch.Generator().manual_seed(how.seed + first + i) for i in range(len(part))],
         ).images
     return pictures
 
 
 def score(prompts: Iterable[Prompt], sightings: Iterable[Sighting], seconds: float = 0.0) -> Scores:
     """Score what was found in each picture against its prompt."""
-    right = dict.fromkeys(("colour", "shape", "position", "size"), 0)
-    asked = dict.fromkeys(right, 0)
-    backgrounds, counts = [], []
+    asked, right = Counter(), Counter()
     for prompt, sighting in zip(prompts, sightings, strict=True):
+        scene = prompt.scene
+        verdicts = [
+            ("count", True, len(sighting.things) == len(scene.things)),
+            ("background", prompt.says_background, sighting.background == scene.background),
+        ]
         says = dict(colour=True, shape=True, position=prompt.says_place, size=prompt.says_sizes)
-        for verdict in judge(prompt, sighting):
-            for name in right:
-                asked[name] += says[name]
-                right[name] += says[name] and verdict[name]
-        counts.append(len(sighting.things) == len(prompt.scene.things))
-        if prompt.says_background:
-            backgrounds.append(sighting.background == prompt.scene.background)
-    return Scores(
-        prompts=len(counts),
-        objects=asked["colour"],
-        **{name: right[name] / max(1, asked[name]) for name in right},
-        background=sum(backgrounds) / max(1, len(backgrounds)),
-        count=sum(counts) / max(1, len(counts)),
-        seconds=seconds,
-    )
+        verdicts += [(name, says[name], fine) for thing in judge(prompt, sighting) for name, fine in thing.items()]
+        for name, said, fine in verdicts:
+            asked[name] += said
+            right[name] += said and fine
+    shares = {name: right[name] / max(1, asked[name]) for name in ASPECTS}
+    return Scores(prompts=asked["count"], objects=asked["colour"], **shares, seconds=seconds)
 
 
 def judge(prompt: Prompt, sighting: Sighting) -> list[dict[str, bool]]:
@@ -145,15 +150,11 @@ def judge(prompt: Prompt, sighting: Sighting) -> list[dict[str, bool]]:
 
 def _verdicts(prompt: Prompt, found: Sequence[Found | None]) -> list[dict[str, bool]]:
     placed = _is_placed(prompt.scene.place, found)
-    return [
-        dict(
-            colour=have is not None and have.colour == want.colour,
-            shape=have is not None and have.shape == want.shape,
-            position=placed,
-            size=have is not None and have.size == want.size,
-        )
+    same = (
+        {name: have is not None and getattr(have, name) == getattr(want, name) for name in ("colour", "shape", "size")}
         for want, have in zip(prompt.scene.things, found, strict=True)
-    ]
+    )
+    return [{**verdict, "position": placed} for verdict in same]
 
 
 def _is_placed(place: str, found: Sequence[Found | None]) -> bool:
@@ -166,62 +167,16 @@ def _is_placed(place: str, found: Sequence[Found | None]) -> bool:
     return ahead[0] > abs(ahead[1])
 
 
-def load_pipeline(model_path: str | Path | None, dtype: Dtype, device: str | None = None) -> StableDiffusion3Pipeline:
-    """A diffusers pipeline on `device`.
-
-    Args:
-        model_path: a diffusers SD3 folder; the model that ships with the package if None.
-        dtype: of all components.
-        device: if None, a GPU if there is one, else the CPU.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = model_path or tiny.model_path()
-    return StableDiffusion3Pipeline.from_pretrained(folder, **dtype_option(getattr(torch, dtype))).to(device)
-
-
-def main(
-    *,
-    model_path: str | None = None,
-    dtype: Dtype = "float32",
-    prompts: int = 256,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    height: int = 128,
-    width: int = 128,
-    batch: int = 8,
-    seed: int = 0,
-    max_sequence_length: int = 256,
-    device: str | None = None,
-) -> None:
+def main(pipeline: Pipeline, how: Drawing, *, prompts: int = 256) -> None:
     """Score a diffusers pipeline on held-out prompts. Prints the scores as text and as JSON.
 
     Args:
-        model_path: a diffusers SD3 folder; the model that ships with the package if not given.
-        dtype: of all components.
         prompts: number of held-out prompts.
-        steps: denoising steps.
-        guidance: scale of classifier-free guidance.
-        height: of the pictures, in pixels.
-        width: of the pictures, in pixels.
-        batch: pictures per call of the pipeline.
-        seed: the noise of prompt i has the seed SEED + i.
-        max_sequence_length: T5 tokens per prompt.
-        device: cuda or cpu; if not given, a GPU if there is one.
     """
-    scores = evaluate(
-        load_pipeline(model_path, dtype, device),
-        heldout_prompts(prompts),
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        batch=batch,
-        seed=seed,
-        max_sequence_length=max_sequence_length,
-    )
+    scores = evaluate(pipeline.load(), heldout_prompts(prompts), **asdict(how))
     print(scores)
     print(json.dumps(asdict(scores)))
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m training.evaluation")
+    tyro.cli(main, prog="python -m training.evaluation", config=(tyro.conf.OmitArgPrefixes,))

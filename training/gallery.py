@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import tyro
 from diffusers import StableDiffusion3Pipeline
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from mmdit_lib.config import Dtype
-
-from .evaluation import GUIDANCE, STEPS, draw, load_pipeline
+from .evaluation import Drawing, Pipeline, draw
 
 EXAMPLES = (
     "a small red circle to the left of a large blue triangle on a yellow background",
@@ -39,10 +38,9 @@ def gallery_of(
 ) -> Image.Image:
     """Draw `prompts` with `pipe` and lay the pictures out in a grid of `columns` columns.
 
-    `options` are those of `evaluation.draw`.
+    `options` are fields of `evaluation.Drawing`.
     """
-    pictures = draw(pipe, list(prompts), **{"batch": 4, **options})
-    return lay_out(pictures, prompts, columns)
+    return lay_out(draw(pipe, prompts, **options), prompts, columns)
 
 
 def lay_out(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, side: int = 224) -> Image.Image:
@@ -55,8 +53,7 @@ def lay_out(pictures: Sequence[Image.Image], captions: Sequence[str], columns: i
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x = margin + i % columns * (side + margin)
         y = margin + i // columns * (side + text_height + margin)
-        shrunk = picture.copy()
-        shrunk = shrunk.resize([round(n * side / max(picture.size)) for n in picture.size], Image.Resampling.BICUBIC)
+        shrunk = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
         frame = (x + (side - shrunk.width) // 2, y + (side - shrunk.height) // 2)
         sheet.paste(shrunk, frame)
         corners = (frame[0] - 1, frame[1] - 1, frame[0] + shrunk.width, frame[1] + shrunk.height)
@@ -65,31 +62,15 @@ def lay_out(pictures: Sequence[Image.Image], captions: Sequence[str], columns: i
     return sheet
 
 
-def main(
-    *,
-    output: Path = Path("gallery.png"),
-    model_path: str | None = None,
-    dtype: Dtype = "float32",
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    seed: int = 0,
-    device: str | None = None,
-) -> None:
+def main(pipeline: Pipeline, how: Drawing, *, output: Path = Path("gallery.png")) -> None:
     """Draw the example prompts with a diffusers pipeline, as one grid of pictures.
 
     Args:
         output: the picture file to write.
-        model_path: a diffusers SD3 folder; the model that ships with the package if not given.
-        dtype: of all components.
-        steps: denoising steps.
-        guidance: scale of classifier-free guidance.
-        seed: the noise of picture i has the seed SEED + i.
-        device: cuda or cpu; if not given, a GPU if there is one.
     """
-    pipe = load_pipeline(model_path, dtype, device)
-    gallery_of(pipe, steps=steps, guidance=guidance, seed=seed).save(output)
+    gallery_of(pipeline.load(), **asdict(how)).save(output)
     print(f"{len(EXAMPLES)} pictures: {output}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m training.gallery")
+    tyro.cli(main, prog="python -m training.gallery", config=(tyro.conf.OmitArgPrefixes,))

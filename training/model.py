@@ -8,7 +8,7 @@ concatenated states are padded to the width of the T5 encoder, and 16 latent cha
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,11 +35,11 @@ class Sizes:
     parallelism.
 
     Raises:
-        ValueError: if the widths do not match.
+        ValueError: if the CLIP encoders together are wider than the text stream.
     """
 
     transformer: dict
-    """Arguments of `SD3Transformer2DModel`."""
+    """Arguments of `SD3Transformer2DModel`, except `caption_projection_dim`, which must equal the hidden size."""
     clip_widths: tuple[int, int]
     clip_projections: tuple[int, int]
     text_layers: int
@@ -51,20 +51,10 @@ class Sizes:
     """Groups of the autoencoder's group norms."""
 
     def __post_init__(self):
-        t = self.transformer
-        inner = t["num_attention_heads"] * t["attention_head_dim"]
-        if t["caption_projection_dim"] != inner:
-            raise ValueError(f"caption_projection_dim is {t['caption_projection_dim']}; heads x head size is {inner}")
-        if t["pooled_projection_dim"] != sum(self.clip_projections):
-            raise ValueError(
-                f"pooled_projection_dim is {t['pooled_projection_dim']}; "
-                f"the CLIP projections {self.clip_projections} add up to {sum(self.clip_projections)}"
-            )
-        if t["joint_attention_dim"] < sum(self.clip_widths):
-            raise ValueError(
-                f"joint_attention_dim is {t['joint_attention_dim']}; "
-                f"the CLIP widths {self.clip_widths} need at least {sum(self.clip_widths)}"
-            )
+        assert self.transformer["pooled_projection_dim"] == sum(self.clip_projections)
+        width, clip = self.transformer["joint_attention_dim"], sum(self.clip_widths)
+        if width < clip:
+            raise ValueError(f"joint_attention_dim is {width}; the CLIP widths {self.clip_widths} need at least {clip}")
 
 
 TRAINED = Sizes(
@@ -77,7 +67,6 @@ TRAINED = Sizes(
         attention_head_dim=48,
         num_attention_heads=4,
         joint_attention_dim=256,
-        caption_projection_dim=192,
         pooled_projection_dim=224,
         pos_embed_max_size=24,  # patches: up to 384 px
         dual_attention_layers=(0, 1),
@@ -91,26 +80,12 @@ TRAINED = Sizes(
     vae_groups=16,
 )
 
-RANDOM = Sizes(
-    transformer=dict(
-        sample_size=16,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=64,
-        caption_projection_dim=64,
-        pooled_projection_dim=64,
-        pos_embed_max_size=24,
-        dual_attention_layers=(0, 1),
-        qk_norm="rms_norm",
-    ),
+RANDOM = replace(
+    TRAINED,
+    transformer=TRAINED.transformer
+    | dict(num_layers=3, attention_head_dim=16, joint_attention_dim=64, pooled_projection_dim=64),
     clip_widths=(32, 32),
     clip_projections=(32, 32),
-    text_layers=2,
-    text_heads=4,
     vae_widths=(16, 16, 32, 32),
     vae_groups=8,
 )
@@ -143,7 +118,8 @@ def _transformer(sizes: Sizes) -> SD3Transformer2DModel:
     diffusers' own table advances by base size / table size, here a third, too little for a small model to distinguish
     neighboring patches. The table is saved with the weights, so loading needs no special case.
     """
-    transformer = SD3Transformer2DModel(**sizes.transformer)
+    hidden = sizes.transformer["num_attention_heads"] * sizes.transformer["attention_head_dim"]
+    transformer = SD3Transformer2DModel(**sizes.transformer, caption_projection_dim=hidden)
     base = sizes.transformer["sample_size"] // sizes.transformer["patch_size"]
     table = sizes.transformer["pos_embed_max_size"]
     positions = get_2d_sincos_pos_embed(

@@ -1,15 +1,70 @@
-"""Fast training steps for a small model on a GPU: CUDA graphs, bfloat16 weights, Muon and AdamW."""
+"""Fast training of a small model on a GPU: CUDA graphs, bfloat16 weights, Muon and AdamW."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from .schedule import Budget, Log, learning_rate
+
 MATRICES = ("transformer_blocks.", "encoder.layers.", "encoder.block.")  # hidden layers, updated by Muon
 MOMENTUM = 0.95  # Muon's
+CHECKPOINT_SECONDS = 60
+
+
+def fit(
+    stage: str,
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    batches: Iterator[tuple[Tensor, ...]],
+    budget: Budget,
+    log: Log,
+    *,
+    adam_rate: float,
+    muon_rate: float = 0.0,
+    warmup: int,
+    memory_format: torch.memory_format = torch.preserve_format,
+    checkpoint: Callable[[], None] | None = None,
+) -> None:
+    """Train `model` in place, on a GPU in bfloat16. It is float32 again and holds the averaged weights at the end.
+
+    Args:
+        stage: its name in the log.
+        model: on the device to train on; all its parameters are trained.
+        loss: of one of the `batches`.
+        adam_rate, muon_rate: peak learning rates.
+        warmup: steps of linear warm-up; a resumed run warms up again.
+        memory_format: of the weights in bfloat16.
+        checkpoint: called about once a minute, while `model` holds the averaged weights.
+    """
+    model.train().requires_grad_(True)
+    optimiser = Optimiser(model, adam_rate, muon_rate)
+    average = Averaged(optimiser.weights)
+    if optimiser.weights[0].is_cuda:
+        model.to(dtype=torch.bfloat16, memory_format=memory_format)
+    stepper = Stepper(loss, model)
+    first, saved = budget.step, budget.seconds
+    for step, progress in budget:
+        mean = stepper(*next(batches))
+        optimiser.step(learning_rate(step - first, progress, warmup))
+        average.update(optimiser.weights, step - first)
+        log.add(stage, step, mean)
+        if checkpoint and budget.seconds - saved > CHECKPOINT_SECONDS:
+            saved = budget.seconds
+            set_weights(model, average.averages)
+            checkpoint()
+            set_weights(model, optimiser.weights)
+    model.to(dtype=torch.float32, memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    model.zero_grad()
+    set_weights(model, average.averages)
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, weights: list[Tensor]) -> None:
+    torch._foreach_copy_(list(model.parameters()), weights)
 
 
 class Stepper:

@@ -11,7 +11,7 @@ from torch import nn
 from mmdit_lib.checkpoint.random_weights import draw_weight
 from mmdit_lib.config import Dtype
 
-from .model import RANDOM, Sizes, make_parts, save_pipeline
+from .model import RANDOM, make_parts, save_pipeline
 
 WORDS = ["a", "the", "red", "green", "blue", "circle", "square", "triangle", "on", "background", "left", "of", ","]
 
@@ -35,20 +35,15 @@ def make_random_pipeline(
     unknown = sorted(set(transformer_overrides) - set(RANDOM.transformer))
     if unknown:
         raise ValueError(f"unknown transformer arguments {unknown}; known are {sorted(RANDOM.transformer)}")
-    parts = make_parts(_sizes(transformer_overrides), WORDS)
+    transformer = RANDOM.transformer | transformer_overrides
+    pooled = transformer["pooled_projection_dim"]
+    sizes = replace(RANDOM, transformer=transformer, clip_projections=(pooled // 2, pooled - pooled // 2))
+    parts = make_parts(sizes, WORDS)
     generator = torch.Generator().manual_seed(seed)
     for part in parts.values():
         if isinstance(part, nn.Module):
             _fill(part, generator)
     return save_pipeline(parts, folder, dtype)
-
-
-def _sizes(overrides: dict) -> Sizes:
-    transformer = RANDOM.transformer | overrides
-    inner = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    transformer["caption_projection_dim"] = overrides.get("caption_projection_dim", inner)
-    pooled = transformer["pooled_projection_dim"]
-    return replace(RANDOM, transformer=transformer, clip_projections=(pooled // 2, pooled - pooled // 2))
 
 
 @torch.no_grad()

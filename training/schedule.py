@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -52,18 +53,17 @@ class Log:
     every: int = 50
     rows: list[list] = field(default_factory=list)
     """[stage, step, seconds since the stage started, mean loss]."""
-    _sum: Tensor | float = 0.0
-    _count: int = 0
+    _recent: list[Tensor] = field(default_factory=list)
     _started: dict[str, float] = field(default_factory=dict)
 
     def add(self, stage: str, step: int, loss: Tensor) -> None:
         """Record one step's loss; prints every tenth row."""
         start = self._started.setdefault(stage, time.monotonic())
-        self._sum = self._sum + loss.detach()  # on the device: synchronizes only every `every` steps
-        self._count += 1
+        self._recent.append(loss.detach())  # on the device: synchronizes only every `every` steps
         if (step + 1) % self.every == 0:
             seconds = time.monotonic() - start
-            self.rows.append([stage, step + 1, round(seconds, 1), round(float(self._sum) / self._count, 5)])
-            self._sum, self._count = 0.0, 0
+            mean = torch.stack(self._recent).mean().item()
+            self.rows.append([stage, step + 1, round(seconds, 1), round(mean, 5)])
+            self._recent.clear()
             if (step + 1) % (10 * self.every) == 0:
                 print("{} step {} after {} s: loss {}".format(*self.rows[-1]), flush=True)

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import torch
 import tyro
-from safetensors.torch import load_file, save_file
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 from mmdit_lib.files import complete_folder, require_place
 
 from .captions import heldout_prompts, words
 from .data import make_data
-from .evaluation import evaluate, load_pipeline
+from .evaluation import Pipeline, evaluate
 from .gallery import gallery_of
 from .model import TRAINED, make_parts, save_pipeline
 from .schedule import Budget, Log
@@ -108,7 +109,8 @@ def train(options: Options) -> None:
     budgets = {stage: options.budget(stage, facts) for stage in STAGES}
 
     def save() -> None:
-        facts = dict(log=log.rows, options=options.recorded(), **_latent_statistics(parts))
+        latents = {name: parts["vae"].config[name] for name in ("scaling_factor", "shift_factor")}
+        facts = {"log": log.rows, "options": options.recorded(), **latents}
         for stage, budget in budgets.items():
             facts |= {f"{stage}_step": budget.step, f"{stage}_seconds": budget.seconds}
         save_checkpoint(parts, facts, checkpoint)
@@ -133,27 +135,21 @@ def finish(parts: dict[str, object], options: Options) -> None:
     shutil.rmtree(options.output_dir / "pipeline", ignore_errors=True)
     folder = save_pipeline(parts, options.output_dir / "pipeline", "float16")
     on_gpu = torch.device(options.device).type == "cuda"
-    pipe = load_pipeline(folder, "float16" if on_gpu else "float32", options.device)
+    pipe = Pipeline(folder, "float16" if on_gpu else "float32", options.device).load()
     gallery_of(pipe).save(options.output_dir / "gallery.png")
     prompts, scores = heldout_prompts(options.prompts), {}
     for guidance in options.guidance:
-        scores[str(guidance)] = evaluate(pipe, prompts, guidance=guidance, batch=128)
-        print(f"guidance {guidance}: {scores[str(guidance)]}", flush=True)
-        record = {name: asdict(score) for name, score in scores.items()}
-        (options.output_dir / "scores.json").write_text(json.dumps(record, indent=2))
+        found = evaluate(pipe, prompts, guidance=guidance, batch=128)
+        print(f"guidance {guidance}: {found}", flush=True)
+        scores[str(guidance)] = asdict(found)
+        (options.output_dir / "scores.json").write_text(json.dumps(scores, indent=2))
 
 
 def save_checkpoint(parts: dict[str, object], facts: dict, folder: Path) -> None:
     """Write all weights, in files of at most 15 MiB, and `facts`. Replaces an older checkpoint when complete."""
     with complete_folder(folder, "training checkpoint", _is_checkpoint) as unfinished:
-        shard, size, number = {}, 0, 0
-        for name, tensor in _all_weights(parts).named_parameters():
-            if shard and size + 4 * tensor.numel() > SHARD:
-                save_file(shard, unfinished / f"weights-{number}.safetensors")
-                shard, size, number = {}, 0, number + 1
-            shard[name] = tensor.detach().float().cpu().contiguous()
-            size += shard[name].nbytes
-        save_file(shard, unfinished / f"weights-{number}.safetensors")
+        weights = {name: tensor.detach().float().cpu() for name, tensor in _all_weights(parts).named_parameters()}
+        save_torch_state_dict(weights, unfinished, filename_pattern="weights{suffix}.safetensors", max_shard_size=SHARD)
         (unfinished / "facts.json").write_text(json.dumps(facts))
 
 
@@ -170,7 +166,7 @@ def load_checkpoint(parts: dict[str, object], folder: Path) -> dict:
     if not folder.is_dir():
         raise ValueError(f"no checkpoint to resume from: {folder} does not exist")
     weights = {}
-    for path in sorted(folder.glob("weights-*.safetensors")):
+    for path in sorted(folder.glob("weights*.safetensors")):
         weights |= load_file(path)
     parameters = dict(_all_weights(parts).named_parameters())
     if weights.keys() != parameters.keys():
@@ -187,11 +183,6 @@ def load_checkpoint(parts: dict[str, object], folder: Path) -> dict:
 
 def _all_weights(parts: dict[str, object]) -> nn.ModuleDict:
     return nn.ModuleDict({"vae": parts["vae"], **learners(parts)})
-
-
-def _latent_statistics(parts: dict[str, object]) -> dict[str, float]:
-    config = parts["vae"].config
-    return dict(scaling_factor=config.scaling_factor, shift_factor=config.shift_factor)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import CAPTION_LENGTH, Data, tokenize
-from .optimise import Averaged, Optimiser, Stepper
-from .schedule import Budget, Log, learning_rate
+from .optimise import fit
+from .schedule import Budget, Log
 from .train_vae import encode
 
 NO_PROMPT = 0.1  # share of samples with an empty prompt, for classifier-free guidance
 NO_T5 = 0.05  # share of samples with zeros for T5 embeddings, as in a pipeline without T5
 T5_LENGTHS = {40: 0.76, 96: 0.06, 160: 0.06, 256: 0.1, 512: 0.02}  # `max_sequence_length`: share of batches
 ADAM_RATE, MUON_RATE = 1e-3, 3e-3
-CHECKPOINT_SECONDS = 60
 
 
 def learners(parts: dict) -> nn.ModuleDict:
@@ -69,34 +68,11 @@ def train_flow(
         log: gets the losses.
         checkpoint: called about once a minute.
     """
-    device = data.numbers.device
     torch.manual_seed(seed + budget.step)
-    model = learners(parts).to(device).train().requires_grad_(True)
-    optimiser = Optimiser(model, ADAM_RATE, MUON_RATE)
-    average = Averaged(optimiser.weights)
-    if device.type == "cuda":
-        model.bfloat16()
-    optimiser.parameters = list(model.parameters())
-    stepper = Stepper(lambda *inputs: flow_loss(parts, *inputs), model)
+    model = learners(parts).to(data.numbers.device)
     batches = _batches(data, _all_latents(parts["vae"], data), batch, random.Random(seed + budget.step))
-    first, saved = budget.step, budget.seconds
-    for step, progress in budget:
-        loss = stepper(*next(batches))
-        optimiser.step(learning_rate(step - first, progress, warmup=200))  # a resumed run warms up again
-        average.update(optimiser.weights, step - first)
-        log.add("flow", step, loss)
-        if budget.seconds - saved > CHECKPOINT_SECONDS:
-            saved = budget.seconds
-            _copy(average.averages, model)
-            checkpoint()
-            _copy(optimiser.weights, model)
-    model.float().eval().requires_grad_(False)
-    _copy(average.averages, model)
-
-
-@torch.no_grad()
-def _copy(weights: list[Tensor], model: nn.Module) -> None:
-    torch._foreach_copy_(list(model.parameters()), weights)
+    options = dict(adam_rate=ADAM_RATE, muon_rate=MUON_RATE, warmup=200, checkpoint=checkpoint)
+    fit("flow", model, lambda *inputs: flow_loss(parts, *inputs), batches, budget, log, **options)
 
 
 def _all_latents(vae, data: Data) -> dict[tuple[int, int], Tensor]:

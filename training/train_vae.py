@@ -7,6 +7,7 @@ encoder is frozen, because the transformer was trained on its latents.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from .data import Data
-from .optimise import Averaged, Optimiser, Stepper
+from .optimise import fit
 from .render import render
-from .schedule import Budget, Log, learning_rate
+from .schedule import Budget, Log
 
 KL_WEIGHT = 1e-4  # relative to the mean absolute error of pixels with values -1..1
 LATENT_NOISE = 0.05  # of the latents' standard deviation: makes the decoder robust to small errors
@@ -26,26 +27,21 @@ SIZES = ((128, 128), (96, 192), (192, 96))  # (height, width) in pixels
 
 def train_vae(vae: AutoencoderKL, data: Data, budget: Budget, batch: int, seed: int, log: Log) -> None:
     """Train in place, then set `scaling_factor` and `shift_factor` so that latents have mean 0 and deviation 1."""
-    device = data.numbers.device
-    torch.manual_seed(seed + budget.step)
-    rng = random.Random(seed + budget.step)
-    vae.to(device).train().requires_grad_(True)
-    optimiser = Optimiser(vae, adam_rate=PEAK_RATE, muon_rate=0.0)
-    average = Averaged(optimiser.weights)
-    if device.type == "cuda":
-        vae.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
-    optimiser.parameters = list(vae.parameters())
-    stepper = Stepper(lambda pictures: _loss(vae, pictures), vae)
-    first = budget.step
-    for step, progress in budget:
-        picked = torch.randint(len(data.numbers), (batch,), device=device)
-        loss = stepper(2 * render(data.numbers[picked], *rng.choice(SIZES)) - 1)
-        optimiser.step(learning_rate(step - first, progress, warmup=100))
-        average.update(optimiser.weights, step - first)
-        log.add("vae", step, loss)
-    _set_weights(vae, average.averages)
+    vae.to(data.numbers.device)
+    batches = ((2 * render(numbers, *size) - 1,) for numbers, size in _scenes(data, batch, seed + budget.step))
+    options = dict(adam_rate=PEAK_RATE, warmup=100, memory_format=torch.channels_last)
+    fit("vae", vae, lambda pictures: _loss(vae, pictures), batches, budget, log, **options)
     latents = torch.cat([encode(vae, part, 128, 128).flatten() for part in data.numbers[:512].split(64)])
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+
+
+def _scenes(data: Data, batch: int, seed: int) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+    """Endless random scenes [batch, 11], and the size to draw them at. Seeds torch, too."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    while True:
+        picked = torch.randint(len(data.numbers), (batch,), device=data.numbers.device)
+        yield data.numbers[picked], rng.choice(SIZES)
 
 
 def _loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
@@ -58,28 +54,17 @@ def _loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 def train_decoder(vae: AutoencoderKL, data: Data, budget: Budget, batch: int, seed: int, log: Log) -> None:
     """Train `vae.decoder` in place."""
-    device = data.numbers.device
-    torch.manual_seed(seed + budget.step)
-    rng = random.Random(seed + budget.step)
-    vae.to(device)
-    decoder = vae.decoder.train().requires_grad_(True)
-    optimiser = Optimiser(decoder, adam_rate=DECODER_RATE, muon_rate=0.0)
-    average = Averaged(optimiser.weights)
-    if device.type == "cuda":
-        decoder.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
-    stepper = Stepper(lambda latents, pictures: _things_loss(decoder, latents, pictures), decoder)
-    first = budget.step
-    for step, progress in budget:
-        numbers = data.numbers[torch.randint(len(data.numbers), (batch,), device=device)]
-        size = rng.choice(SIZES)
-        latents = encode(vae, numbers, *size)
-        latents = latents + LATENT_NOISE * torch.randn_like(latents)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        loss = stepper(latents, 2 * render(numbers, *size) - 1)
-        optimiser.step(learning_rate(step - first, progress, warmup=50))
-        average.update(optimiser.weights, step - first)
-        log.add("decoder", step, loss)
-    _set_weights(decoder, average.averages)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for numbers, size in _scenes(data, batch, seed + budget.step):
+            latents = encode(vae, numbers, *size)
+            latents = latents + LATENT_NOISE * torch.randn_like(latents)
+            latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+            yield latents, 2 * render(numbers, *size) - 1
+
+    decoder = vae.to(data.numbers.device).decoder
+    options = dict(adam_rate=DECODER_RATE, warmup=50, memory_format=torch.channels_last)
+    fit("decoder", decoder, lambda *pair: _things_loss(decoder, *pair), batches(), budget, log, **options)
 
 
 def _things_loss(decoder: nn.Module, latents: Tensor, pictures: Tensor) -> Tensor:
@@ -88,13 +73,6 @@ def _things_loss(decoder: nn.Module, latents: Tensor, pictures: Tensor) -> Tenso
     things = ((pictures - pictures[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.02).float()
     things = F.max_pool2d(things, 5, stride=1, padding=2)
     return error.mean() + ((error * things).sum((1, 2, 3)) / things.sum((1, 2, 3))).mean()
-
-
-def _set_weights(module: nn.Module, weights: list[Tensor]) -> None:
-    module.to(dtype=torch.float32, memory_format=torch.contiguous_format).eval().requires_grad_(False)
-    for parameter, weight in zip(module.parameters(), weights, strict=True):
-        parameter.grad = None
-        parameter.copy_(weight)
 
 
 @torch.no_grad()

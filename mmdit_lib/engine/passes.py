@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from itertools import accumulate, takewhile
 
 from .graph import Graph, Layer, Value
@@ -32,16 +33,14 @@ class Index:
         uses = Counter(name for layer in layers for name in layer.inputs)
         return cls({layer.output.name: layer for layer in layers}, uses)
 
-    def find(self, name: str | None, layer_type: str, /, **attributes) -> Layer | None:
-        """The layer that makes `name`, if it has this type and these attributes."""
+    def find(self, name: str | None, layer_type: str) -> Layer | None:
+        """The layer that makes `name`, if it has this type."""
         layer = self.made_by.get(name)
-        if layer is None or layer.type != layer_type:
-            return None
-        return layer if all(layer.attributes.get(key) == wanted for key, wanted in attributes.items()) else None
+        return layer if layer and layer.type == layer_type else None
 
-    def inner(self, name: str | None, layer_type: str, /, **attributes) -> Layer | None:
-        """As `find`, if nothing else reads the tensor."""
-        return self.find(name, layer_type, **attributes) if self.uses[name] == 1 else None
+    def constant(self, *names: str | None) -> bool:
+        """Whether all of these tensors are constants."""
+        return all(self.find(name, "CONSTANT") for name in names)
 
     def number(self, name: str | None) -> float | None:
         """The value of a scalar constant."""
@@ -49,10 +48,63 @@ class Index:
         return values[0] if len(values) == 1 else None
 
 
-def rewrite(layers: Layers, match: Callable[[Layer, Index], Layer | None]) -> Layers:
-    """Replace each layer that `match` recognizes as the last of a group, and drop what nothing reads any more."""
-    index = Index.of(layers)
-    return without_unread([match(layer, index) or layer for layer in layers], layers)
+@dataclass(frozen=True)
+class Op:
+    """A pattern: a layer of this type with these attributes.
+
+    An input is a name for the tensor, or the `Op` that makes it and whose output nothing else reads.
+    """
+
+    type: str
+    inputs: tuple[str | Op, ...]
+    attributes: dict[str, str] = field(default_factory=dict)
+
+    def match(self, layer: Layer | None, index: Index) -> dict[str, str | None] | None:
+        """The tensors by their names in the pattern; None if it does not match. One name is one tensor everywhere."""
+        if not layer or layer.type != self.type or not self.attributes.items() <= layer.attributes.items():
+            return None
+        found: dict[str, str | None] = {}
+        for wanted, tensor in zip(self.inputs, layer.inputs, strict=False):
+            if isinstance(wanted, str):
+                inner = {wanted: tensor}
+            else:
+                inner = wanted.match(index.made_by.get(tensor), index) if index.uses[tensor] == 1 else None
+            if inner is None or any(found.get(name, t) != t for name, t in inner.items()):
+                return None
+            found |= inner
+        return found
+
+
+def total(a: str | Op, b: str | Op) -> Op:
+    return Op("ELEMENTWISE", (a, b), {"op": "SUM"})
+
+
+def product(a: str | Op, b: str | Op) -> Op:
+    return Op("ELEMENTWISE", (a, b), {"op": "PROD"})
+
+
+def fusion(*patterns: Op) -> Callable[[Callable[..., Layer | None]], Pass]:
+    """The decorated function becomes a pass: it gets the last layer of a match of one of `patterns`, the index, and
+    the tensors by their names in the pattern, and returns the layer that replaces the match, or None."""
+
+    def decorate(fuse: Callable[..., Layer | None]) -> Pass:
+        @wraps(fuse)
+        def rewrite(layers: Layers) -> Layers:
+            index = Index.of(layers)
+            rewritten = []
+            for layer in layers:
+                tensors = next(filter(None, (pattern.match(layer, index) for pattern in patterns)), None)
+                rewritten.append((fuse(layer, index, **tensors) if tensors else None) or layer)
+            return without_unread(rewritten, layers)
+
+        return rewrite
+
+    return decorate
+
+
+def fused(layer: Layer, layer_type: str, *inputs: str, **attributes) -> Layer:
+    """A layer in the place of `layer`."""
+    return replace(layer, type=layer_type, inputs=inputs, attributes=attributes)
 
 
 def without_unread(layers: Layers, before: Layers) -> Layers:
@@ -69,136 +121,91 @@ def without_unread(layers: Layers, before: Layers) -> Layers:
 # Numerics --------------------------------------------------------------------------------------------
 
 
-def linear(layers: Layers) -> Layers:
-    """matmul by a transposed constant, plus a constant bias -> LINEAR."""
-
-    def match(layer: Layer, index: Index) -> Layer | None:
-        if layer.type != "ELEMENTWISE" or layer.attributes["op"] != "SUM":
-            return None
-        product = index.inner(layer.inputs[0], "MATRIX_MULTIPLY", op0="NONE", op1="TRANSPOSE")
-        if not (product and index.find(product.inputs[1], "CONSTANT") and index.find(layer.inputs[1], "CONSTANT")):
-            return None
-        return replace(layer, type="LINEAR", inputs=(*product.inputs, layer.inputs[1]), attributes={})
-
-    return rewrite(layers, match)
+@fusion(total(Op("MATRIX_MULTIPLY", ("x", "weight"), {"op0": "NONE", "op1": "TRANSPOSE"}), "bias"))
+def linear(layer: Layer, index: Index, x: str, weight: str, bias: str) -> Layer | None:
+    """x weight^T + bias, both constants -> LINEAR."""
+    return fused(layer, "LINEAR", x, weight, bias) if index.constant(weight, bias) else None
 
 
-def silu(layers: Layers) -> Layers:
+@fusion(product("x", Op("ACTIVATION", ("x",), {"kind": "SIGMOID"})))
+def silu(layer: Layer, index: Index, x: str) -> Layer:
     """x * sigmoid(x) -> SILU."""
-
-    def match(layer: Layer, index: Index) -> Layer | None:
-        if layer.type != "ELEMENTWISE" or layer.attributes["op"] != "PROD":
-            return None
-        x, gate = layer.inputs
-        sigmoid = index.find(gate, "ACTIVATION", kind="SIGMOID")
-        if not (sigmoid and sigmoid.inputs == (x,)):
-            return None
-        return replace(layer, type="SILU", inputs=(x,), attributes={})
-
-    return rewrite(layers, match)
+    return fused(layer, "SILU", x)
 
 
-def attention_scale(layers: Layers) -> Layers:
+@fusion(Op("ATTENTION", (product("q", "scale"), "k", "v")))
+def attention_scale(layer: Layer, index: Index, q: str, scale: str, k: str, v: str) -> Layer | None:
     """attention of queries that are multiplied by a number -> ATTENTION with that scale."""
-
-    def match(layer: Layer, index: Index) -> Layer | None:
-        product = index.find(layer.inputs[0], "ELEMENTWISE", op="PROD") if layer.type == "ATTENTION" else None
-        scale = index.number(product.inputs[1]) if product else None
-        if scale is None:
-            return None
-        attributes = layer.attributes | {"scale": scale}
-        return replace(layer, inputs=(product.inputs[0], *layer.inputs[1:]), attributes=attributes)
-
-    return rewrite(layers, match)
+    number = index.number(scale)
+    return None if number is None else fused(layer, "ATTENTION", q, k, v, **layer.attributes | {"scale": number})
 
 
 # Speed -----------------------------------------------------------------------------------------------
 
 
-def linear_gelu(layers: Layers) -> Layers:
+@fusion(Op("ACTIVATION", (Op("LINEAR", ("x", "weight", "bias")),), {"kind": "GELU_TANH"}))
+def linear_gelu(layer: Layer, index: Index, x: str, weight: str, bias: str) -> Layer:
     """LINEAR, then GELU -> LINEAR_GELU: the activation in the GEMM's epilogue."""
-
-    def match(layer: Layer, index: Index) -> Layer | None:
-        if layer.type != "ACTIVATION" or layer.attributes["kind"] != "GELU_TANH":
-            return None
-        inner = index.inner(layer.inputs[0], "LINEAR")
-        return replace(layer, type="LINEAR_GELU", inputs=inner.inputs, attributes={}) if inner else None
-
-    return rewrite(layers, match)
+    return fused(layer, "LINEAR_GELU", x, weight, bias)
 
 
-def rms_norm(layers: Layers) -> Layers:
-    """x / sqrt(mean(x^2) + eps) * weight -> RMS_NORM."""
-
-    def match(layer: Layer, index: Index) -> Layer | None:
-        if layer.type != "ELEMENTWISE" or layer.attributes["op"] != "PROD":
-            return None
-        if not index.find(layer.inputs[1], "CONSTANT"):
-            return None
-        narrow = index.inner(layer.inputs[0], "CAST")
-        quotient = index.inner(narrow.inputs[0] if narrow else layer.inputs[0], "ELEMENTWISE", op="PROD")
-        reciprocal = index.inner(quotient.inputs[1], "UNARY", op="RECIP") if quotient else None
-        root = index.inner(reciprocal.inputs[0], "UNARY", op="SQRT") if reciprocal else None
-        total = index.inner(root.inputs[0], "ELEMENTWISE", op="SUM") if root else None
-        mean = index.inner(total.inputs[0], "REDUCE", op="AVG") if total else None
-        square = index.inner(mean.inputs[0], "ELEMENTWISE", op="PROD") if mean else None
-        eps = index.number(total.inputs[1]) if total else None
-        if square is None or eps is None or square.inputs != (quotient.inputs[0],) * 2:
-            return None
-        wide = index.find(quotient.inputs[0], "CAST")
-        x = wide.inputs[0] if wide and narrow else quotient.inputs[0]
-        return replace(layer, type="RMS_NORM", inputs=(x, layer.inputs[1]), attributes={"eps": eps})
-
-    return rewrite(layers, match)
+MEAN_SQUARE = Op("REDUCE", (product("x", "x"),), {"op": "AVG"})
+ROOT = Op("UNARY", (total(MEAN_SQUARE, "eps"),), {"op": "SQRT"})
+NORMALIZED = product("x", Op("UNARY", (ROOT,), {"op": "RECIP"}))
 
 
-def modulate(layers: Layers) -> Layers:
+@fusion(product(NORMALIZED, "weight"), product(Op("CAST", (NORMALIZED,)), "weight"))
+def rms_norm(layer: Layer, index: Index, x: str, eps: str, weight: str) -> Layer | None:
+    """x / sqrt(mean(x^2) + eps) * weight -> RMS_NORM, which casts x and the quotient by itself."""
+    number = index.number(eps)
+    if number is None or not index.constant(weight):
+        return None
+    wide = index.find(x, "CAST") if index.find(layer.inputs[0], "CAST") else None
+    return fused(layer, "RMS_NORM", wide.inputs[0] if wide else x, weight, eps=number)
+
+
+@fusion(total(product("x", total("scale", "one")), "shift"))
+def modulate(layer: Layer, index: Index, x: str, scale: str, one: str, shift: str) -> Layer | None:
     """x * (scale + 1) + shift -> MODULATE."""
-
-    def match(layer: Layer, index: Index) -> Layer | None:
-        if layer.type != "ELEMENTWISE" or layer.attributes["op"] != "SUM":
-            return None
-        product = index.inner(layer.inputs[0], "ELEMENTWISE", op="PROD")
-        scale = index.inner(product.inputs[1], "ELEMENTWISE", op="SUM") if product else None
-        if scale is None or index.number(scale.inputs[1]) != 1.0:
-            return None
-        inputs = (product.inputs[0], scale.inputs[0], layer.inputs[1])
-        return replace(layer, type="MODULATE", inputs=inputs, attributes={})
-
-    return rewrite(layers, match)
+    return fused(layer, "MODULATE", x, scale, shift) if index.number(one) == 1.0 else None
 
 
-def gated_sum(layers: Layers) -> Layers:
+@fusion(total("x", product("gate", "y")))
+def gated_sum(layer: Layer, index: Index, x: str, gate: str, y: str) -> Layer | None:
     """x + gate * y -> GATED_SUM."""
+    constants = any(map(index.constant, (x, gate, y)))
+    return None if constants else fused(layer, "GATED_SUM", x, gate, y)
 
-    def match(layer: Layer, index: Index) -> Layer | None:
-        if layer.type != "ELEMENTWISE" or layer.attributes["op"] != "SUM":
-            return None
-        product = index.inner(layer.inputs[1], "ELEMENTWISE", op="PROD")
-        if product is None or any(index.find(name, "CONSTANT") for name in (*product.inputs, layer.inputs[0])):
-            return None
-        return replace(layer, type="GATED_SUM", inputs=(layer.inputs[0], *product.inputs), attributes={})
 
-    return rewrite(layers, match)
+def merge(
+    layers: Layers, mergeable: Callable[[Layer], bool], together: Callable[[Layers], tuple[Layers, list[str]]]
+) -> Layers:
+    """Replace layers that have the same first input: `together` gives their replacement and the new outputs' names."""
+    groups: dict[str, Layers] = {}
+    for layer in filter(mergeable, layers):
+        groups.setdefault(layer.inputs[0], []).append(layer)
+    instead: dict[str, Layers] = {}
+    renamed: dict[str | None, str] = {}
+    for members in groups.values():
+        if len(members) > 1:
+            made, names = together(members)
+            outputs = [member.output.name for member in members]
+            instead |= {outputs[0]: made} | {name: [] for name in outputs[1:]}
+            renamed |= zip(outputs, names, strict=True)
+    result = [new for layer in layers for new in instead.get(layer.output.name, [layer])]
+    result = [replace(layer, inputs=tuple(renamed.get(name, name) for name in layer.inputs)) for layer in result]
+    return without_unread(result, layers)
 
 
 def shared_silu(layers: Layers) -> Layers:
     """SILU layers with one input (of the conditioning vector, in every block) are computed once."""
-    readers = Counter(layer.inputs[0] for layer in layers if layer.type == "SILU")
-    shared: dict[str, str] = {}
-    renamed: dict[str, str] = {}
-    kept = []
-    for layer in layers:
-        layer = replace(layer, inputs=tuple(renamed.get(name, name) for name in layer.inputs))
-        if layer.type == "SILU" and readers[layer.inputs[0]] > 1:
-            name = f"{layer.inputs[0]}/silu"
-            renamed[layer.output.name] = name
-            if layer.inputs[0] in shared:
-                continue
-            shared[layer.inputs[0]] = name
-            layer = replace(layer, name=name, output=replace(layer.output, name=name))
-        kept.append(layer)
-    return kept
+
+    def together(members: Layers) -> tuple[Layers, list[str]]:
+        name = f"{members[0].inputs[0]}/silu"
+        shared = replace(members[0], name=name, output=replace(members[0].output, name=name))
+        return [shared], [name] * len(members)
+
+    return merge(layers, lambda layer: layer.type == "SILU", together)
 
 
 def merged_linears(layers: Layers) -> Layers:
@@ -207,41 +214,30 @@ def merged_linears(layers: Layers) -> Layers:
     Q, K and V of a stream become one GEMM, and so do the modulations of all blocks.
     """
     index = Index.of(layers)
-    groups: dict[str, Layers] = {}
-    for layer in layers:
-        if layer.type == "LINEAR" and all("weight" in index.made_by[n].attributes for n in layer.inputs[1:]):
-            groups.setdefault(layer.inputs[0], []).append(layer)
-    merged: dict[str, Layers] = {}
-    renamed: dict[str, str] = {}
-    for members in groups.values():
-        if len(members) > 1:
-            merged |= {member.output.name: [] for member in members}
-            merged[members[0].output.name] = _stacked(members, index, renamed)
-    result: Layers = []
-    for layer in layers:
-        layer = replace(layer, inputs=tuple(renamed.get(name, name) for name in layer.inputs))
-        result += merged.get(layer.output.name, [layer])
-    return without_unread(result, layers)
+
+    def mergeable(layer: Layer) -> bool:
+        return layer.type == "LINEAR" and all("weight" in index.made_by[n].attributes for n in layer.inputs[1:])
+
+    return merge(layers, mergeable, lambda members: _stacked(members, index))
 
 
-def _stacked(members: Layers, index: Index, renamed: dict[str, str]) -> Layers:
+def _stacked(members: Layers, index: Index) -> tuple[Layers, list[str]]:
     """The merged layer and its slices. Slices that several blocks read get names outside any block."""
     names = [member.output.name for member in members]
     name = f"{_common_path(names)}/merged"
-    across = len({block_of(n) for n in names}) > 1
+    if len({block_of(n) for n in names}) > 1:
+        names = [f"{name}:{i}" for i in range(len(members))]
     weights, biases = ([index.made_by[member.inputs[i]] for member in members] for i in (1, 2))
     stack = [_stack(weights, f"{name}.weight", -2), _stack(biases, f"{name}.bias", -1)]
     widths = [bias.output.shape[-1] for bias in biases]
     shape = (*members[0].output.shape[:-1], sum(widths))
     inputs = (members[0].inputs[0], *(layer.output.name for layer in stack))
     layers = [*stack, Layer(name, "LINEAR", inputs, replace(members[0].output, name=name, shape=shape))]
-    for i, (member, width, end) in enumerate(zip(members, widths, accumulate(widths), strict=True)):
-        output = replace(member.output, name=f"{name}:{i}") if across else member.output
-        renamed[member.output.name] = output.name
+    for member, part, width, end in zip(members, names, widths, accumulate(widths), strict=True):
         attributes = {"axes": [len(shape) - 1], "start": [end - width], "shape": [width], "stride": [1]}
-        slice_ = Layer(output.name, "SLICE", (name, None, None), output, attributes | {"mode": "STRICT_BOUNDS"})
-        layers.append(slice_)
-    return layers
+        attributes |= {"mode": "STRICT_BOUNDS"}
+        layers.append(Layer(part, "SLICE", (name, None, None), replace(member.output, name=part), attributes))
+    return layers, names
 
 
 def _stack(constants: Layers, name: str, dim: int) -> Layer:

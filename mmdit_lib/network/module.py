@@ -69,6 +69,18 @@ class ModuleList(Module):
         return self.modules[index]
 
 
+class Sequential(Module):
+    """Named children that are called in order, each with the output of the one before."""
+
+    def __init__(self, **modules: Module):
+        vars(self).update(modules)
+
+    def forward(self, x):
+        for _, module in self.children():
+            x = module(x)
+        return x
+
+
 def network_of(inputs: Iterable) -> Network:
     """The network that a call's tensors belong to."""
     return next(x.network for x in inputs if isinstance(x, Tensor))

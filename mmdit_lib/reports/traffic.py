@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import fx
 
 from ..architecture import ModelConfig
 from ..config import TORCH_DTYPES, BuildConfig, Dtype, Layout, Resolution, Sizes
-from ..engine.dry_graph import NoWeights, dry_graph
-from ..engine.graph import Graph
+from ..engine.dry_graph import dry_graph
 from ..engine.inputs import check_build, input_dtype, shape_of
 from ..engine.lowering import lower
 from ..engine.torch_ops import dist_collective
@@ -76,19 +75,16 @@ def count_traffic(
     def empty(shape: tuple[int, ...], name: str) -> torch.Tensor:
         return torch.empty(shape, dtype=TORCH_DTYPES[name], device="meta")
 
-    weights = {name: empty(w.shape, dtype) for name, w in NoWeights(model, dtype, layout).weights(0).items()}
+    weights = {name: empty(shape, dtype) for name, shape in architecture.local_parameters(model, layout).items()}
     sizes = Sizes(batch, resolution.height, resolution.width, text_tokens)
     inputs = [
         empty(shape_of(x, model, sizes, config.vae_scale_factor), input_dtype(x, dtype)) for x in architecture.inputs
     ]
-    counter = Recorder(lower(graph, weights, device="meta", groups=group_names(graph)))
+    groups = {tuple(x.attributes["group"]) for x in graph.layers if x.type == "DIST_COLLECTIVE"}
+    names = {group: json.dumps(group) for group in groups}
+    counter = Recorder(lower(graph, weights, device="meta", groups=names))
     counter.run(*inputs)
     return counter.found
-
-
-def group_names(graph: Graph) -> dict[tuple[int, ...], str]:
-    groups = {tuple(x.attributes["group"]) for x in graph.layers if x.type == "DIST_COLLECTIVE"}
-    return {group: json.dumps(group) for group in groups}
 
 
 class Recorder(fx.Interpreter):
@@ -110,18 +106,18 @@ class Recorder(fx.Interpreter):
 def traffic_table(name: str, *, resolution: Resolution, text_tokens: int, batch: int, dtype: Dtype) -> Table:
     """One row for each kind of collective of each layout of a published model."""
     title = f"{name}: collectives of one step and one rank"
-    table = Table("layout", "collective", "calls", "MB per rank", "MB sent", title=title)
-    for column in table.columns[2:]:
-        column.justify = "right"
+    numbers = (Column(name, justify="right") for name in ("calls", "MB per rank", "MB sent"))
+    table = Table("layout", "collective", *numbers, title=title)
     model = KNOWN_MODELS[name]
     for label, layout in TWO_RANKS.items():
         if not possible(model, layout):
             continue
         found = count_traffic(model, layout, resolution=resolution, text_tokens=text_tokens, batch=batch, dtype=dtype)
-        for operation, times, given, sent in summary(found):
+        rows = summary(found)
+        for operation, times, given, sent in rows:
             table.add_row(label, operation, str(times), given, f"{sent / 1e6:.1f}")
             label = ""
-        total = sum(c.sent * times for c, times in found.items())
+        total = sum(sent for *_, sent in rows)
         table.add_row("", "all", str(found.total()), "", f"{total / 1e6:.1f}", style="bold", end_section=True)
     return table
 

@@ -8,7 +8,7 @@ import torch
 
 from ..network import functional as F
 from ..network.layers import Conv2d, Linear, SiLU
-from ..network.module import Module
+from ..network.module import Module, Sequential
 from ..network.network import Parameter, Tensor
 
 
@@ -57,35 +57,13 @@ class Timesteps(Module):
         return F.concat([F.unary(angles, "COS"), F.unary(angles, "SIN")], 1)
 
 
-class TimestepEmbedding(Module):
-    def __init__(self, in_channels: int, dim: int):
-        self.linear_1 = Linear(in_channels, dim)
-        self.act = SiLU()
-        self.linear_2 = Linear(dim, dim)
-
-    def forward(self, x):
-        return self.linear_2(self.act(self.linear_1(x)))
-
-
-class TextProjection(Module):
-    """diffusers' `PixArtAlphaTextProjection`."""
-
-    def __init__(self, in_features: int, dim: int):
-        self.linear_1 = Linear(in_features, dim)
-        self.act_1 = SiLU()
-        self.linear_2 = Linear(dim, dim)
-
-    def forward(self, x):
-        return self.linear_2(self.act_1(self.linear_1(x)))
-
-
 class CombinedTimestepTextProjEmbeddings(Module):
     """timestep [B] float32, pooled projections [B, P] -> conditioning vector [B, D]."""
 
     def __init__(self, dim: int, pooled_dim: int):
         self.time_proj = Timesteps()
-        self.timestep_embedder = TimestepEmbedding(256, dim)
-        self.text_embedder = TextProjection(pooled_dim, dim)
+        self.timestep_embedder = Sequential(linear_1=Linear(256, dim), act=SiLU(), linear_2=Linear(dim, dim))
+        self.text_embedder = Sequential(linear_1=Linear(pooled_dim, dim), act_1=SiLU(), linear_2=Linear(dim, dim))
 
     def forward(self, timestep, pooled):
         # Sinusoids are computed in float32 and rounded to the network's dtype only here.

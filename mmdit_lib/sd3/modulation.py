@@ -58,28 +58,17 @@ class AdaLayerNorm(Module):
 
 
 class AdaLayerNormZero(AdaLayerNorm):
-    """x, temb -> `Norm1` for attention and MLP."""
+    """x, temb -> `Norm1` for attention, MLP and, if `dual`, a second attention (diffusers' `SD35AdaLayerNormZeroX`)."""
 
-    def __init__(self, dim: int):
-        super().__init__(dim, 6)
-
-    def forward(self, x, temb) -> Norm1:
-        vectors = self.vectors(temb)
-        attn, mlp = Modulation(*vectors[:3]), Modulation(*vectors[3:])
-        return Norm1(Branch(attn.modulate(self.norm(x)), attn.gate), mlp)
-
-
-class SD35AdaLayerNormZeroX(AdaLayerNorm):
-    """x, temb -> `Norm1` for attention, MLP and the second attention."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, 9)
+    def __init__(self, dim: int, dual: bool = False):
+        super().__init__(dim, 9 if dual else 6)
 
     def forward(self, x, temb) -> Norm1:
         vectors = self.vectors(temb)
-        attn, mlp, attn2 = (Modulation(*vectors[i : i + 3]) for i in (0, 3, 6))
+        attn, mlp, *attn2 = (Modulation(*vectors[i : i + 3]) for i in range(0, self.count, 3))
         x = self.norm(x)
-        return Norm1(Branch(attn.modulate(x), attn.gate), mlp, Branch(attn2.modulate(x), attn2.gate))
+        first, *second = (Branch(branch.modulate(x), branch.gate) for branch in (attn, *attn2))
+        return Norm1(first, mlp, *second)
 
 
 class AdaLayerNormContinuous(AdaLayerNorm):

@@ -6,6 +6,7 @@ from ..config import TpLayout
 from ..network.tensor_parallel import Rule, Sharding
 
 HEADS = "every rank holds its own heads"
+MODULATION = "a vector per sample: costs every rank memory, but next to no time"
 MEGATRON: tuple[Rule, ...] = (
     Rule("*.attn*.to_[qkv]", "colwise", HEADS),
     Rule("*.attn.add_[qkv]_proj", "colwise", HEADS),
@@ -14,8 +15,8 @@ MEGATRON: tuple[Rule, ...] = (
     Rule("*.attn*.norm_*", "replicated", "one weight per head channel, the same for every head"),
     Rule("*.ff*.net.0.proj", "colwise", "GELU acts element by element, so the hidden features stay sharded"),
     Rule("*.ff*.net.1", "rowwise", "one all-reduce per MLP"),
-    Rule("*.norm1*.linear", "replicated", "a vector per sample: gathering it costs more than computing it"),
-    Rule("norm_out.linear", "replicated", "a vector per sample: gathering it costs more than computing it"),
+    Rule("*.norm1*.linear", "replicated", MODULATION),
+    Rule("norm_out.linear", "replicated", MODULATION),
     Rule("time_text_embed.*", "replicated", "a vector per sample: reducing it costs more than computing it"),
     Rule("context_embedder", "replicated", "its output is the text stream, which every tp rank needs in full"),
     Rule("pos_embed*", "replicated", "its output is the image stream, which every tp rank needs in full"),

@@ -16,7 +16,7 @@ from ..network.network import Tensor
 from .attention import Attention
 from .config import SD3Config
 from .embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
-from .modulation import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
+from .modulation import AdaLayerNormContinuous, AdaLayerNormZero
 
 
 class JointTransformerBlock(Module):
@@ -26,7 +26,7 @@ class JointTransformerBlock(Module):
         dim, head_dim, qk_norm = config.hidden_size, config.attention_head_dim, config.qk_norm
         self.dual = index in config.dual_attention_layers
         self.context_pre_only = index == config.num_layers - 1
-        self.norm1 = SD35AdaLayerNormZeroX(dim) if self.dual else AdaLayerNormZero(dim)
+        self.norm1 = AdaLayerNormZero(dim, self.dual)
         self.norm1_context = AdaLayerNormContinuous(dim) if self.context_pre_only else AdaLayerNormZero(dim)
         self.attn = Attention(dim, head_dim, qk_norm, "keys" if self.context_pre_only else "full")
         if self.dual:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -44,29 +45,30 @@ def demo(
     Raises:
         ValueError: if a module or, in float32, the image differs from diffusers'.
     """
-    console, stages = Console(), Stages()
+    console, stages = Console(), Table("stage", "time", "size", "result")
     model, out = str(model_path()), Path(output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint, engine = out / "tllm_checkpoint", out / "engine_outputs"
-
-    stages.run("convert", lambda: convert(model, checkpoint, dtype=dtype), lambda _: size_of(checkpoint), "checkpoint")
-    stages.run("build", lambda: build(checkpoint, engine), lambda _: size_of(engine), plan_of(engine))
-    worst = stages.run("parity", lambda: parity(model, engine), None, lambda worst: f"worst relative error {worst:.1e}")
-    options = {"num_inference_steps": num_inference_steps, "guidance_scale": GUIDANCE, "seed": seed}
+    checkpoint, seconds = timed(convert, model, out / "tllm_checkpoint", dtype=dtype)
+    stages.add_row("convert", seconds, size_of(checkpoint), "checkpoint")
+    engine, seconds = timed(build, checkpoint, out / "engine_outputs")
     folder = EngineFolder.open(engine)
+    plan = f"{plan_file(0)} by {folder.tensorrt}, {len(folder.graph(0).layers)} layers"
+    stages.add_row("build", seconds, size_of(engine), plan)
+    worst, seconds = timed(parity, model, engine)
+    stages.add_row("parity", seconds, "", f"worst relative error {worst:.1e}")
+    options = {"num_inference_steps": num_inference_steps, "guidance_scale": GUIDANCE, "seed": seed}
     options |= {"resolution": folder.build_config.opt_resolution}
-    ours = stages.run("generate with our network", lambda: generate(prompt, model, engine, **options), None, describe)
-    options |= {"dtype": TORCH_DTYPES[dtype]}
-    reference = folder.architecture.pipelines.default_class()
-    theirs = stages.run(
-        "generate with diffusers", lambda: generate_by_diffusers(prompt, model, reference, **options), None, describe
-    )
+    ours, seconds = timed(generate, prompt, model, engine, **options)
+    stages.add_row("generate with our network", seconds, "", describe(ours))
+    pipeline = folder.architecture.pipelines.default_class()
+    theirs, seconds = timed(generate_by_diffusers, prompt, model, pipeline, dtype=TORCH_DTYPES[dtype], **options)
+    stages.add_row("generate with diffusers", seconds, "", describe(theirs))
 
     picture, side_by_side = out / "picture.png", out / "beside_diffusers.png"
     ours.image.save(picture)
     difference = grey_levels(ours.image, theirs.image)
     images_side_by_side([theirs.image, ours.image], ["diffusers", "engine"]).savefig(side_by_side, dpi=110)
-    console.print(stages.table())
+    console.print(stages)
     console.print(f"backend {ours.backend}: {ours.reason}")
     console.print(f"parity: every module agrees with diffusers; worst relative error {worst:.1e} in {dtype}")
     console.print(f"largest difference from diffusers' image: {difference} of 255 gray levels ({side_by_side})")
@@ -75,37 +77,15 @@ def demo(
         raise ValueError(f"the two images differ by {difference} gray levels; rounding in float32 explains at most 1")
 
 
-class Stages:
-    """Runs the steps of the demo and records their times and results."""
-
-    def __init__(self):
-        self.rows: list[tuple[str, ...]] = []
-
-    def run(self, name: str, work: Callable, size: Callable | None, result):
-        start = time.perf_counter()
-        value = work()
-        seconds = time.perf_counter() - start
-        outcome = result(value) if callable(result) else result
-        self.rows.append((name, f"{seconds:.1f} s", size(value) if size else "", outcome))
-        return value
-
-    def table(self) -> Table:
-        table = Table("stage", "time", "size", "result")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
+def timed(work: Callable, *arguments, **options) -> tuple[Any, str]:
+    """The result of a call, and its time."""
+    start = time.perf_counter()
+    result = work(*arguments, **options)
+    return result, f"{time.perf_counter() - start:.1f} s"
 
 
 def size_of(folder: Path) -> str:
     return f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
-
-
-def plan_of(engine: Path) -> Callable:
-    def say(_) -> str:
-        folder = EngineFolder.open(engine)
-        return f"{plan_file(0)} by {folder.tensorrt}, {len(folder.graph(0).layers)} layers"
-
-    return say
 
 
 def parity(model: str, engine: Path) -> float:
