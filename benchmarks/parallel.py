@@ -1,8 +1,8 @@
 """Every layout for two GPUs: parity with one GPU, and milliseconds per step. Full-size models, random weights.
 
-    python benchmarks/parallel.py graphs --folder graphs     # needs TensorRT (tensorrt_rtx), no GPU
-    mpirun -n 2 python benchmarks/parallel.py run --folder graphs --output parallel.json     # two GPUs, NCCL
-    python benchmarks/parallel.py table --results parallel.json                              # Markdown
+    python -m benchmarks.parallel graphs --folder graphs     # needs TensorRT (tensorrt_rtx), no GPU
+    mpirun -n 2 python -m benchmarks.parallel run --folder graphs --output parallel.json     # two GPUs, NCCL
+    python -m benchmarks.parallel table --results parallel.json                              # Markdown
 
 `run` needs neither TensorRT nor a checkpoint: the graph files name the weights, which each GPU draws from
 the same seed. It also works under `torchrun --nproc-per-node 2`. Every row, including those for one GPU, is
@@ -11,13 +11,13 @@ measured on all GPUs at once, and the time is that of the slowest rank.
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import json
 import os
 import platform
 import statistics
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,15 +25,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mmdit_lib.checkpoint.random_weights import draw_weight
-from mmdit_lib.config import BuildConfig, Layout, Resolution, Sizes
+from mmdit_lib.config import Layout, Resolution
 from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.folder import graph_file
 from mmdit_lib.engine.graph import Graph
-from mmdit_lib.engine.inputs import draw_inputs
+from mmdit_lib.engine.precision import without_tf32
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.reports.bench import step_times
-from mmdit_lib.sd3 import KNOWN_MODELS, SD3, SD3Config
+from mmdit_lib.sd3 import KNOWN_MODELS, SD3
+
+from . import common
+from .common import WAYS, draw_weights, relative_error
 
 MODELS = {
     "medium": KNOWN_MODELS["stable-diffusion-3.5-medium"],
@@ -51,35 +53,21 @@ LAYOUTS = {
     "tp 2": Layout(tp_size=2),
 }
 REFERENCE = "1 GPU, float32"
-BATCH, TEXT_TOKENS = 2, 333
-WAYS = ("eager", "compiled", "compiled + CUDA graph")
 
 
-def folder_of(root: Path, model: str, layout: str) -> Path:
-    return root / model / layout.replace(" ", "_").replace(",", "")
+def file_of(root: Path, model: str, layout: str, rank: int) -> Path:
+    return root / model / layout.replace(" ", "_").replace(",", "") / graph_file(rank)
 
 
-def write_graphs(root: Path, models: list[str], resolution: Resolution) -> None:
-    from mmdit_lib.engine.dry_graph import dry_graph
-
-    for model in models:
+def write_graphs(options: Namespace) -> None:
+    resolution = Resolution.read(options.resolution)
+    for model in options.models:
         for name, layout in (LAYOUTS | {REFERENCE: LAYOUTS["1 GPU"]}).items():
             dtype = "float32" if name == REFERENCE else "bfloat16"
-            folder = folder_of(root, model, name)
-            folder.mkdir(parents=True, exist_ok=True)
-            config = BuildConfig.one_size(resolution, BATCH, TEXT_TOKENS)
             for mapping in layout.ranks():
-                dry_graph(MODELS[model], mapping, config, dtype).save(folder / graph_file(mapping.rank))
-    (root / "resolution").write_text(str(resolution))
-
-
-def draw_weights(model: SD3Config, device: torch.device) -> dict[str, torch.Tensor]:
-    """Random bf16 weights, the same on all GPUs of the same type."""
-    generator = torch.Generator(device).manual_seed(0)
-    return {
-        name: draw_weight(name, shape, generator, torch.bfloat16, device)
-        for name, shape in SD3.parameters(model).items()
-    }
+                path = file_of(options.folder, model, name, mapping.rank)
+                common.write_graph(path, MODELS[model], mapping, resolution, dtype)
+    (options.folder / "resolution").write_text(str(resolution))
 
 
 @dataclass(frozen=True)
@@ -128,28 +116,20 @@ class Ranks:
         return self.slowest(0.0 if well else 1.0) == 0.0
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    expected = expected.double()
-    return ((found.double() - expected).norm() / expected.norm()).item()
-
-
 class Bench:
-    def __init__(self, ranks: Ranks, root: Path, output: Path, repeats: int, budget: float):
-        self.ranks, self.root, self.output, self.repeats = ranks, root, output, repeats
-        self.deadline = time.monotonic() + budget
-        self.resolution = Resolution.read((root / "resolution").read_text())
+    def __init__(self, ranks: Ranks, options: Namespace):
+        self.ranks, self.root, self.output, self.repeats = ranks, options.folder, options.output, options.repeats
+        self.deadline = time.monotonic() + options.budget
+        self.resolution = Resolution.read((self.root / "resolution").read_text())
         self.device = ranks.device
         cuda = self.device.type == "cuda"
+        device = f"{dist.get_world_size()} x {torch.cuda.get_device_name(self.device)}" if cuda else platform.machine()
         self.result = {
-            "hardware": f"{dist.get_world_size()} x {torch.cuda.get_device_name(self.device)}"
-            if cuda
-            else platform.machine(),
-            "torch": torch.__version__,
+            "hardware": device,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
             "driver": _driver() if cuda else None,
-            "date": time.strftime("%Y-%m-%d"),
-            "conditions": f"{self.resolution}, batch {BATCH}, {TEXT_TOKENS} text tokens, bf16, random weights",
-            "repeats": repeats,
+            **common.conditions(self.resolution),
+            "repeats": self.repeats,
             "started_by": "mpirun" if ranks.by_mpi else "torchrun",
             "nccl_communicator_for_tensorrt": self.communicator() if cuda else None,
             "rows": [],
@@ -170,32 +150,28 @@ class Bench:
     def save(self, row: dict) -> None:
         self.result["rows"].append(row)
         if self.ranks.rank == 0:
-            self.output.write_text(json.dumps(self.result, indent=1) + "\n")
+            common.save(self.result, self.output)
             print(json.dumps({k: v for k, v in row.items() if k != "times"}), flush=True)
 
     def model(self, name: str) -> None:
         model, device = MODELS[name], self.device
         weights = draw_weights(model, device)
         self.check_weights(weights)
-        sizes = Sizes(BATCH, self.resolution.height, self.resolution.width, TEXT_TOKENS)
-        inputs = {n: x.to(device) for n, x in draw_inputs(SD3, model, sizes, "bfloat16", seed=1).items()}
-        wide = PyTorchBackend(
-            Graph.load(folder_of(self.root, name, REFERENCE) / graph_file(0)),
-            Float32(weights), device=device,
-        )  # fmt: skip
+        inputs = common.inputs_on(device, model, self.resolution)
+        wide = PyTorchBackend(Graph.load(file_of(self.root, name, REFERENCE, 0)), Float32(weights), device=device)
         exact = wide({name: value.float() for name, value in inputs.items()}).cpu()
         del wide
-        self.free()
+        common.free()
         alone = None
         for layout in LAYOUTS:
             if self.late():
                 return
             output = self.layout(name, layout, weights, inputs, exact, alone)
             alone = output if alone is None else alone
-            self.free()
+            common.free()
         if not self.late():
             self.diffusers(name, weights, inputs, exact)
-            self.free()
+            common.free()
 
     def check_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Check that all ranks drew the same weights, by comparing a sum."""
@@ -212,7 +188,7 @@ class Bench:
         if spread.tp_size > 1:
             shard = SD3.shardings[spread.tp_layout].shard
             local = {n: shard(n, w, spread.tp_size, tp_rank).contiguous() for n, w in weights.items()}
-        graph = Graph.load(folder_of(self.root, name, layout) / graph_file(rank))
+        graph = Graph.load(file_of(self.root, name, layout, rank))
         eager = PyTorchBackend(graph, local, device=self.device, groups=groups)
         output = eager(inputs).cpu()
         row = {"model": name, "layout": layout, "error_to_float32": relative_error(output, exact)}
@@ -253,31 +229,20 @@ class Bench:
 
     def diffusers(self, name, weights, inputs, exact) -> None:
         try:
-            from diffusers import SD3Transformer2DModel
+            reference = common.diffusers_transformer(MODELS[name], weights)
         except ImportError as error:
             self.result["no_diffusers"] = str(error)
             return
-        with torch.device("meta"):
-            reference = SD3Transformer2DModel(**MODELS[name].to_diffusers()).eval()
-        reference.load_state_dict({SD3.keys.to_diffusers(n): w for n, w in weights.items()}, strict=False, assign=True)
         step = torch.inference_mode()(lambda: reference(**inputs, return_dict=False)[0])
         eager = step().cpu()
         row = {"model": name, "layout": "diffusers, 1 GPU", "error_to_float32": relative_error(eager, exact)}
         self.time(row, "eager", step)
         if self.device.type == "cuda":
             torch._dynamo.reset()
-            for block in reference.transformer_blocks:
-                block.compile(fullgraph=True)
+            common.compile_blocks(reference)
             row["error_to_eager compiled"] = relative_error(step().cpu(), eager)
             self.time(row, "compiled", step)
         self.save(row)
-
-    def free(self) -> None:
-        import gc
-
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 class Float32(dict):
@@ -294,28 +259,20 @@ def _driver() -> str:
     return subprocess.run(ask, capture_output=True, text=True).stdout.split("\n")[0]
 
 
-def run(root: Path, output: Path, models: list[str], repeats: int, budget: float, device: str) -> None:
-    faulthandler.dump_traceback_later(budget + 60, exit=True)  # shows where it hangs
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    ranks = Ranks(device)
+def run(options: Namespace) -> None:
+    faulthandler.dump_traceback_later(options.budget + 60, exit=True)  # shows where it hangs
+    ranks = Ranks(options.device)
     ranks.join(Layout(cfg_size=2))
-    bench = Bench(ranks, root, output, repeats, budget)
-    for name in models:
-        if not bench.late():
-            bench.model(name)
+    bench = Bench(ranks, options)
+    with without_tf32():
+        for name in options.models:
+            if not bench.late():
+                bench.model(name)
     dist.destroy_process_group()
 
 
-def table(results: list[Path]) -> str:
-    """The results as Markdown."""
-    lines = ["# Two GPUs", ""]
-    for path in results:
-        lines += _table(json.loads(path.read_text()))
-    return "\n".join(lines)
-
-
-def _table(result: dict) -> list[str]:
+def table(result: dict) -> list[str]:
+    """One result as Markdown."""
     lines = []
     for model in dict.fromkeys(row["model"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["model"] == model]
@@ -342,23 +299,11 @@ def _table(result: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("graphs", "run", "table"))
-    parser.add_argument("--folder", type=Path, default=Path("graphs"))
-    parser.add_argument("--output", type=Path, default=Path("parallel.json"))
-    parser.add_argument("--results", type=Path, nargs="+", default=[Path("parallel.json")])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["medium", "large"])
+    parser = common.parser(__doc__, MODELS, ["medium", "large"], "parallel.json", repeats=20)
     parser.add_argument("--resolution", default="1024x1024")
-    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which no further layout is started")
     parser.add_argument("--device", default="cuda")
-    options = parser.parse_args()
-    if options.what == "graphs":
-        write_graphs(options.folder, options.models, Resolution.read(options.resolution))
-    elif options.what == "run":
-        run(options.folder, options.output, options.models, options.repeats, options.budget, options.device)
-    else:
-        print(table(options.results))
+    common.main(parser.parse_args(), write_graphs, run, "Two GPUs", table)
 
 
 if __name__ == "__main__":

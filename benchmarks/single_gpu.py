@@ -9,30 +9,29 @@ Candidates that are compared run alternately in one process, three rounds; the m
 
 from __future__ import annotations
 
-import argparse
-import gc
 import json
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from mmdit_lib.config import BuildConfig, Layout, Resolution, Sizes
+from mmdit_lib.config import Layout, Resolution
 from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.graph import Graph
-from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.engine.passes import NUMERICS, SPEED
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.reports.bench import step_times
 from mmdit_lib.sd3 import KNOWN_MODELS, SD3
 
-from .parallel import draw_weights, relative_error
+from . import common
+from .common import WAYS, draw_weights, relative_error
 
 MODELS = {name.removeprefix("stable-diffusion-"): config for name, config in KNOWN_MODELS.items()}
-BATCH, TEXT_TOKENS, SIDE = 2, 333, 1024
+SIDE = Resolution.read(1024)
 PREDICTED = {
     "linear_gelu": "the GELU kernels: 1.6 / 4.2 ms",
     "rms_norm": "eager: eight kernels become one; compiled: nothing, the compiler fuses them too",
@@ -43,18 +42,13 @@ PREDICTED = {
     "hoisted": "nothing by itself; keeps blocks equal, so compile time stays",
 }
 """What each pass should gain: SD3.5-medium / SD3.5-large."""
-WAYS = ("eager", "compiled", "compiled + CUDA graph")
-
 Step = Callable[..., torch.Tensor]
 
 
-def write_graphs(root: Path, models: list[str]) -> None:
-    from mmdit_lib.engine.dry_graph import dry_graph
-
-    root.mkdir(parents=True, exist_ok=True)
-    config = BuildConfig.one_size(Resolution.read(SIDE), BATCH, TEXT_TOKENS)
-    for name in models:
-        dry_graph(MODELS[name], Layout().at(0), config, "bfloat16").save(root / f"{name}.graph.json")
+def write_graphs(options: Namespace) -> None:
+    for name in options.models:
+        path = options.folder / f"{name}.graph.json"
+        common.write_graph(path, MODELS[name], Layout().at(0), SIDE, "bfloat16")
 
 
 def alternately(steps: dict[str, Step], repeats: int, rounds: int = 3) -> dict[str, float]:
@@ -74,28 +68,18 @@ class Bench:
         self.weights = draw_weights(self.config, self.device)
         self.result: dict = {"model": name}
 
-    def inputs(self, batch: int = BATCH, side: int = SIDE) -> dict[str, torch.Tensor]:
-        sizes = Sizes(batch, side, side, TEXT_TOKENS)
-        return {n: x.to(self.device) for n, x in draw_inputs(SD3, self.config, sizes, "bfloat16", seed=1).items()}
-
     def backend(self, passes=None, *, compiled: bool = False) -> PyTorchBackend:
         blocks = SD3.blocks if compiled else None
         return PyTorchBackend(self.graph, self.weights, device=self.device, passes=passes, compile_blocks=blocks)
 
     def diffusers(self, *, compiled: bool = False) -> torch.nn.Module:
-        from diffusers import SD3Transformer2DModel
-
-        with torch.device("meta"):
-            model = SD3Transformer2DModel(**self.config.to_diffusers()).eval()
-        state = {SD3.keys.to_diffusers(name): weight for name, weight in self.weights.items()}
-        model.load_state_dict(state, strict=False, assign=True)
+        model = common.diffusers_transformer(self.config, self.weights)
         if compiled:
-            for block in model.transformer_blocks:
-                block.compile(fullgraph=True)
+            common.compile_blocks(model)
         return model
 
     def run(self) -> dict:
-        inputs = self.inputs()
+        inputs = common.inputs_on(self.device, self.config, SIDE)
         for way in WAYS:
             torch._dynamo.reset()
             ours, theirs = self.backend(compiled=way != "eager"), self.diffusers(compiled=way != "eager")
@@ -121,7 +105,7 @@ class Bench:
             if way == "compiled":
                 self.other_sizes(steps)
             del ours, theirs, steps, calls, first
-            self.free()
+            common.free()
         return self.result
 
     def memory(self, steps, inputs) -> None:
@@ -136,7 +120,8 @@ class Bench:
 
     def other_sizes(self, steps) -> None:
         """Seconds of the first step at a second resolution, and with guidance off."""
-        for label, inputs in (("512x512", self.inputs(side=512)), ("batch 1", self.inputs(batch=1))):
+        for label, size, batch in (("512x512", Resolution.read(512), 2), ("batch 1", SIDE, 1)):
+            inputs = common.inputs_on(self.device, self.config, size, batch)
             for name, step in steps.items():
                 begin = time.perf_counter()
                 step(inputs)
@@ -145,7 +130,7 @@ class Bench:
 
     def ladder(self) -> None:
         """Each pass on top of those before it."""
-        inputs, rungs = self.inputs(), []
+        inputs, rungs = common.inputs_on(self.device, self.config, SIDE), []
         for count in range(len(SPEED) + 1):
             name = SPEED[count - 1].__name__ if count else "without passes"
             if name in ("shared_silu", "merged_linears"):
@@ -157,68 +142,58 @@ class Bench:
             row["compiled + CUDA graph, ms"] = self.milliseconds(step, inputs)
             rungs.append(row)
             del step
-            self.free()
+            common.free()
         self.result["ladder"] = rungs
 
     def milliseconds(self, step: Step, inputs) -> float:
         return round(statistics.median(step_times(partial(step, inputs), self.device, self.repeats)), 2)
 
-    def free(self) -> None:
-        gc.collect()
-        torch.cuda.empty_cache()
 
-
-def run(root: Path, output: Path, models: list[str], repeats: int, ladder: bool) -> None:
+def run(options: Namespace) -> None:
     import diffusers
 
     torch._dynamo.config.recompile_limit = 64  # diffusers' blocks share one function
     found = {
         "hardware": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "conditions": f"{SIDE}x{SIDE}, batch {BATCH}, {TEXT_TOKENS} text tokens, bf16, random weights",
+        **common.conditions(SIDE),
         "models": [],
     }
-    for name in models:
-        bench = Bench(name, root, repeats)
+    for name in options.models:
+        bench = Bench(name, options.folder, options.repeats)
         result = bench.run()
-        if ladder:
+        if options.ladder:
             bench.ladder()
         found["models"].append(result)
         print(json.dumps(result), flush=True)
-        output.write_text(json.dumps(found, indent=1) + "\n")
+        common.save(found, options.output)
         del bench
-        gc.collect()
-        torch.cuda.empty_cache()
+        common.free()
 
 
-def table(paths: list[Path]) -> str:
-    """Results as Markdown."""
-    lines = ["# One GPU", ""]
-    for path in paths:
-        found = json.loads(path.read_text())
-        lines += [
-            f"{found['hardware']}, torch {found['torch']}, diffusers {found['diffusers']}, {found['date']}. One step "
-            f"of the `pytorch` backend beside diffusers' transformer: {found['conditions']}; run alternately, medians.",
-            "",
-            "Reproduce with `python -m benchmarks.single_gpu` (its first lines have the commands).",
-            "",
-            "| | diffusers, ms | ours, ms | ratio |",
-            "|---|---:|---:|---:|",
-        ]
-        for result in found["models"]:
-            for way in WAYS:
-                theirs, ours = result[f"diffusers {way}, ms"], result[f"ours {way}, ms"]
-                lines.append(f"| SD{result['model']}, {way} | {theirs:.1f} | {ours:.1f} | {theirs / ours:.2f} |")
-        lines += ["", "| | diffusers | ours |", "|---|---:|---:|"]
-        keys = [key.removeprefix("ours") for key in found["models"][0] if key.startswith("ours") and "ms" not in key]
-        for result in found["models"]:
-            lines += [f"| SD{result['model']}{k} | {result[f'diffusers{k}']} | {result[f'ours{k}']} |" for k in keys]
-        for result in found["models"]:
-            if "ladder" in result:
-                lines += _ladder(result)
-    return "\n".join([*lines, ""])
+def table(found: dict) -> list[str]:
+    """One result as Markdown."""
+    lines = [
+        f"{found['hardware']}, torch {found['torch']}, diffusers {found['diffusers']}, {found['date']}. One step "
+        f"of the `pytorch` backend beside diffusers' transformer: {found['conditions']}; run alternately, medians.",
+        "",
+        "Reproduce with `python -m benchmarks.single_gpu` (its first lines have the commands).",
+        "",
+        "| | diffusers, ms | ours, ms | ratio |",
+        "|---|---:|---:|---:|",
+    ]
+    for result in found["models"]:
+        for way in WAYS:
+            theirs, ours = result[f"diffusers {way}, ms"], result[f"ours {way}, ms"]
+            lines.append(f"| SD{result['model']}, {way} | {theirs:.1f} | {ours:.1f} | {theirs / ours:.2f} |")
+    lines += ["", "| | diffusers | ours |", "|---|---:|---:|"]
+    keys = [key.removeprefix("ours") for key in found["models"][0] if key.startswith("ours") and "ms" not in key]
+    for result in found["models"]:
+        lines += [f"| SD{result['model']}{k} | {result[f'diffusers{k}']} | {result[f'ours{k}']} |" for k in keys]
+    for result in found["models"]:
+        if "ladder" in result:
+            lines += _ladder(result)
+    return [*lines, ""]
 
 
 def _ladder(result: dict) -> list[str]:
@@ -236,21 +211,9 @@ def _ladder(result: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("graphs", "run", "table"))
-    parser.add_argument("--folder", type=Path, default=Path("graphs"))
-    parser.add_argument("--output", type=Path, default=Path("single_gpu.json"))
-    parser.add_argument("--results", type=Path, nargs="+", default=[Path("single_gpu.json")])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["3.5-medium", "3.5-large"])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser = common.parser(__doc__, MODELS, ["3.5-medium", "3.5-large"], "single_gpu.json", repeats=15)
     parser.add_argument("--ladder", action="store_true", help="also time each graph pass on top of those before it")
-    options = parser.parse_args()
-    if options.what == "graphs":
-        write_graphs(options.folder, options.models)
-    elif options.what == "run":
-        run(options.folder, options.output, options.models, options.repeats, options.ladder)
-    else:
-        print(table(options.results))
+    common.main(parser.parse_args(), write_graphs, run, "One GPU", table)
 
 
 if __name__ == "__main__":

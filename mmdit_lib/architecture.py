@@ -28,8 +28,8 @@ class ModelConfig(Config, ABC):
     def from_diffusers(cls, config: dict[str, Any]) -> ModelConfig:
         """Parse a transformer's `config.json`. Raises a one-line `ValueError`."""
 
-    @abstractmethod
-    def to_diffusers(self) -> dict[str, Any]: ...
+    def to_diffusers(self) -> dict[str, Any]:
+        return self.model_dump()
 
     @abstractmethod
     def to_trtllm(self, model_path: str) -> dict[str, Any]:

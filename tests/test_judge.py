@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from training.captions import Prompt, caption
+from training.card import loss_curve
 from training.evaluation import score
 from training.judge import look
 from training.render import describe, picture_of, render
@@ -88,6 +89,13 @@ def test_every_word_of_a_scene_can_be_seen():
         for place in CELLS:
             thing = look(picture_of(Scene((Thing(shape, "purple", "small"),), place, "black"), 96, 96)).things[0]
             assert (thing.shape, thing.colour, thing.size, thing.cell) == (shape, "purple", "small", place)
+
+
+@pytest.mark.parametrize("log", [[], [["vae", 50, 1.0, 0.5], ["flow", 50, 1.0, 0.4], ["flow", 100, 2.0, 0.3]]])
+def test_loss_curve(tmp_path, log):
+    """A run of fewer than 50 steps has no losses."""
+    loss_curve(log, tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").width >= 320
 
 
 def test_render_is_a_batch_of_single_pictures():

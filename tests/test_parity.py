@@ -1,6 +1,7 @@
 """`compare_layers` covers every module of diffusers, reports ok if it is, and otherwise names the first wrong one."""
 
 import io
+from copy import deepcopy
 from dataclasses import replace
 
 import helpers
@@ -198,6 +199,14 @@ def test_tolerance_is_that_of_the_coarser_dtype(case):
     exact = compare(case.reference, case.runner("float16"), inputs, tolerance=TOLERANCES["float32"])
     assert not all_ok(exact) and exact.attrs["reference_dtype"] == "float32"
     assert not all_ok(exact.iloc[:0]), "an empty table proves nothing"
+
+
+def test_a_float64_reference_needs_a_tolerance(case):
+    """Even a float32 engine is further from it than from float32: both round the angles of the timestep's sinusoid."""
+    reference, inputs = deepcopy(case.reference).double(), case.inputs()
+    with pytest.raises(ValueError, match="a reference in float64 needs `tolerance`: only float32, float16 or bfloat16"):
+        compare(reference, case.runner(), inputs)
+    assert all_ok(compare(reference, case.runner(), inputs, tolerance=4 * TOLERANCES["float32"]))
 
 
 def test_other_models_and_sizes_are_refused(case):

@@ -12,6 +12,7 @@ from .schedule import Budget, Log, learning_rate
 
 MATRICES = ("transformer_blocks.", "encoder.layers.", "encoder.block.")  # hidden layers, updated by Muon
 MOMENTUM = 0.95  # Muon's
+AVERAGING = 0.999  # decay of the moving average of the weights
 CHECKPOINT_SECONDS = 60
 
 
@@ -42,7 +43,7 @@ def fit(
     """
     model.train().requires_grad_(True)
     optimiser = Optimiser(model, adam_rate, muon_rate)
-    average = Averaged(optimiser.weights)
+    averages = [weight.clone() for weight in optimiser.weights]
     if optimiser.weights[0].is_cuda:
         model.to(dtype=torch.bfloat16, memory_format=memory_format)
     stepper = Stepper(loss, model)
@@ -50,16 +51,17 @@ def fit(
     for step, progress in budget:
         mean = stepper(*next(batches))
         optimiser.step(learning_rate(step - first, progress, warmup))
-        average.update(optimiser.weights, step - first)
+        decay = min(AVERAGING, (1 + step - first) / (10 + step - first))  # a shorter memory in the first steps
+        torch._foreach_lerp_(averages, optimiser.weights, 1 - decay)
         log.add(stage, step, mean)
         if checkpoint and budget.seconds - saved > CHECKPOINT_SECONDS:
             saved = budget.seconds
-            set_weights(model, average.averages)
+            set_weights(model, averages)
             checkpoint()
             set_weights(model, optimiser.weights)
     model.to(dtype=torch.float32, memory_format=torch.contiguous_format).eval().requires_grad_(False)
     model.zero_grad()
-    set_weights(model, average.averages)
+    set_weights(model, averages)
 
 
 @torch.no_grad()
@@ -173,15 +175,3 @@ def orthogonalise(x: Tensor) -> Tensor:
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return x.mT if tall else x
-
-
-class Averaged:
-    """Exponential moving average of weights, with a shorter memory in the first steps."""
-
-    def __init__(self, weights: list[Tensor], decay: float = 0.999):
-        self.decay = decay
-        self.averages = [w.detach().clone() for w in weights]
-
-    @torch.no_grad()
-    def update(self, weights: list[Tensor], step: int) -> None:
-        torch._foreach_lerp_(self.averages, weights, 1 - min(self.decay, (1 + step) / (10 + step)))

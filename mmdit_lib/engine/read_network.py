@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from ..network.trt import dtype_name, trt
 from .graph import Graph, Layer, Value
@@ -56,6 +57,15 @@ def attributes(layer, kind: str) -> dict:
     return read(layer)
 
 
+def named(*names: str) -> Callable[[Any], dict]:
+    """Reads these attributes: an enum's name, dimensions as a list, numbers as they are."""
+
+    def plain(value):
+        return getattr(value, "name", list(value) if isinstance(value, trt.Dims) else value)
+
+    return lambda layer: {name: plain(getattr(layer, name)) for name in names}
+
+
 def _metadata(layer) -> dict:
     return json.loads(layer.metadata)
 
@@ -93,43 +103,25 @@ def _slice(layer) -> dict:
     }
 
 
-def _convolution(layer) -> dict:
-    return {
-        "stride_nd": list(layer.stride_nd),
-        "padding_nd": list(layer.padding_nd),
-        "dilation_nd": list(layer.dilation_nd),
-        "num_groups": layer.num_groups,
-    }
-
-
-def _reduce(layer) -> dict:
-    return {"op": layer.op.name, "axes": layer.axes, "keep_dims": layer.keep_dims}
-
-
-def _matrix_multiply(layer) -> dict:
-    return {"op0": layer.op0.name, "op1": layer.op1.name}
-
-
 def _attention(layer) -> dict:
-    attention = layer.attention
-    return {"norm_op": attention.norm_op.name, "causal_kind": attention.causal_kind.name}
+    return named("norm_op", "causal_kind")(layer.attention)
 
 
 READERS: dict[str, tuple[str, Callable]] = {
     "ACTIVATION": ("IActivationLayer", _activation),
     "ATTENTION": ("IAttentionOutputLayer", _attention),
     "CAST": ("ICastLayer", lambda layer: {"to_type": dtype_name(layer.to_type)}),
-    "CONCATENATION": ("IConcatenationLayer", lambda layer: {"axis": layer.axis}),
+    "CONCATENATION": ("IConcatenationLayer", named("axis")),
     "CONSTANT": ("IConstantLayer", _metadata),
-    "CONVOLUTION": ("IConvolutionLayer", _convolution),
+    "CONVOLUTION": ("IConvolutionLayer", named("stride_nd", "padding_nd", "dilation_nd", "num_groups")),
     "DIST_COLLECTIVE": ("IDistCollectiveLayer", _metadata),
-    "ELEMENTWISE": ("IElementWiseLayer", lambda layer: {"op": layer.op.name}),
-    "MATRIX_MULTIPLY": ("IMatrixMultiplyLayer", _matrix_multiply),
-    "NORMALIZATION": ("INormalizationLayer", lambda layer: {"axes": layer.axes, "epsilon": layer.epsilon}),
-    "REDUCE": ("IReduceLayer", _reduce),
-    "SHAPE": ("IShapeLayer", lambda layer: {}),
+    "ELEMENTWISE": ("IElementWiseLayer", named("op")),
+    "MATRIX_MULTIPLY": ("IMatrixMultiplyLayer", named("op0", "op1")),
+    "NORMALIZATION": ("INormalizationLayer", named("axes", "epsilon")),
+    "REDUCE": ("IReduceLayer", named("op", "axes", "keep_dims")),
+    "SHAPE": ("IShapeLayer", named()),
     "SHUFFLE": ("IShuffleLayer", _shuffle),
     "SLICE": ("ISliceLayer", _slice),
-    "UNARY": ("IUnaryLayer", lambda layer: {"op": layer.op.name}),
+    "UNARY": ("IUnaryLayer", named("op")),
 }
 """By layer type: the class to read it as, and a function that reads its attributes."""

@@ -43,12 +43,8 @@ def attend(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
     """Joint attention over all streams: every token sees every token. [B, heads, local tokens, d] per stream."""
     mapping = parts[0].q.network.mapping
     if mapping.cp_size == 1:
-        return uncat(attention_over(parts), [s.length for s in streams])
+        return uncat(F.attention(*map(cat, zip(*parts, strict=True))), [s.length for s in streams])
     return (ulysses if mapping.layout.cp_method == "ulysses" else gathered)(streams, parts)
-
-
-def attention_over(parts: list[QKV]) -> Tensor:
-    return F.attention(*(cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def cat(tensors) -> Tensor:

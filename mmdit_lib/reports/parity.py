@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from rich import box
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..architecture import ModelConfig
-from ..config import TORCH_DTYPES, Dtype, RankMapping, Resolution
+from ..config import TORCH_DTYPES, Dtype, RankMapping, Resolution, either
 from ..engine.inputs import sample_inputs
 from ..engine.precision import without_tf32
 from ..runner import MMDiTRunner
@@ -102,16 +102,21 @@ def compare_layers(
 def compare(
     reference: torch.nn.Module, runner: MMDiTRunner, inputs: dict[str, torch.Tensor], *, tolerance: float | None = None
 ) -> pd.DataFrame:
-    """As `compare_layers`, with both sides already loaded. Under `mpirun`, every rank compares its own part."""
+    """As `compare_layers`, with both sides already loaded. Under `mpirun`, every rank compares its own part.
+
+    Raises `ValueError` as `compare_layers` does, and if `tolerance` is not given for a reference in float64.
+    """
     folder = runner.folder
     architecture, mapping = folder.architecture, folder.layout.at(runner.rank)
     check_same_model(architecture.config.from_diffusers(dict(reference.config)), folder.model)
+    reference_dtype = str(reference.dtype).removeprefix("torch.")
+    if tolerance is None:
+        if reference_dtype not in TOLERANCES:
+            raise ValueError(f"a reference in {reference_dtype} needs `tolerance`: only {either(TOLERANCES)} have one")
+        tolerance = max(TOLERANCES[folder.dtype], TOLERANCES[reference_dtype])
     ours = runner.intermediates(inputs)
     with without_tf32():
         theirs, left_out = architecture.reference.outputs(reference, inputs)
-    reference_dtype = str(reference.dtype).removeprefix("torch.")
-    if tolerance is None:
-        tolerance = max(TOLERANCES[folder.dtype], TOLERANCES[reference_dtype])
     modules = {**runner.backend.modules, architecture.output.name: (architecture.output.name,)}
 
     rows = []
@@ -256,20 +261,13 @@ def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
     shown = table if full else table.loc[sorted(_worst_per_block(table) | set(failing))]
     left_out = table.attrs.get("left_out", {})
     which = "all" if full else f"the worst of each block, and the first {FAILING_SHOWN} that are not ok, of"
+    numbers = (Column(name, justify="right", no_wrap=True) for name in ("relative", "max abs"))
     grid = Table(
-        title=_title(table),
+        Column("module", overflow="fold"), Column("status", no_wrap=True), *numbers, Column("shape", overflow="fold"),
+        title=_title(table), title_justify="left",
         caption=f"{which} {len(table)} values; {len(left_out)} lists, dropouts and unread values have no counterpart",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0),
-        show_edge=False,
-        title_justify="left",
-        caption_justify="left",
-    )
-    grid.add_column("module", overflow="fold")
-    grid.add_column("status", no_wrap=True)
-    for name in ("relative", "max abs"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    grid.add_column("shape", overflow="fold")
+        caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0), show_edge=False,
+    )  # fmt: skip
     for row in shown.itertuples():
         several = (table.module == row.module).sum() > 1
         numbers = [f"{x:.1e}" if pd.notna(x) else "" for x in (row.relative_error, row.max_abs_error)]

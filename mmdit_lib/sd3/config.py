@@ -60,9 +60,6 @@ class SD3Config(ModelConfig):
             values["out_channels"] = values.get("in_channels")
         return cls.parse(values, "transformer config")
 
-    def to_diffusers(self) -> dict[str, Any]:
-        return self.model_dump()
-
     def to_trtllm(self, model_path: str) -> dict[str, Any]:
         """Keys from `logits_dtype` on are in all of TensorRT-LLM's configs; nothing here reads them."""
         return {

@@ -1,0 +1,104 @@
+"""Shared by `parallel` and `single_gpu`: full-size models with random weights, and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from mmdit_lib.checkpoint.random_weights import draw_weight
+from mmdit_lib.config import BuildConfig, RankMapping, Resolution, Sizes
+from mmdit_lib.engine.inputs import draw_inputs
+from mmdit_lib.sd3 import SD3, SD3Config
+
+BATCH, TEXT_TOKENS = 2, 333
+WAYS = ("eager", "compiled", "compiled + CUDA graph")
+
+
+def write_graph(path: Path, model: SD3Config, mapping: RankMapping, resolution: Resolution, dtype: str) -> None:
+    """Write one rank's graph file. Needs TensorRT, but no GPU."""
+    from mmdit_lib.engine.dry_graph import dry_graph
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dry_graph(model, mapping, BuildConfig.one_size(resolution, BATCH, TEXT_TOKENS), dtype).save(path)
+
+
+def draw_weights(model: SD3Config, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random bf16 weights, the same on all GPUs of the same type."""
+    generator = torch.Generator(device).manual_seed(0)
+    return {
+        name: draw_weight(name, shape, generator, torch.bfloat16, device)
+        for name, shape in SD3.parameters(model).items()
+    }
+
+
+def inputs_on(
+    device: torch.device, model: SD3Config, resolution: Resolution, batch: int = BATCH
+) -> dict[str, torch.Tensor]:
+    sizes = Sizes(batch, resolution.height, resolution.width, TEXT_TOKENS)
+    return {name: x.to(device) for name, x in draw_inputs(SD3, model, sizes, "bfloat16", seed=1).items()}
+
+
+def diffusers_transformer(model: SD3Config, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """diffusers' transformer with these weights; no copies."""
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        reference = SD3Transformer2DModel(**model.to_diffusers()).eval()
+    state = {SD3.keys.to_diffusers(name): weight for name, weight in weights.items()}
+    reference.load_state_dict(state, strict=False, assign=True)
+    return reference
+
+
+def compile_blocks(reference: torch.nn.Module) -> None:
+    for block in reference.transformer_blocks:
+        block.compile(fullgraph=True)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.double()
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def conditions(resolution: Resolution) -> dict[str, str]:
+    """What every result records."""
+    sizes = f"{resolution}, batch {BATCH}, {TEXT_TOKENS} text tokens, bf16, random weights"
+    return {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "conditions": sizes}
+
+
+def save(result: dict, path: Path) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def parser(about: str, models: Iterable[str], chosen: list[str], results: str, repeats: int) -> argparse.ArgumentParser:
+    """The options that both commands have."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("what", choices=("graphs", "run", "table"))
+    made.add_argument("--folder", type=Path, default=Path("graphs"), help="of the graph files")
+    made.add_argument("--output", type=Path, default=Path(results))
+    made.add_argument("--results", type=Path, nargs="+", default=[Path(results)])
+    made.add_argument("--models", nargs="+", choices=models, default=chosen)
+    made.add_argument("--repeats", type=int, default=repeats)
+    return made
+
+
+def main(
+    options: argparse.Namespace, graphs: Callable, run: Callable, title: str, table: Callable[[dict], list[str]]
+) -> None:
+    """Do what the command line asks for; `table` makes the lines of one result."""
+    if options.what == "table":
+        found = (json.loads(path.read_text()) for path in options.results)
+        print("\n".join([f"# {title}", "", *(line for result in found for line in table(result))]))
+    else:
+        (graphs if options.what == "graphs" else run)(options)
