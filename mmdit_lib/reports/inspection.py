@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +62,10 @@ def inspect(folder: str | Path) -> EngineReport | CheckpointReport:
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} is neither an engine folder nor a checkpoint folder: it has no {CONFIG_FILE}")
     config = read_json(folder / CONFIG_FILE)
-    if "pretrained_config" not in config:
-        return CheckpointReport(Checkpoint.open(folder), read_header(folder / rank_file(0)), _sizes(folder))
+    return inspect_engine(folder) if "pretrained_config" in config else inspect_checkpoint(folder)
+
+
+def inspect_engine(folder: Path) -> EngineReport:
     engine = EngineFolder.open(folder)
     graph = engine.graph(0)
     produced = {layer.output.name: layer.output for layer in graph.layers}
@@ -77,6 +78,11 @@ def inspect(folder: str | Path) -> EngineReport | CheckpointReport:
         files=_sizes(folder),
         builds=engine.config[OWN_KEY]["report"],
     )
+
+
+def inspect_checkpoint(folder: Path) -> CheckpointReport:
+    checkpoint = Checkpoint.open(folder)
+    return CheckpointReport(checkpoint, read_header(folder / rank_file(0)), _sizes(folder))
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -107,17 +113,25 @@ def _describe_engine(report: EngineReport) -> Group:
         ("checkpoint", f"{engine.checkpoint.name} ({engine.checkpoint.path} from here)"),
     ]
     tensors = _table("inputs and outputs", "name", "dtype", "shape", "min", "opt", "max")
-    for value in (*report.inputs, *report.outputs):
-        profile = report.profile.get(value.name, ())
-        tensors.add_row(value.name, value.dtype, *map(_shape, (value.shape, *profile)))
-    layers = _counts(f"layers of {graph_file(0)}", ("type", "count"), report.layers, str)
+    for value in report.inputs:
+        tensors.add_row(value.name, value.dtype, _shape(value.shape), *map(_shape, report.profile[value.name]))
+    for value in report.outputs:
+        tensors.add_row(value.name, value.dtype, _shape(value.shape), "", "", "")
+    layers = _table(f"layers of {graph_file(0)}", "type", "count")
+    for kind, count in report.layers.items():
+        layers.add_row(kind, str(count))
+    layers.add_row("all", str(sum(report.layers.values())), style="bold")
     builds = _table("build", "rank", "layers", "plan", "defined in", "built in", "peak memory")
     for build in report.builds:
-        plan = size(build["plan_bytes"]) if "plan_bytes" in build else "none"
-        seconds = (f"{build[name]:.1f} s" for name in ("define_seconds", "seconds"))
-        builds.add_row(str(build["rank"]), str(build["layers"]), plan, *seconds, size(build["peak_rss_bytes"]))
-    files = _counts("files", ("name", "size"), report.files, size)
-    return Group(_facts(engine.path, about), tensors, layers, files, builds)
+        builds.add_row(
+            str(build["rank"]),
+            str(build["layers"]),
+            size(build["plan_bytes"]) if "plan_bytes" in build else "none",
+            f"{build['define_seconds']:.1f} s",
+            f"{build['seconds']:.1f} s",
+            size(build["peak_rss_bytes"]),
+        )
+    return Group(_facts(engine.path, about), tensors, layers, _files(report.files), builds)
 
 
 def _describe_checkpoint(report: CheckpointReport) -> Group:
@@ -138,8 +152,7 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
     largest = _table(f"largest tensors of {rank_file(0)}", "name", "shape", "size")
     for name, tensor in report.largest():
         largest.add_row(name, _shape(tensor.shape), size(tensor.nbytes))
-    files = _counts("files", ("name", "size"), report.files, size)
-    return Group(_facts(checkpoint.path, about), config, largest, files)
+    return Group(_facts(checkpoint.path, about), config, largest, _files(report.files))
 
 
 def _source(path: str | None, own: dict) -> str:
@@ -167,12 +180,11 @@ def _facts(folder: Path, rows: list[tuple[str, str]]) -> Table:
     return table
 
 
-def _counts(title: str, columns: tuple[str, str], values: dict[str, int], write: Callable[[int], str]) -> Table:
-    """One row per name, and their sum."""
-    table = _table(title, *columns)
-    for name, value in values.items():
-        table.add_row(name, write(value))
-    table.add_row("all", write(sum(values.values())), style="bold")
+def _files(files: dict[str, int]) -> Table:
+    table = _table("files", "name", "size")
+    for name, nbytes in files.items():
+        table.add_row(name, size(nbytes))
+    table.add_row("all", size(sum(files.values())), style="bold")
     return table
 
 

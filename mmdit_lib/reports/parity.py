@@ -205,11 +205,10 @@ def align(reference: torch.Tensor, shape: Sequence[int], mapping: RankMapping) -
     rank = reference.dim()
     if rank != len(shape):
         return None
-    if shape[0] != reference.shape[0] == shape[0] * mapping.cfg_size:
-        reference = reference.chunk(mapping.cfg_size, 0)[mapping.cfg_rank]
     features = 1 if rank == 4 else rank - 1
-    if shape[features] != reference.shape[features] == shape[features] * mapping.tp_size:
-        reference = reference.chunk(mapping.tp_size, features)[mapping.tp_rank]
+    for dim, parts, part in ((0, mapping.cfg_size, mapping.cfg_rank), (features, mapping.tp_size, mapping.tp_rank)):
+        if shape[dim] != reference.shape[dim] == shape[dim] * parts:
+            reference = reference.chunk(parts, dim)[part]
     tokens = {3: 1, 4: 2}.get(rank)
     wanted = list(shape)
     if tokens is not None and shape[tokens] != reference.shape[tokens]:
