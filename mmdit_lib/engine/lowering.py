@@ -47,7 +47,7 @@ def lower(
                 values[layer.output.name] = tuple(layer.attributes["values"])
                 continue
             name = f"w{len(root._buffers)}"
-            root.register_buffer(name, constant(layer.attributes, weights).to(device))
+            root.register_buffer(name, constant(layer, weights).to(device))
             node = target.get_attr(name)
             node.meta["weight"] = layer.attributes.get("weight")
             node.meta["source"] = layer.attributes
@@ -93,10 +93,14 @@ def _named(node: fx.Node, name: str) -> fx.Node:
     return node
 
 
-def constant(source: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The value of a CONSTANT layer with these attributes: a view of a checkpoint tensor, or values in the graph."""
+def constant(layer: Layer, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The value of a CONSTANT layer: a view of a checkpoint tensor, or values stored in the graph."""
+    return value_of(layer.attributes, weights)
+
+
+def value_of(source: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if "stack" in source:
-        return torch.cat([constant(part, weights) for part in source["stack"]], source["dim"])
+        return torch.cat([value_of(part, weights) for part in source["stack"]], source["dim"])
     if "values" in source:
         return torch.tensor(source["values"], dtype=TORCH_DTYPES[source["dtype"]]).expand(source["shape"])
     tensor = weights[source["weight"]].reshape(source["shape"])
