@@ -33,32 +33,29 @@ EXAMPLES = (
 )
 
 
-def gallery_of(
-    pipe: StableDiffusion3Pipeline, prompts: Sequence[str] = EXAMPLES, columns: int = 4, **options
-) -> Image.Image:
-    """Draw `prompts` with `pipe` and lay the pictures out in a grid of `columns` columns.
-
-    `options` are fields of `evaluation.Drawing`.
-    """
-    return lay_out(draw(pipe, prompts, **options), prompts, columns)
+COLUMNS, SIDE, MARGIN, TEXT_HEIGHT = 4, 224, 16, 58  # the grid; sizes in pixels
 
 
-def lay_out(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, side: int = 224) -> Image.Image:
-    """A grid of pictures, each in a square of `side` pixels above its caption."""
-    margin, text_height = 16, 58
-    rows = -(-len(pictures) // columns)
-    size = (margin + columns * (side + margin), margin + rows * (side + text_height + margin))
+def gallery_of(pipe: StableDiffusion3Pipeline, **options) -> Image.Image:
+    """Draw `EXAMPLES` with `pipe`, and lay the pictures out in a grid. `options` are fields of `evaluation.Drawing`."""
+    return lay_out(draw(pipe, EXAMPLES, **options), EXAMPLES)
+
+
+def lay_out(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """A grid of pictures, each in a square above its caption."""
+    rows = -(-len(pictures) // COLUMNS)
+    size = (MARGIN + COLUMNS * (SIDE + MARGIN), MARGIN + rows * (SIDE + TEXT_HEIGHT + MARGIN))
     sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        x = margin + i % columns * (side + margin)
-        y = margin + i // columns * (side + text_height + margin)
-        shrunk = ImageOps.contain(picture, (side, side), Image.Resampling.BICUBIC)
-        frame = (x + (side - shrunk.width) // 2, y + (side - shrunk.height) // 2)
+        x = MARGIN + i % COLUMNS * (SIDE + MARGIN)
+        y = MARGIN + i // COLUMNS * (SIDE + TEXT_HEIGHT + MARGIN)
+        shrunk = ImageOps.contain(picture, (SIDE, SIDE), Image.Resampling.BICUBIC)
+        frame = (x + (SIDE - shrunk.width) // 2, y + (SIDE - shrunk.height) // 2)
         sheet.paste(shrunk, frame)
         corners = (frame[0] - 1, frame[1] - 1, frame[0] + shrunk.width, frame[1] + shrunk.height)
         pen.rectangle(corners, outline="#bbbbbb")
-        pen.multiline_text((x, y + side + 4), textwrap.fill(caption, 34), fill="black", font=font, spacing=2)
+        pen.multiline_text((x, y + SIDE + 4), textwrap.fill(caption, 34), fill="black", font=font, spacing=2)
     return sheet
 
 
