@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import tyro
@@ -29,7 +28,7 @@ ASPECTS = ("colour", "shape", "position", "size", "background", "count")
 class Pipeline:
     """A diffusers pipeline on a device."""
 
-    model_path: str | Path | None = None
+    model_path: str | None = None
     """A diffusers SD3 folder; the model that ships with the package if not given."""
     dtype: Dtype = "float32"
     """Of all components."""

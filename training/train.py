@@ -135,7 +135,7 @@ def finish(parts: dict[str, object], options: Options) -> None:
     shutil.rmtree(options.output_dir / "pipeline", ignore_errors=True)
     folder = save_pipeline(parts, options.output_dir / "pipeline", "float16")
     on_gpu = torch.device(options.device).type == "cuda"
-    pipe = Pipeline(folder, "float16" if on_gpu else "float32", options.device).load()
+    pipe = Pipeline(str(folder), "float16" if on_gpu else "float32", options.device).load()
     gallery_of(pipe).save(options.output_dir / "gallery.png")
     prompts, scores = heldout_prompts(options.prompts), {}
     for guidance in options.guidance:
