@@ -56,7 +56,7 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/.created
 
 $(VENV)/.test-installed: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo 'Installing everything for tests and notebooks into $(VENV) (some minutes, once)'
-	@$(PIP) --editable '.[rtx,notebooks,parallel,dev]'
+	@$(PIP) --editable '.[rtx,onnx,notebooks,parallel,dev]'
 	@touch $@ $(VENV)/.demo-installed
 
 $(VENV)/.lint-installed: constraints.txt | $(VENV)/.created

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +13,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint import convert
+from .checkpoint import convert, export
 from .config import Dtype, Resolution
 from .engine.backend import RunnerOptions
 from .engine.build import build
 from .engine.folder import EngineFolder
+from .engine.onnx_file import export_onnx
 from .files import complete_file
 from .parallel import check_launch, guard, launched_rank, launched_size
 from .tiny.demo import demo
@@ -215,7 +218,9 @@ def traffic_command(
 COMMANDS = {
     "doctor": doctor_command,
     "convert": convert,
+    "export": export,
     "build": build,
+    "onnx": export_onnx,
     "inspect": inspect_command,
     "parity": parity_command,
     "generate": generate_command,
@@ -226,18 +231,25 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 1; under mpirun one rank's error ends all ranks."""
+    """Entry point of `mmdit`."""
+    with one_line_errors("mmdit"):
+        result = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit")
+        if isinstance(result, Path):
+            console.print(f"written: {result}")
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """A user's mistake is one line and exit code 1; under mpirun one rank's error ends all ranks."""
     # Silences transformers' advice on image processors, which nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with guard():
         try:
-            result = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit")
-            if isinstance(result, Path):
-                console.print(f"written: {result}")
+            yield
         except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"mmdit: {first_line(error)}")
+            sys.exit(f"{program}: {first_line(error)}")
         except KeyboardInterrupt:
-            print("mmdit: interrupted; no incomplete output is left", file=sys.stderr)
+            print(f"{program}: interrupted; no incomplete output is left", file=sys.stderr)
             sys.exit(130)
 
 

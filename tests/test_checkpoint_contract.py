@@ -1,7 +1,10 @@
 """The contents of a checkpoint, against TensorRT-LLM's contract and diffusers' model. Shapes only, no weights."""
 
+import json
+
 import pytest
 import torch
+import upstream
 from diffusers import SD3Transformer2DModel
 
 from mmdit_lib.checkpoint.manifest import checkpoint_config
@@ -58,60 +61,29 @@ def test_modules_have_diffusers_paths():
     assert ours <= reference
 
 
-def upstream_parts(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
-    """The contract's table, row by row, independent of the library's tables."""
-    module, kind = name.rsplit(".", 1)
-    last = module.split(".")[-1]
-    column = last in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "linear_1", "context_embedder")
-    column |= last == "proj_out" or ".net." in module or module.endswith(".norm1.linear")
-    row = last in ("linear_2", "to_add_out") or module.endswith("to_out.0")
-    if column:
-        return (shape[0] // tp, *shape[1:])
-    return (shape[0], shape[1] // tp) if row and kind == "weight" else shape
-
-
-def megatron_parts(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
+def megatron_part(name: str, row: upstream.Row, tp: int) -> tuple[int, ...]:
     """Attention as upstream, the MLP colwise then rowwise, everything else replicated."""
     if ".ff" in name and ".net.1." in name:
-        return (shape[0], shape[1] // tp) if name.endswith("weight") else shape
-    if ".attn" in name or ".net.0." in name:
-        return upstream_parts(name, shape, tp)
-    return shape
+        return (row.shape[0], row.shape[1] // tp) if name.endswith("weight") else row.shape
+    return row.local(tp) if ".attn" in name or ".net.0." in name else row.shape
 
 
-@pytest.mark.parametrize("layout, parts", [("trtllm", upstream_parts), ("megatron", megatron_parts)])
-def test_tensor_parallel_shapes_of_sd35_medium(layout, parts):
-    cut = 0
-    for name, shape in SD3.parameters(MEDIUM).items():
-        assert SHARDINGS[layout].local_shape(name, shape, 2) == parts(name, shape, 2), name
-        assert SHARDINGS[layout].local_shape(name, shape, 1) == shape
-        cut += parts(name, shape, 2) != shape
-    assert cut > 400
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", upstream.PUBLISHED)
+def test_tensor_parallel_shapes_of_the_published_models(name, tp):
+    assert upstream.published_config(name) == KNOWN_MODELS[name].model_dump(mode="json")
+    table, parameters = upstream.table(upstream.published_config(name)), SD3.parameters(KNOWN_MODELS[name])
+    assert parameters == {tensor: row.shape for tensor, row in table.items()}
+    for tensor, row in table.items():
+        assert SHARDINGS["trtllm"].local_shape(tensor, row.shape, tp) == row.local(tp), tensor
+        assert SHARDINGS["trtllm"].shard_dim(tensor) == row.dim, tensor
+        assert SHARDINGS["megatron"].local_shape(tensor, row.shape, tp) == megatron_part(tensor, row, tp), tensor
 
 
-def test_config_has_the_keys_of_the_contract_in_its_order():
-    config = checkpoint_config(
-        SD3, MEDIUM, "float16", Layout(tp_size=2, cp_size=4), "models/sd35", {"format_version": 1}
-    )
-    assert list(config) == [
-        "architecture", "dtype", "sample_size", "patch_size", "in_channels", "out_channels", "num_layers",
-        "attention_head_dim", "num_attention_heads", "joint_attention_dim", "caption_projection_dim",
-        "pooled_projection_dim", "pos_embed_max_size", "dual_attention_layers", "qk_norm", "skip_layers",
-        "use_pretrained_pos_emb", "model_path", "logits_dtype", "vocab_size", "hidden_size", "num_hidden_layers",
-        "num_key_value_heads", "hidden_act", "intermediate_size", "norm_epsilon", "position_embedding_type",
-        "max_position_embeddings", "use_parallel_embedding", "embedding_sharding_dim", "head_size", "qk_layernorm",
-        "rotary_embedding_dim", "runtime_defaults", "mapping", "quantization", "mmdit_lib",
-    ]  # fmt: skip
-    assert list(config["mapping"]) == [
-        "world_size", "gpus_per_node", "cp_size", "tp_size", "pp_size", "moe_tp_size", "moe_cluster_size",
-        "moe_ep_size", "attn_tp_size", "attn_cp_size", "cp_config", "enable_attention_dp", "enable_lm_head_tp_in_adp",
-    ]  # fmt: skip
-    assert list(config["quantization"]) == [
-        "quant_algo", "kv_cache_quant_algo", "group_size", "smoothquant_val", "clamp_val", "use_meta_recipe",
-        "has_zero_point", "pre_quant_scale", "exclude_modules",
-    ]  # fmt: skip
-    assert config["architecture"] == "SD3Transformer2DModel" and config["dtype"] == "float16"
-    assert (
-        config["mapping"]["world_size"] == 8 and config["hidden_size"] == 1536 and config["intermediate_size"] == 6144
-    )
-    assert config["dual_attention_layers"] == list(range(13)) and config["pos_embed_max_size"] == 384
+@pytest.mark.parametrize("tp, cp", [(1, 1), (2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize("name", upstream.PUBLISHED)
+def test_config_of_the_published_models(name, tp, cp):
+    found = checkpoint_config(SD3, KNOWN_MODELS[name], "bfloat16", Layout(tp_size=tp, cp_size=cp), "some/model", {})
+    assert found.pop("mmdit_lib") == {}
+    expected = upstream.config_json(upstream.published_config(name), "bfloat16", tp, cp, "some/model")
+    assert json.dumps(found) == json.dumps(expected)  # keys, their order and values

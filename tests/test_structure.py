@@ -26,9 +26,9 @@ def test_no_cycles():
     assert cycles(file_graph()) == []
 
 
-def test_at_most_16_parts_and_the_road_goes_up():
+def test_at_most_17_parts_and_the_road_goes_up():
     graph = part_graph()
-    assert len(graph) - len(ARCHITECTURES) <= 15, sorted(graph)  # each model is a package of its own
+    assert len(graph) - len(ARCHITECTURES) <= 16, sorted(graph)  # each model is a package of its own
     heights = [levels(graph)[part] for part in ROAD]
     assert heights == sorted(set(heights)), dict(zip(ROAD, heights, strict=True))
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from ..architecture import ModelConfig, Shapes
+from ..architecture import ModelConfig
 from ..config import Dtype
 from ..models import architecture_of
-from .source import STEM
-from .tensor_file import Stored, TensorFileWriter
+from .diffusers_folder import SHARD_BYTES, describe_folder
+from .tensor_file import TensorFileWriter
 
-SHARD_BYTES = 4_000_000_000
 DRAWN_AT_A_TIME = 1 << 22
 
 
@@ -33,38 +30,14 @@ def write_random_transformer(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    architecture = architecture_of(config)
-    values = {"_class_name": architecture.name, **config.to_diffusers()}
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    shapes = {architecture.keys.to_diffusers(n): shape for n, shape in architecture.parameters(config).items()}
-    shards = list(_shards(shapes, shard_bytes // getattr(torch, dtype).itemsize))
-    names = [f"{STEM}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [f"{STEM}.safetensors"]
-    else:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {}, "weight_map": weight_map}
-        (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     generator = torch.Generator().manual_seed(seed)
-    for file, shard in zip(names, shards, strict=True):
-        stored = {name: Stored(dtype, shape) for name, shape in shard.items()}
-        with TensorFileWriter(folder / file, stored) as writer:
-            for name, shape in shard.items():
-                writer.write(name, draw_weight(name, shape, generator, getattr(torch, dtype)))
+    files = describe_folder(folder, architecture_of(config), config, dtype, shard_bytes)
+    for file, tensors in files.items():
+        with TensorFileWriter(folder / file, tensors) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, draw_weight(name, tensor.shape, generator, getattr(torch, dtype)))
             writer.finish()
     return folder
-
-
-def _shards(shapes: Shapes, limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Groups of consecutive tensors with at most `limit` elements in total."""
-    shard, size = {}, 0
-    for name, shape in shapes.items():
-        if shard and size + math.prod(shape) > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = shape
-        size += math.prod(shape)
-    yield shard
 
 
 def draw_weight(

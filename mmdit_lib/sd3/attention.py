@@ -25,11 +25,11 @@ class Attention(Module):
         self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
         if text != "none":
             self.add_k_proj, self.add_v_proj, self.add_q_proj = (Linear(dim, dim) for _ in range(3))
-            if qk_norm:
-                self.norm_added_q, self.norm_added_k = RMSNorm(head_dim), RMSNorm(head_dim)
         self.to_out = ModuleList([Linear(dim, dim)])
         if text == "full":
             self.to_add_out = Linear(dim, dim)
+        if text != "none" and qk_norm:
+            self.norm_added_q, self.norm_added_k = RMSNorm(head_dim), RMSNorm(head_dim)
 
     def forward(self, x, c=None, *, streams: list[Stream]):
         parts = [self.image_qkv(x)]
