@@ -43,9 +43,10 @@ def test_convert_checkpoint(here, command, layout, capsys):
     assert ("convert:" in capsys.readouterr().err) == ("warning" not in command)
 
 
-def test_dtype_and_output_dir(here):
-    convert_checkpoint.main(["--model_path", "tiny", "--dtype", "auto", "--output_dir", "elsewhere"])
-    assert Checkpoint.open("elsewhere").dtype == "float32"
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", "float16"), ("bfloat16", "bfloat16")])
+def test_dtype_and_output_dir(here, dtype, expected):
+    convert_checkpoint.main(["--model_path", "tiny", "--dtype", dtype, "--output_dir", "elsewhere"])
+    assert Checkpoint.open("elsewhere").dtype == expected  # the tiny model is stored in float16
     assert [path.name for path in here.iterdir()] == ["elsewhere"]
 
 

@@ -20,8 +20,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("prompt", nargs="*", default=[PROMPT], help="what to draw, in quotes")
     parser.add_argument("--tllm_model_dir", default="./engine_outputs/", help="the engine folder")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="no effect: MPI numbers the ranks of a node")
-    parser.add_argument("--debug_mode", action="store_true", help="not available: use mmdit parity")
     add_log_level(parser)
+    parser.add_argument("--debug_mode", action="store_true", help="not available: use mmdit parity")
     return parser
 
 
