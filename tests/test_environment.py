@@ -97,7 +97,7 @@ def test_tensorrt_llm_needs_its_own_environment():
     assert f"tensorrt-llm{apart['tensorrt-llm']}" in text and "environment-tensorrt-llm.yml" in text
     here, there = conda("environment.yml")["tensorrt"], apart["tensorrt"]
     assert here.contains("11.4.0.106") and not there.contains("11.4.0.106"), "one environment would be enough"
-    assert there.contains("10.13.3.9") and not here.contains("10.13.3.9")
+    assert there.contains("10.14.1.48.post1") and not here.contains("10.14.1.48.post1")
 
 
 def test_the_library_can_be_installed_beside_tensorrt_llm():
@@ -106,6 +106,22 @@ def test_the_library_can_be_installed_beside_tensorrt_llm():
     apart = conda("environment-tensorrt-llm.yml")
     for name, version in theirs.items():
         assert apart[name].contains(version) and bounds[name].contains(version), name
+
+
+@pytest.mark.parametrize("file", ["environment.yml", "environment-tensorrt-llm.yml"])
+def test_what_was_resolved_is_what_the_environment_asks_for(file):
+    text = (ROOT / "docs" / "resolved-environments.md").read_text()
+    section = text.split(f"\n## {file}\n")[1].split("\n## ")[0]
+    found = {canonicalize_name(name): version for name, version in re.findall(r"([\w.-]+)==([\w.+-]+)", section)}
+    entries = yaml.safe_load((ROOT / file).read_text())["dependencies"]
+    (pip,) = (entry["pip"] for entry in entries if isinstance(entry, dict))
+    asked = [Requirement(line) for line in pip if not line.startswith("--")]
+    if file == "environment.yml":
+        extras = project()["optional-dependencies"]
+        asked += map(Requirement, [*project()["dependencies"], *extras["onnx"], *extras["notebooks"], *extras["dev"]])
+    for requirement in asked:
+        version = found[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}: {version} was resolved"
 
 
 def imported(file: Path) -> set[str]:
