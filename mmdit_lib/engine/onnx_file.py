@@ -248,5 +248,6 @@ NODES: dict[str, Callable] = {
     "SHAPE": lambda o, x: o.node("Shape", x),
     "SHUFFLE": shuffle,
     "SLICE": slice_,
+    "SOFTMAX": lambda o, x, *, axes: o.node("Softmax", x, axis=axes.bit_length() - 1),
     "UNARY": unary,
 }
