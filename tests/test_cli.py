@@ -69,6 +69,16 @@ def test_inspect_knows_the_default_folder(mmdit):
     assert code == 0 and "4 heads of 48" in out
 
 
+def test_export_and_onnx(mmdit, tmp_path):
+    code, out, err = mmdit("export", "--output_dir", tmp_path / "transformer")
+    assert code == 0 and "written" in out and "export:" in err
+    names = {path.name for path in (tmp_path / "transformer").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
+    code, out, err = mmdit("onnx", "--output_dir", tmp_path / "onnx")
+    assert code == 0 and "written" in out and "onnx:" in err
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"model.onnx", "model.onnx.data"}
+
+
 def test_generate_writes_a_picture(mmdit, work):
     steps = ["--num_inference_steps", "1", "--resolution", "64"]
     code, out, _ = mmdit("generate", "a red circle", *steps, "--output", "p.png")
@@ -93,6 +103,9 @@ def test_generate_writes_a_picture(mmdit, work):
         (["inspect", "missing"], "missing"),
         (["convert", "--model_path", "missing"], "missing does not exist"),
         (["build", "--checkpoint_dir", "missing"], "missing"),
+        (["export", "--checkpoint_dir", "missing"], "missing is not a checkpoint folder"),
+        (["export", "--output_dir", "two_ranks"], "contains something other than an exported transformer"),
+        (["onnx", "--engine_dir", "two_ranks"], "ONNX has no collectives"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
 )
