@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import accumulate, takewhile
+from typing import Any
 
 from .graph import Graph, Layer, Value
 
@@ -57,7 +58,7 @@ class Op:
 
     type: str
     inputs: tuple[str | Op, ...]
-    attributes: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
 
     def match(self, layer: Layer | None, index: Index) -> dict[str, str | None] | None:
         """The tensors by their names in the pattern; None if it does not match. One name is one tensor everywhere."""
@@ -224,8 +225,9 @@ def merged_linears(layers: Layers) -> Layers:
 def _stacked(members: Layers, index: Index) -> tuple[Layers, list[str]]:
     """The merged layer and its slices. Slices that several blocks read get names outside any block."""
     names = [member.output.name for member in members]
-    name = f"{_common_path(names)}/merged"
-    if len({block_of(n) for n in names}) > 1:
+    across = len({block_of(n) for n in names}) > 1
+    name = f"{_common_path(names) if across else names[0]}/merged"
+    if across:
         names = [f"{name}:{i}" for i in range(len(members))]
     weights, biases = ([index.made_by[member.inputs[i]] for member in members] for i in (1, 2))
     stack = [_stack(weights, f"{name}.weight", -2), _stack(biases, f"{name}.bias", -1)]

@@ -12,6 +12,8 @@ from .backend import Inputs, Ranks, RunnerOptions
 from .cuda_graph import GraphedStep
 from .folder import EngineFolder
 from .graph import Graph
+from .kernel_passes import KERNELS
+from .kernels import has_triton
 from .lowering import lower, placed_weights
 from .outline import outline_blocks
 from .passes import NUMERICS, SPEED, Pass
@@ -27,7 +29,7 @@ class PyTorchBackend:
         groups: process group names, by ranks, for a graph with collectives.
         compile_blocks: path of the module list whose blocks are compiled with `torch.compile`; None: no compilation.
         cuda_graph: capture and replay a CUDA graph per set of input shapes.
-        passes: `passes.NUMERICS` and, on a GPU, `passes.SPEED` if not given.
+        passes: those of `default_passes` if not given.
     """
 
     name = "pytorch"
@@ -48,7 +50,7 @@ class PyTorchBackend:
         self.device = torch.device(device)
         self.inputs = {value.name: value for value in graph.inputs}
         if passes is None:
-            passes = NUMERICS + SPEED if self.device.type == "cuda" else NUMERICS
+            passes = default_passes(self.device, compiled=compile_blocks is not None)
         self._weights, self._groups, self._passes = weights, groups, passes
         self.module = lower(graph, weights, device=self.device, groups=groups, passes=passes)
         self._module = outline_blocks(self.module, compile_blocks, torch.compile) if compile_blocks else self.module
@@ -100,6 +102,13 @@ class PyTorchBackend:
             return self.module
         weights = {**self._weights, **placed_weights(self.module)}
         return lower(self.graph, weights, device=self.device, groups=self._groups)
+
+
+def default_passes(device: torch.device, *, compiled: bool) -> tuple[Pass, ...]:
+    """On a GPU the passes for speed too; without `torch.compile`, Triton kernels do the fusing."""
+    if device.type != "cuda":
+        return NUMERICS
+    return NUMERICS + SPEED if compiled or not has_triton() else NUMERICS + SPEED + KERNELS
 
 
 class Recorder(fx.Interpreter):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import TORCH_DTYPES
+from . import kernels
 
 
 def activation(x, *, kind, alpha=0.0, beta=0.0):
@@ -122,7 +123,10 @@ def dist_collective(x, *, operation, group, size):
 
 def linear(x, weight, bias):
     """Matrix multiply by a transposed constant, plus bias, with one rounding instead of two."""
-    return F.linear(x, weight.reshape(weight.shape[-2:]), bias.flatten())
+    weight, bias = weight.reshape(weight.shape[-2:]), bias.flatten()
+    if x.dim() == 3 and not x.is_contiguous() and x.transpose(0, 1).is_contiguous():  # tokens first: no copy
+        return F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
+    return F.linear(x, weight, bias)
 
 
 def silu(x):
@@ -147,9 +151,8 @@ def modulate(x, scale, shift):
     return torch.addcmul(shift, x, scale + 1)
 
 
-def gated_sum(x, gate, y):
-    """x + gate y, rounded once."""
-    return torch.addcmul(x, gate, y)
+def select(x, *, index):
+    return x[index]
 
 
 OPS: dict[str, Callable] = {
@@ -160,14 +163,18 @@ OPS: dict[str, Callable] = {
     "CONVOLUTION": convolution,
     "DIST_COLLECTIVE": dist_collective,
     "ELEMENTWISE": elementwise,
-    "GATED_SUM": gated_sum,
+    "GATED_NORM": kernels.gated_norm,
+    "GATED_SUM": kernels.gated_sum,
     "LINEAR": linear,
     "LINEAR_GELU": linear_gelu,
     "MATRIX_MULTIPLY": matrix_multiply,
     "MODULATE": modulate,
     "NORMALIZATION": normalization,
+    "NORM_MODULATE": kernels.norm_modulate,
+    "QKV_ATTENTION": kernels.qkv_attention,
     "REDUCE": reduce,
     "RMS_NORM": rms_norm,
+    "SELECT": select,
     "SHUFFLE": shuffle,
     "SILU": silu,
     "SLICE": slice_,

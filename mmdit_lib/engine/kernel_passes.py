@@ -1,0 +1,116 @@
+"""Graph passes for a GPU without a compiler: what lies between GEMMs and attention becomes operators of `kernels.py`.
+
+They follow the passes of `passes.py`, whose operators they merge further.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from .graph import Layer
+from .passes import Index, Layers, Op, Pass, fused, fusion
+
+
+@fusion(Op("MODULATE", ("x", "scale", "shift")))
+def norm_modulate(layer: Layer, index: Index, x: str, scale: str, shift: str) -> Layer | None:
+    """NORMALIZATION without weights, then MODULATE -> NORM_MODULATE."""
+    norm = index.find(x, "NORMALIZATION")
+    if norm is None or [index.number(name) for name in norm.inputs[1:]] != [1.0, 0.0]:
+        return None
+    return fused(layer, "NORM_MODULATE", norm.inputs[0], scale, shift, eps=norm.attributes["epsilon"])
+
+
+def gated_norm(layers: Layers) -> Layers:
+    """GATED_SUM, then NORM_MODULATE as its first reader -> GATED_NORM, and a SELECT for each of its two results."""
+    first_reader: dict[str, Layer] = {}
+    for layer in layers:
+        for name in layer.inputs:
+            first_reader.setdefault(name, layer)
+    pairs = {}
+    for layer in layers:
+        reader = first_reader.get(layer.output.name) if layer.type == "GATED_SUM" else None
+        if reader and reader.type == "NORM_MODULATE" and reader.inputs[0] == layer.output.name:
+            pairs[reader.output.name] = layer
+    replaced = {gate.output.name for gate in pairs.values()}
+    result: Layers = []
+    for layer in layers:
+        gate = pairs.get(layer.output.name)
+        if gate:
+            result += _both(gate, layer)
+        elif layer.output.name not in replaced:
+            result.append(layer)
+    return result
+
+
+def _both(gate: Layer, norm: Layer) -> Layers:
+    output = replace(norm.output, name=f"{norm.output.name}/both", shape=(2, *norm.output.shape))
+    both = Layer(output.name, "GATED_NORM", (*gate.inputs, *norm.inputs[1:]), output, norm.attributes)
+    selects = [
+        replace(layer, type="SELECT", inputs=(output.name,), attributes={"index": i})
+        for i, layer in enumerate((gate, norm))
+    ]
+    return [both, *selects]
+
+
+class Head(NamedTuple):
+    """Where the queries, keys or values of one stream come from: a slice of a merged linear layer, maybe normed."""
+
+    merged: str
+    start: int
+    width: int
+    heads: int
+    weight: str | None
+    eps: float | None
+
+
+@fusion(Op("ATTENTION", ("q", "k", "v")))
+def qkv_attention(layer: Layer, index: Index, q: str, k: str, v: str) -> Layer | None:
+    """Queries, keys and values sliced from merged LINEAR layers, normed, joined over streams -> QKV_ATTENTION."""
+    found = [[_head(name, index) for name in _streams(joined, index)] for joined in (q, k, v)]
+    if any(head is None for heads in found for head in heads) or len({len(heads) for heads in found}) > 1:
+        return None
+    streams = list(zip(*found, strict=True))
+    eps = {head.eps for heads in found for head in heads if head.eps is not None}
+    heads = {head.heads for heads in found for head in heads}
+    if len(eps) > 1 or len(heads) > 1 or not all(_is_whole(*stream, index) for stream in streams):
+        return None
+    inputs = [name for q, k, _ in streams for name in (q.merged, q.weight, k.weight)]
+    options = {"heads": heads.pop(), "eps": eps.pop() if eps else 0.0, "scale": layer.attributes.get("scale", 1.0)}
+    return fused(layer, "QKV_ATTENTION", *inputs, **options)
+
+
+def _streams(name: str, index: Index) -> tuple[str, ...]:
+    joined = index.find(name, "CONCATENATION")
+    return joined.inputs if joined and joined.attributes["axis"] == 2 else (name,)
+
+
+PART = Op("SLICE", ("merged",), {"axes": [2]})
+SPLIT = Op("SHUFFLE", (PART,), {"first_transpose": None})
+TRANSPOSED = Op("SHUFFLE", (SPLIT,), {"first_transpose": [0, 2, 1, 3], "reshape_dims": None})
+
+
+def _head(name: str, index: Index) -> Head | None:
+    norm = index.find(name, "RMS_NORM")
+    transposed = index.made_by.get(norm.inputs[0] if norm else name)
+    if not TRANSPOSED.match(transposed, index):
+        return None
+    split = index.made_by[transposed.inputs[0]]
+    part = index.made_by[split.inputs[0]]
+    if len(split.attributes["reshape_dims"] or ()) != 4 or not index.find(part.inputs[0], "LINEAR"):
+        return None
+    weight, eps = (norm.inputs[1], norm.attributes["eps"]) if norm else (None, None)
+    heads, width = split.attributes["reshape_dims"][2], part.attributes["shape"][0]
+    return Head(part.inputs[0], part.attributes["start"][0], width, heads, weight, eps)
+
+
+def _is_whole(q: Head, k: Head, v: Head, index: Index) -> bool:
+    """Whether the three are a merged linear layer's thirds, with both queries and keys normed or neither."""
+    width = q.width
+    layout = [(q.merged, i * width, width) for i in range(3)]
+    whole = index.made_by[q.merged].output.shape[-1] == 3 * width
+    norms = v.weight is None and (q.weight is None) == (k.weight is None)
+    return whole and norms and [head[:3] for head in (q, k, v)] == layout
+
+
+KERNELS: tuple[Pass, ...] = (norm_modulate, gated_norm, qkv_attention)

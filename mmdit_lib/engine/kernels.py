@@ -1,0 +1,88 @@
+"""Fused operators: a Triton kernel on a GPU, the same formula in PyTorch elsewhere.
+
+They cover what lies between the GEMMs and the attention of a block. Each reads and writes its tensors once, takes any
+size without recompilation, and computes in float32 with one rounding at the end.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether to launch the Triton kernel; `torch.compile` gets the formula, to fuse it with its neighbors."""
+    return x.is_cuda and has_triton() and not torch.compiler.is_compiling()
+
+
+def gated_sum(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x + gate y, with x and y [B, S, D] and gate [B, 1, D]."""
+    if not on_gpu(x) or x.dim() != 3:
+        return torch.addcmul(x, gate, y)
+    from . import triton_kernels
+
+    return triton_kernels.gated_sum(x, gate, y)
+
+
+def norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """layer_norm(x) (scale + 1) + shift, with x [B, S, D], scale and shift [B, 1, D]."""
+    if not on_gpu(x):
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale + 1)
+    from . import triton_kernels
+
+    return triton_kernels.norm_modulate(x, scale, shift, eps)
+
+
+def gated_norm(x, gate, y, scale, shift, *, eps: float) -> torch.Tensor:
+    """s = x + gate y, and layer_norm(s) (scale + 1) + shift: [2, B, S, D]."""
+    if not on_gpu(x):
+        total = gated_sum(x, gate, y)
+        return torch.stack([total, norm_modulate(total, scale, shift, eps=eps)])
+    from . import triton_kernels
+
+    return triton_kernels.gated_norm(x, gate, y, scale, shift, eps)
+
+
+def qkv_attention(*streams: torch.Tensor | None, heads: int, eps: float, scale: float) -> torch.Tensor:
+    """Attention over the tokens of all streams together.
+
+    Args:
+        streams: for each stream its queries, keys and values side by side, [B, S, 3 heads head_size], and the weights
+            of the RMS norms of queries and of keys, [head_size], or None.
+        heads: number of heads.
+        eps: of the RMS norms.
+        scale: factor of the products of queries and keys.
+
+    Returns:
+        [B, heads, tokens of all streams, head_size]. On a GPU it is stored with the tokens first, so that the tokens
+        of one stream are contiguous.
+    """
+    q, k, v = split_heads(*streams, heads=heads, eps=eps)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def split_heads(*streams: torch.Tensor | None, heads: int, eps: float) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of all streams (see `qkv_attention`), [B, heads, tokens, head_size] each."""
+    parts = [streams[i : i + 3] for i in range(0, len(streams), 3)]
+    if on_gpu(streams[0]):
+        from . import triton_kernels
+
+        return triton_kernels.split_heads(parts, heads, eps)
+    split = [_split_heads(*part, heads, eps) for part in parts]
+    return tuple(torch.cat(tensors, 2) for tensors in zip(*split, strict=True))
+
+
+def _split_heads(qkv, norm_q, norm_k, heads: int, eps: float) -> tuple[torch.Tensor, ...]:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in qkv.chunk(3, -1))
+    if norm_q is None:
+        return q, k, v
+    normed = (F.rms_norm(x, x.shape[-1:], weight.flatten(), eps) for x, weight in ((q, norm_q), (k, norm_k)))
+    return *normed, v

@@ -1,0 +1,106 @@
+"""Fused operators and the passes that introduce them: what is left of a network, its numbers, and the Triton kernels.
+
+Tolerances as in test_network: float32 5e-6 of the norm; in float16 ten units in the last place (9.8e-4). The Triton
+kernels round once: half a unit in the last place of the dtype, 3e-8, 4.9e-4 and 3.9e-3, and float32's own rounding.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers import MODELS, case, relative_error
+
+from mmdit_lib.engine import kernels
+from mmdit_lib.engine.kernel_passes import KERNELS, qkv_attention
+from mmdit_lib.engine.passes import NUMERICS, SPEED, apply
+from mmdit_lib.engine.pytorch_backend import PyTorchBackend, default_passes
+
+PASSES = NUMERICS + SPEED + KERNELS
+
+
+@pytest.mark.parametrize("dtype", {"float32": 5e-6, "float16": 1e-2}.items(), ids=lambda item: item[0])
+@pytest.mark.parametrize("name", MODELS)
+def test_numbers_are_kept(name, dtype):
+    dtype, limit = dtype
+    c = case(name)
+    runner, inputs = c.runner(dtype), c.inputs(dtype=dtype, patches=(5, 7), tokens=97)
+    weights = runner.folder.open_checkpoint(verify=False).weights()
+    for count in range(1, len(KERNELS) + 1):
+        passes = NUMERICS + SPEED + KERNELS[:count]
+        backend = PyTorchBackend(runner.backend.graph, weights, passes=passes)
+        assert relative_error(backend(inputs), runner.run(inputs)) <= limit, KERNELS[count - 1].__name__
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_left_between_gemms_and_attention(name):
+    config = MODELS[name]
+    layers = apply(case(name).runner().backend.graph, PASSES)
+    found = Counter(layer.type for layer in layers)
+    blocks, dual = config.num_layers, len(config.dual_attention_layers)
+    assert found["QKV_ATTENTION"] == blocks + dual and found["ATTENTION"] == 0
+    assert not any(found[kind] for kind in ("NORMALIZATION", "MODULATE", "RMS_NORM"))
+    joined = [layer for layer in layers if layer.type == "CONCATENATION" and "block" in layer.output.name]
+    assert not joined, "queries, keys and values are still joined one by one"
+    # Per block: the sums after attention and MLP, of image and text (not of the last text), and after dual attention.
+    assert found["GATED_SUM"] + found["GATED_NORM"] == 2 * blocks + 2 * (blocks - 1) + dual
+    assert len({layer.output.name for layer in layers}) == len(layers), "two layers have the same name"
+
+
+def test_attention_that_communicates_is_left_alone():
+    """Between slices and attention of a context-parallel network there are collectives."""
+    from mmdit_lib.config import BuildConfig, Layout, Resolution
+    from mmdit_lib.engine.dry_graph import dry_graph
+
+    config = BuildConfig.one_size(Resolution.read(128), 2, 77)
+    for method in ("allgather", "ulysses"):
+        layout = Layout(cp_size=2, cp_method=method)
+        layers = apply(dry_graph(MODELS["sd3.5-medium"], layout.at(0), config, "float32"), NUMERICS + SPEED)
+        assert [x.type for x in qkv_attention(layers)] == [x.type for x in layers]
+
+
+def test_they_are_for_gpus_without_a_compiler(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("mmdit_lib.engine.pytorch_backend.has_triton", lambda: True)
+    assert default_passes(cpu, compiled=False) == NUMERICS
+    assert default_passes(cuda, compiled=False) == PASSES
+    assert default_passes(cuda, compiled=True) == NUMERICS + SPEED
+    monkeypatch.setattr("mmdit_lib.engine.pytorch_backend.has_triton", lambda: False)
+    assert default_passes(cuda, compiled=False) == NUMERICS + SPEED
+
+
+def tensors(dtype: torch.dtype, batch: int, tokens: int, heads: int, size: int):
+    """x, y (tokens first), gate, scale, shift and the parts of two streams."""
+    width, generator = heads * size, torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, y = draw(batch, tokens, width), draw(tokens, batch, width).transpose(0, 1)
+    gate, scale, shift = draw(batch, 6, width)[:, ::2].split(1, 1)
+    streams = [[draw(batch, n, 3 * width), draw(size), draw(size)] for n in (tokens, 77)]
+    return x, y, gate, scale, shift, streams
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", {"float32": 5e-7, "float16": 5e-4, "bfloat16": 4e-3}.items(), ids=lambda x: x[0])
+@pytest.mark.parametrize("shape", [(2, 4096, 24, 64), (1, 333, 38, 64), (3, 50, 3, 8)], ids=str)
+def test_triton(shape, dtype):
+    dtype, limit = dtype
+    x, y, gate, scale, shift, streams = tensors(getattr(torch, dtype), *shape)
+
+    def check(function, *arguments, **options):
+        exact = function(*(a if a is None else a.double() for a in arguments), **options)
+        found = function(*(a if a is None else a.cuda() for a in arguments), **options)
+        assert found.dtype == x.dtype and relative_error(found.cpu(), exact) <= limit, function.__name__
+
+    check(kernels.gated_sum, x, gate, y)
+    check(kernels.norm_modulate, x, scale, shift, eps=1e-6)
+    check(kernels.gated_norm, x, gate, y, scale, shift, eps=1e-6)
+    both, one = [*streams[0], *streams[1]], streams[0]
+    unnormed = [part if i % 3 == 0 else None for i, part in enumerate(both)]
+    for parts in (both, one, unnormed):
+        gpu = [part if part is None else part.cuda() for part in parts]
+        split = kernels.split_heads(*gpu, heads=shape[2], eps=1e-6)
+        exact = kernels.split_heads(*(p if p is None else p.double() for p in parts), heads=shape[2], eps=1e-6)
+        for found, expected in zip(split, exact, strict=True):
+            assert relative_error(found.cpu(), expected) <= limit
