@@ -1,54 +1,73 @@
-"""One GPU: ms per step beside diffusers, the graph passes one by one, compile times, peak memory. Random weights.
+"""One GPU: ms per step and peak memory beside diffusers, and the graph passes one by one. Random weights.
 
     python -m benchmarks.single_gpu graphs --folder graphs     # needs TensorRT (tensorrt_rtx), but no GPU
     python -m benchmarks.single_gpu run --folder graphs --output single_gpu.json     # needs a GPU, but no TensorRT
     python -m benchmarks.single_gpu table --results single_gpu.json     # as Markdown
 
-Candidates that are compared run alternately in one process, three rounds; the median of all steps counts.
+Everything that is compared runs alternately in one process, three rounds; the median of all steps counts.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
+import subprocess
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from mmdit_lib.config import Layout, Resolution
+from mmdit_lib.config import BuildConfig, Layout, Resolution
 from mmdit_lib.engine.cuda_graph import GraphedStep
+from mmdit_lib.engine.dry_graph import dry_graph
 from mmdit_lib.engine.graph import Graph
+from mmdit_lib.engine.kernel_passes import KERNELS
 from mmdit_lib.engine.passes import NUMERICS, SPEED
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.reports.bench import step_times
-from mmdit_lib.sd3 import KNOWN_MODELS, SD3
+from mmdit_lib.sd3 import KNOWN_MODELS
 
 from . import common
-from .common import WAYS, draw_weights, relative_error
+from .common import TEXT_TOKENS, draw_weights, relative_error
 
 MODELS = {name.removeprefix("stable-diffusion-"): config for name, config in KNOWN_MODELS.items()}
-SIDE = Resolution.read(1024)
+PROFILE = BuildConfig(
+    max_batch_size=8, min_resolution=Resolution.read(512), opt_resolution=Resolution.read(1024),
+    max_resolution=Resolution.read(1024), min_text_tokens=TEXT_TOKENS, max_text_tokens=TEXT_TOKENS,
+)  # fmt: skip
+CASES = ("1024:2", "512:2", "512:8", "1024:8")
+"""Side of the image in pixels, and rows."""
+WAYS = ("diffusers", "diffusers compiled", "diffusers compiled + CUDA graph", "ours", "ours + CUDA graph")
 PREDICTED = {
-    "linear_gelu": "the GELU kernels: 1.6 / 4.2 ms",
-    "rms_norm": "eager: eight kernels become one; compiled: nothing, the compiler fuses them too",
-    "modulate": "eager: two kernels become one; compiled: nothing",
-    "gated_sum": "eager: two kernels become one; compiled: nothing",
+    "linear_gelu": "the GELU kernels: 1.6 ms",
+    "rms_norm": "eight kernels become one: about 3 ms",
+    "modulate": "two kernels become one: about 2 ms",
+    "gated_sum": "two kernels become one: about 2 ms",
     "shared_silu": "nothing by itself; needed by the next pass",
-    "merged_linears": "modulation GEMMs become one that reads its weights once: 0.3 / 0.5 ms; fewer launches",
-    "hoisted": "nothing by itself; keeps blocks equal, so compile time stays",
+    "merged_linears": "Q, K and V in one GEMM, all modulations in one: 1 ms",
+    "hoisted": "nothing; keeps blocks equal for `torch.compile`",
+    "norm_modulate": "norm and modulation read and write once: 2 ms",
+    "gated_norm": "the sum need not be read again: 0.5 ms",
+    "qkv_attention": "no transposes, no concatenation: 9 to 12 copies of 27 MB per block fewer: 7 ms",
 }
-"""What each pass should gain: SD3.5-medium / SD3.5-large."""
+"""What each pass should gain for SD3.5-medium, from the bytes that it saves at 3 TB/s."""
+KINDS = {
+    "attention": ("sdpa", "flash", "fmha"), "GEMM": ("nvjet", "gemm", "cutlass"), "norm, modulation, gate": ("_row",),
+    "heads": ("_heads",),
+}  # fmt: skip
+"""Parts of the names of CUDA kernels, by kind."""
 Step = Callable[..., torch.Tensor]
 
 
 def write_graphs(options: Namespace) -> None:
+    options.folder.mkdir(parents=True, exist_ok=True)
     for name in options.models:
-        path = options.folder / f"{name}.graph.json"
-        common.write_graph(path, MODELS[name], Layout().at(0), SIDE, "bfloat16")
+        dry_graph(MODELS[name], Layout().at(0), PROFILE, "bfloat16").save(options.folder / f"{name}.graph.json")
 
 
 def alternately(steps: dict[str, Step], repeats: int, rounds: int = 3) -> dict[str, float]:
@@ -61,92 +80,97 @@ def alternately(steps: dict[str, Step], repeats: int, rounds: int = 3) -> dict[s
 
 
 class Bench:
+    """One model."""
+
     def __init__(self, name: str, root: Path, repeats: int):
         self.name, self.repeats, self.config = name, repeats, MODELS[name]
         self.device = torch.device("cuda")
         self.graph = Graph.load(root / f"{name}.graph.json")
         self.weights = draw_weights(self.config, self.device)
-        self.result: dict = {"model": name}
 
-    def backend(self, passes=None, *, compiled: bool = False) -> PyTorchBackend:
-        blocks = SD3.blocks if compiled else None
-        return PyTorchBackend(self.graph, self.weights, device=self.device, passes=passes, compile_blocks=blocks)
+    def backend(self, passes=None) -> PyTorchBackend:
+        return PyTorchBackend(self.graph, self.weights, device=self.device, passes=passes)
 
-    def diffusers(self, *, compiled: bool = False) -> torch.nn.Module:
-        model = common.diffusers_transformer(self.config, self.weights)
-        if compiled:
-            common.compile_blocks(model)
-        return model
+    def inputs(self, case: str) -> dict[str, torch.Tensor]:
+        side, batch = case.split(":")
+        return common.inputs_on(self.device, self.config, Resolution.read(side), int(batch))
 
-    def run(self) -> dict:
-        inputs = common.inputs_on(self.device, self.config, SIDE)
+    @torch.inference_mode()
+    def run(self, case: str) -> dict:
+        torch._dynamo.reset()
+        inputs, (side, batch) = self.inputs(case), case.split(":")
+        ours = self.backend()
+        eager, compiled = (common.diffusers_transformer(self.config, self.weights) for _ in range(2))
+        common.compile_blocks(compiled)
+        functions = {
+            "diffusers": lambda given: eager(**given, return_dict=False)[0],
+            "diffusers compiled": lambda given: compiled(**given, return_dict=False)[0],
+            "ours": ours._run,
+        }
+        steps, result = {}, {"model": self.name, "side": int(side), "batch": int(batch), "first step, s": {}, "GB": {}}
         for way in WAYS:
-            torch._dynamo.reset()
-            ours, theirs = self.backend(compiled=way != "eager"), self.diffusers(compiled=way != "eager")
+            plain = functions[way.removesuffix(" + CUDA graph")]
+            step = plain if way in functions else GraphedStep(plain)
+            steps[way] = partial(step, inputs)
+            begin = time.perf_counter()
+            capturing = peak(steps[way])
+            result["first step, s"][way] = round(time.perf_counter() - begin, 2)
+            result["GB"][way] = peak(steps[way]) if way in functions else capturing  # a graph keeps its memory
+        result["difference"] = relative_error(steps["ours"](), steps["diffusers"]())
+        result["ms"] = {way: round(ms, 2) for way, ms in alternately(steps, self.repeats).items()}
+        result["kernels"] = kernels(steps["ours + CUDA graph"])
+        return result
 
-            def of_diffusers(given, theirs=theirs) -> torch.Tensor:
-                return theirs(**given, return_dict=False)[0]
+    @torch.inference_mode()
+    def errors(self) -> dict[str, float]:
+        """Distance of both from diffusers in float32, at 512x512."""
+        inputs = self.inputs("512:2")
+        eager = common.diffusers_transformer(self.config, self.weights)
+        found = {"ours": self.backend()._run(inputs), "diffusers": eager(**inputs, return_dict=False)[0]}
+        wide = {name: x.float() for name, x in inputs.items()}
+        exact = eager.float()(**wide, return_dict=False)[0]
+        return {name: relative_error(x, exact) for name, x in found.items()}
 
-            steps = {"ours": torch.inference_mode()(ours._run), "diffusers": torch.inference_mode()(of_diffusers)}
-            first = {}
-            for name, step in steps.items():
-                begin = time.perf_counter()
-                first[name] = step(inputs)
-                torch.cuda.synchronize()
-                self.result[f"{name} {way}: first step, s"] = round(time.perf_counter() - begin, 1)
-            if way == "eager":
-                self.result["difference of the two, bf16"] = relative_error(first["ours"], first["diffusers"])
-                self.memory(steps, inputs)
-            if way.endswith("graph"):
-                steps = {name: torch.inference_mode()(GraphedStep(step)) for name, step in steps.items()}
-            calls = {name: partial(step, inputs) for name, step in steps.items()}
-            for name, ms in alternately(calls, self.repeats).items():
-                self.result[f"{name} {way}, ms"] = round(ms, 2)
-            if way == "compiled":
-                self.other_sizes(steps)
-            del ours, theirs, steps, calls, first
-            common.free()
-        return self.result
-
-    def memory(self, steps, inputs) -> None:
-        """Peak GPU memory of a step beyond the inputs and the weights as diffusers holds them."""
-        held = sum(w.nbytes for w in self.weights.values())
-        for name, step in steps.items():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step(inputs)
-            self.result[f"{name}: weights, GB"] = round(held / 1e9, 2)
-            self.result[f"{name}: activations, GB"] = round((torch.cuda.max_memory_allocated() - before) / 1e9, 2)
-
-    def other_sizes(self, steps) -> None:
-        """Seconds of the first step at a second resolution, and with guidance off."""
-        for label, size, batch in (("512x512", Resolution.read(512), 2), ("batch 1", SIDE, 1)):
-            inputs = common.inputs_on(self.device, self.config, size, batch)
-            for name, step in steps.items():
-                begin = time.perf_counter()
-                step(inputs)
-                torch.cuda.synchronize()
-                self.result[f"{name} compiled: first step at {label}, s"] = round(time.perf_counter() - begin, 1)
-
-    def ladder(self) -> None:
+    @torch.inference_mode()
+    def ladder(self) -> list[dict]:
         """Each pass on top of those before it."""
-        inputs, rungs = common.inputs_on(self.device, self.config, SIDE), []
-        for count in range(len(SPEED) + 1):
-            name = SPEED[count - 1].__name__ if count else "without passes"
-            if name in ("shared_silu", "merged_linears"):
-                continue  # blocks are equal to one another again only after the next one
-            passes, row = NUMERICS + SPEED[:count], {"pass": name}
-            row["eager, ms"] = self.milliseconds(self.backend(passes), inputs)
-            torch._dynamo.reset()
-            step = torch.inference_mode()(GraphedStep(self.backend(passes, compiled=True)._run))
-            row["compiled + CUDA graph, ms"] = self.milliseconds(step, inputs)
-            rungs.append(row)
-            del step
+        inputs, rungs = self.inputs(CASES[0]), []
+        for count in range(len(SPEED + KERNELS) + 1):
+            step = self.backend(NUMERICS + (SPEED + KERNELS)[:count])._run
+            times = alternately(
+                {"ms": partial(step, inputs), "graph": partial(GraphedStep(step), inputs)}, self.repeats
+            )
+            name = (SPEED + KERNELS)[count - 1].__name__ if count else "without passes"
+            rungs.append({"pass": name, "ms": round(times["ms"], 2), "ms, CUDA graph": round(times["graph"], 2)})
+            del step, ways
             common.free()
-        self.result["ladder"] = rungs
+        return rungs
 
-    def milliseconds(self, step: Step, inputs) -> float:
-        return round(statistics.median(step_times(partial(step, inputs), self.device, self.repeats)), 2)
+
+def peak(step: Callable[[], object]) -> float:
+    """Peak GPU memory during a step, GB, beyond what was allocated before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e9, 2)
+
+
+def kernels(step: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of a step's CUDA kernels by kind."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    spent: Counter = Counter()
+    for event in profile.key_averages():
+        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "other")
+        spent[kind] += event.device_time_total / 1000
+    return {kind: round(ms, 2) for kind, ms in spent.items() if ms}
+
+
+def gpu_state() -> str:
+    ask = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.draw", "--format=csv,noheader"]
+    return subprocess.run(ask, capture_output=True, text=True).stdout.split("\n")[0]
 
 
 def run(options: Namespace) -> None:
@@ -155,64 +179,75 @@ def run(options: Namespace) -> None:
     torch._dynamo.config.recompile_limit = 64  # diffusers' blocks share one function
     found = {
         "hardware": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        **common.conditions(SIDE),
-        "models": [],
-    }
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [], "errors": {}, "ladder": {}, "driver, clock, maximum, power": [],
+    }  # fmt: skip
     for name in options.models:
         bench = Bench(name, options.folder, options.repeats)
-        result = bench.run()
+        if options.errors:
+            found["errors"][name] = bench.errors()
+            del bench
+            common.free()
+            bench = Bench(name, options.folder, options.repeats)
+        for case in options.cases:
+            found["rows"].append(bench.run(case))
+            found["driver, clock, maximum, power"].append(gpu_state())
+            print(json.dumps(found["rows"][-1]), flush=True)
+            common.save(found, options.output)
+            common.free()
         if options.ladder:
-            bench.ladder()
-        found["models"].append(result)
-        print(json.dumps(result), flush=True)
-        common.save(found, options.output)
+            found["ladder"][name] = bench.ladder()
+            common.save(found, options.output)
         del bench
+        gc.collect()
         common.free()
 
 
 def table(found: dict) -> list[str]:
     """One result as Markdown."""
     lines = [
-        f"{found['hardware']}, torch {found['torch']}, diffusers {found['diffusers']}, {found['date']}. One step "
-        f"of the `pytorch` backend beside diffusers' transformer: {found['conditions']}; run alternately, medians.",
+        f"{found['hardware']}, torch {found['torch']}, diffusers {found['diffusers']}, {found['date']}. Milliseconds "
+        "per denoising step of the `pytorch` backend beside diffusers' transformer: bf16, random weights, "
+        f"{TEXT_TOKENS} text tokens, run alternately in one process, medians. Driver, clock after the run, its "
+        f"maximum and power: {found['driver, clock, maximum, power'][0]}.",
         "",
-        "Reproduce with `python -m benchmarks.single_gpu` (its first lines have the commands).",
-        "",
-        "| | diffusers, ms | ours, ms | ratio |",
-        "|---|---:|---:|---:|",
+        "| | " + " | ".join(WAYS) + " | ours over diffusers, eager | with CUDA graph over compiled |",
+        "|---" + "|---:" * (len(WAYS) + 2) + "|",
     ]
-    for result in found["models"]:
-        for way in WAYS:
-            theirs, ours = result[f"diffusers {way}, ms"], result[f"ours {way}, ms"]
-            lines.append(f"| SD{result['model']}, {way} | {theirs:.1f} | {ours:.1f} | {theirs / ours:.2f} |")
-    lines += ["", "| | diffusers | ours |", "|---|---:|---:|"]
-    keys = [key.removeprefix("ours") for key in found["models"][0] if key.startswith("ours") and "ms" not in key]
-    for result in found["models"]:
-        lines += [f"| SD{result['model']}{k} | {result[f'diffusers{k}']} | {result[f'ours{k}']} |" for k in keys]
-    for result in found["models"]:
-        if "ladder" in result:
-            lines += _ladder(result)
+    for row in found["rows"]:
+        ms = row["ms"]
+        ratios = ms["diffusers"] / ms["ours"], ms["diffusers compiled"] / ms["ours + CUDA graph"]
+        cells = [f"{ms[way]:.1f}" for way in WAYS] + [f"{ratio:.2f}x" for ratio in ratios]
+        lines.append(f"| {label(row)} | " + " | ".join(cells) + " |")
+    for key, title in (("first step, s", "Seconds of the first step"), ("GB", "GB of peak memory beyond the weights")):
+        lines += ["", f"| {title} | " + " | ".join(WAYS) + " |", "|---" + "|---:" * len(WAYS) + "|"]
+        lines += [f"| {label(row)} | " + " | ".join(str(row[key][way]) for way in WAYS) + " |" for row in found["rows"]]
+    kinds = [*KINDS, "other"]
+    lines += ["", "| ms of ours, by kind of kernel | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
+    for row in found["rows"]:
+        lines.append(f"| {label(row)} | " + " | ".join(f"{row['kernels'].get(kind, 0):.2f}" for kind in kinds) + " |")
+    if found["errors"]:
+        lines += ["", "| bf16, relative distance from float32, 512x512 | diffusers | ours |", "|---|---:|---:|"]
+        lines += [f"| SD{name} | {e['diffusers']:.4f} | {e['ours']:.4f} |" for name, e in found["errors"].items()]
+    for name, rungs in found["ladder"].items():
+        lines += ["", f"| SD{name}, with the passes up to | expected | ms | ms, CUDA graph |", "|---|---|---:|---:|"]
+        for row in rungs:
+            expected = PREDICTED.get(row["pass"], "")
+            lines.append(f"| {row['pass']} | {expected} | {row['ms']} | {row['ms, CUDA graph']} |")
     return [*lines, ""]
 
 
-def _ladder(result: dict) -> list[str]:
-    lines = [
-        "",
-        f"## SD{result['model']}, pass by pass",
-        "",
-        "| with the passes up to | expected | eager, ms | compiled + CUDA graph, ms |",
-        "|---|---|---:|---:|",
-    ]
-    for row in result["ladder"]:
-        expected = PREDICTED.get(row["pass"], "")
-        lines.append(f"| {row['pass']} | {expected} | {row['eager, ms']} | {row['compiled + CUDA graph, ms']} |")
-    return lines
+def label(row: dict) -> str:
+    return f"SD{row['model']}, {row['side']}x{row['side']}, batch {row['batch']}"
 
 
 def main() -> None:
-    parser = common.parser(__doc__, MODELS, ["3.5-medium", "3.5-large"], "single_gpu.json", repeats=15)
+    parser = common.parser(__doc__, MODELS, ["3.5-medium", "3.5-large"], "single_gpu.json", 10)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="side in pixels : rows")
     parser.add_argument("--ladder", action="store_true", help="also time each graph pass on top of those before it")
+    parser.add_argument("--errors", action="store_true", help="also compare both with float32")
     common.main(parser.parse_args(), write_graphs, run, "One GPU", table)
 
 
