@@ -142,7 +142,7 @@ class Bench:
             )
             name = (SPEED + KERNELS)[count - 1].__name__ if count else "without passes"
             rungs.append({"pass": name, "ms": round(times["ms"], 2), "ms, CUDA graph": round(times["graph"], 2)})
-            del step, ways
+            del step
             common.free()
         return rungs
 
