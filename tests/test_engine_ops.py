@@ -145,6 +145,7 @@ CASES = [
     ),
     OpCase("SLICE", ((2, 5, 3),), lambda x: x[:, 1:4], SLICE, fixed=((1,), (3,)), label="dynamic"),
     OpCase("SLICE", ((2, 5, 3),), fill_slice, dict(SLICE, mode="FILL"), fixed=((3,), (5,)), label="fill"),
+    OpCase("SOFTMAX", ((2, 3, 8),), lambda x: np.exp(x) / np.exp(x).sum(1, keepdims=True), dict(axes=2)),
     *[
         OpCase("UNARY", ((3, 7),), f, dict(op=name), positive=name in ("SQRT", "RECIP"), label=name)
         for name, f in ONE.items()

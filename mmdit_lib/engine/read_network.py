@@ -122,6 +122,7 @@ READERS: dict[str, tuple[str, Callable]] = {
     "SHAPE": ("IShapeLayer", named()),
     "SHUFFLE": ("IShuffleLayer", _shuffle),
     "SLICE": ("ISliceLayer", _slice),
+    "SOFTMAX": ("ISoftMaxLayer", named("axes")),
     "UNARY": ("IUnaryLayer", named("op")),
 }
 """By layer type: the class to read it as, and a function that reads its attributes."""

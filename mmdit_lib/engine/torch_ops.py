@@ -95,6 +95,11 @@ def slice_(x, starts=None, sizes=None, *, axes, start, shape, stride, mode):
     return x
 
 
+def softmax(x, *, axes):
+    """`axes` is a bit mask with one bit set."""
+    return x.softmax(axes.bit_length() - 1)
+
+
 UNARY: dict[str, Callable] = {
     "SQRT": torch.sqrt, "RECIP": torch.reciprocal, "SIN": torch.sin, "COS": torch.cos,
 }  # fmt: skip
@@ -178,6 +183,7 @@ OPS: dict[str, Callable] = {
     "SHUFFLE": shuffle,
     "SILU": silu,
     "SLICE": slice_,
+    "SOFTMAX": softmax,
     "UNARY": unary,
 }
 

@@ -57,7 +57,10 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
     last = len(x.shape) - 1
     shape = (1,) * last + (x.shape[-1],)
     one, zero = x.network.values([1.0], x.dtype, shape), x.network.values([0.0], x.dtype, shape)
-    layer = x.network.definition.add_normalization_v2(x.itensor, one.itensor, zero.itensor, 1 << last)
+    definition = x.network.definition
+    # The two differ for groups of channels only.
+    add = definition.add_normalization_v2 if x.network.features.normalization_v2 else definition.add_normalization
+    layer = add(x.itensor, one.itensor, zero.itensor, 1 << last)
     layer.epsilon = eps
     return x.network.add(layer, "layer_norm")
 
@@ -66,6 +69,12 @@ def matmul(a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
     op_b = trt.MatrixOperation.TRANSPOSE if transpose_b else trt.MatrixOperation.NONE
     layer = a.network.definition.add_matrix_multiply(a.itensor, trt.MatrixOperation.NONE, b.itensor, op_b)
     return a.network.add(layer, "matmul")
+
+
+def softmax(x: Tensor, dim: int) -> Tensor:
+    layer = x.network.definition.add_softmax(x.itensor)
+    layer.axes = 1 << dim
+    return x.network.add(layer, "softmax")
 
 
 def conv2d(x: Tensor, kernel: Tensor, bias: Tensor, stride: int) -> Tensor:
@@ -79,8 +88,14 @@ def conv2d(x: Tensor, kernel: Tensor, bias: Tensor, stride: int) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over [batch, heads, tokens, d]; TensorRT's layer itself does not scale."""
+    """softmax(q k^T / sqrt(d)) v over [batch, heads, tokens, d]; TensorRT's layer itself does not scale.
+
+    Without the layer (TensorRT 10), unless TensorRT fuses the three steps, the scores [batch, heads, queries, keys]
+    exist in memory, and are rounded to the network's dtype.
+    """
     scaled = q * (q.shape[-1] ** -0.5)
+    if not q.network.features.attention:
+        return matmul(softmax(matmul(scaled, k, transpose_b=True), 3), v)
     layer = q.network.definition.add_attention_v2(
         scaled.itensor, k.itensor, v.itensor, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
     )

@@ -14,7 +14,7 @@ import torch
 
 from ..config import TORCH_DTYPES, RankMapping
 from .tensor_parallel import WHOLE, Sharding
-from .trt import dtype_name, trt, trt_dtype
+from .trt import Features, dtype_name, installed_features, trt, trt_dtype
 
 Shape = tuple[int, ...]
 
@@ -77,6 +77,7 @@ class Network:
         dtype: 'float32', 'float16' or 'bfloat16'.
         mapping: the rank and the parallel sizes.
         sharding: how the model's weights are sharded over the tp ranks.
+        features: the layers that it can use; by default those of the installed TensorRT.
     """
 
     def __init__(
@@ -87,12 +88,14 @@ class Network:
         dtype: str,
         mapping: RankMapping | None = None,
         sharding: Sharding = WHOLE,
+        features: Features | None = None,
     ):
         self.definition = definition
         self.weights = weights
         self.dtype = dtype
         self.mapping = mapping or RankMapping()
         self.sharding = sharding
+        self.features = features or installed_features()
         self.modules: dict[str, list[Tensor]] = {}
         self._arrays: list[torch.Tensor] = []  # what TensorRT reads by address
         self._scopes: list[str] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from functools import cached_property
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -45,6 +46,20 @@ def installed() -> str | None:
         return f"{trt.package.__name__} {trt.package.__version__}"
     except ImportError:
         return None
+
+
+class Features(NamedTuple):
+    """Layers that a network can use: TensorRT 11 and TensorRT-RTX have all of them, 10.13 has none."""
+
+    attention: bool
+    collectives: bool
+    normalization_v2: bool
+
+
+def installed_features() -> Features:
+    """Of the installed TensorRT."""
+    names = "add_attention_v2", "add_dist_collective", "add_normalization_v2"
+    return Features(*(hasattr(trt.INetworkDefinition, name) for name in names))
 
 
 MEMBERS = {name: names.tensorrt for name, names in STORED_DTYPES.items()} | {"int64": "INT64"}
