@@ -1,8 +1,9 @@
-"""TensorRT's log, forwarded to Python's `logging`, and its build progress as a progress bar."""
+"""What TensorRT calls back: its log, forwarded to Python's `logging`, its build progress, and times of layers."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import cache
 
 from tqdm.auto import tqdm
@@ -80,3 +81,17 @@ def _monitor(title: str, show: bool):
             self.bar.close()
 
     return Monitor()
+
+
+def layer_timer():
+    """An `IProfiler`; its `ms` is the total time of each layer of the plan, by name."""
+
+    class Timer(trt.IProfiler):
+        def __init__(self):
+            trt.IProfiler.__init__(self)
+            self.ms: Counter[str] = Counter()
+
+        def report_layer_time(self, layer_name, ms):
+            self.ms[layer_name] += ms
+
+    return Timer()

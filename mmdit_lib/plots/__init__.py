@@ -4,6 +4,15 @@ from .bars import time_bars, traffic_bars
 from .block import block_diagram
 from .errors import error_by_depth
 from .images import images_side_by_side
+from .layers import time_by_block
 from .shards import shard_map
 
-__all__ = ["block_diagram", "error_by_depth", "images_side_by_side", "shard_map", "time_bars", "traffic_bars"]
+__all__ = [
+    "block_diagram",
+    "error_by_depth",
+    "images_side_by_side",
+    "shard_map",
+    "time_bars",
+    "time_by_block",
+    "traffic_bars",
+]
