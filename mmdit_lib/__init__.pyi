@@ -2,7 +2,7 @@
 
 from . import parallel, tiny
 from .checkpoint import Checkpoint, convert, export
-from .config import Layout, Resolution
+from .config import Layout, PlanOptions, Resolution
 from .engine.backend import RunnerOptions
 from .engine.build import build
 from .engine.folder import EngineFolder
@@ -18,6 +18,7 @@ __all__ = [
     "EngineFolder",
     "Layout",
     "MMDiTRunner",
+    "PlanOptions",
     "Resolution",
     "RunnerOptions",
     "__version__",

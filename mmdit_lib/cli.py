@@ -170,6 +170,8 @@ def bench_command(
     batch: int = 2,
     text_tokens: int = 333,
     repeats: int = 20,
+    profile: bool = False,
+    plot: str | Path | None = None,
     runner: Runner = DEFAULTS,
 ) -> None:
     """Time one denoising step of an engine and, if --model_path is given, of diffusers' transformer.
@@ -181,22 +183,34 @@ def bench_command(
         batch: rows; guidance uses two per image.
         text_tokens: length of the text.
         repeats: timed steps; the median is shown.
+        profile: also time every layer, and show the sums by module (under mpirun, of rank 0).
+        plot: image file for a plot of the times: of each block with --profile, otherwise of the steps.
     """
+    from .plots import time_bars, time_by_block
     from .reports.bench import bench_step
+    from .reports.profile import by_module, profile_step, profile_table
     from .runner import MMDiTRunner
 
+    plot = picture_file(plot) if plot else None
     check_ranks(engine_dir)
     opened = MMDiTRunner.from_engine(engine_dir, runner)
     size = Resolution.read(resolution or opened.folder.build_config.opt_resolution)
-    times = bench_step(
-        opened, resolution=size, batch=batch, text_tokens=text_tokens, repeats=repeats, model_path=model_path
-    )
+    step = dict(resolution=size, batch=batch, text_tokens=text_tokens, repeats=repeats)
+    layers = profile_step(opened, **step) if profile else None
+    times = bench_step(opened, **step, model_path=model_path)
     if opened.rank == 0:
         title = f"one step, {size}, batch {batch}, {text_tokens} text tokens, {opened.folder.dtype}, {opened.device}"
         table = Table("", "ms (median)", *(["speed relative to diffusers"] if model_path else []), title=title)
         for name, ms in times.items():
             table.add_row(name, f"{ms:.2f}", *([f"{times['diffusers'] / ms:.2f}"] if model_path else []))
         console.print(table)
+        blocks = opened.folder.architecture.blocks
+        if layers is not None:
+            console.print(profile_table(layers, blocks, f"layers of one step, {opened.backend.name} backend"))
+        if plot:
+            figure = time_bars(times) if layers is None else time_by_block(by_module(layers, blocks))
+            figure.savefig(plot, dpi=120)
+            console.print(f"plot: {plot}")
 
 
 def traffic_command(
@@ -233,7 +247,7 @@ COMMANDS = {
 def main() -> None:
     """Entry point of `mmdit`."""
     with one_line_errors("mmdit"):
-        result = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit")
+        result = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit", config=(tyro.conf.OmitArgPrefixes,))
         if isinstance(result, Path):
             console.print(f"written: {result}")
 
@@ -243,6 +257,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     """A user's mistake is one line and exit code 1; under mpirun one rank's error ends all ranks."""
     # Silences transformers' advice on image processors, which nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler: when it starts and stops
     with guard():
         try:
             yield

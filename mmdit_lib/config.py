@@ -5,7 +5,9 @@ Field names are diffusers' (models), TensorRT-LLM's (parallel sizes, build).
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Dtype = Literal["float32", "float16", "bfloat16"]
 TpLayout = Literal["megatron", "trtllm"]
 CpMethod = Literal["allgather", "ulysses"]
+Builder = Literal["tensorrt", "trtllm"]
 
 
 class DtypeNames(NamedTuple):
@@ -243,3 +246,38 @@ class BuildConfig(Config):
         ends = zip(self.batches(cfg_size), self.resolutions, tokens, strict=True)
         low, middle, high = (Sizes(batch, image.height, image.width, text) for batch, image, text in ends)
         return low, middle, high
+
+
+class PlanOptions(Config):
+    """How TensorRT builds a plan, named as in trtexec and trtllm-build. What is not given is left to TensorRT."""
+
+    builder_optimization_level: int | None = None
+    """0 (fastest build) to 5 (fastest plan)"""
+    workspace: str | None = None
+    """most scratch memory that a layer may use, for instance 512MiB or 8GiB; a number alone is in MiB"""
+    timing_cache: Path | None = None
+    """file with the kernel timings of earlier builds; it is read if it exists, and written when the plan is built"""
+    profiling_verbosity: Literal["none", "layer_names_only", "detailed"] | None = None
+    """what the plan records about its layers, for profilers and TensorRT's engine inspector"""
+    refit: bool = False
+    """weights can be replaced in the plan"""
+    weight_streaming: bool = False
+    """weights can stay in host memory and be streamed to the GPU"""
+    strip_plan: bool = False
+    """weights are left out of the plan; refit it before it runs"""
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        """None if `workspace` is not given. Raises `ValueError` if it is not a size."""
+        if self.workspace is None:
+            return None
+        found = re.fullmatch(r"([1-9]\d*) ?(MiB|GiB)?", self.workspace, re.IGNORECASE)
+        if found is None:
+            raise ValueError(
+                f"workspace '{self.workspace}': give 512MiB or 8GiB, for instance; a number alone is in MiB"
+            )
+        return int(found[1]) << (30 if (found[2] or "").lower() == "gib" else 20)
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as JSON."""
+        return self.model_dump(mode="json", exclude_defaults=True)

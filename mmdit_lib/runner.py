@@ -50,7 +50,7 @@ class MMDiTRunner:
             engine_dir: an engine folder written by `build`.
             options: how to open and run it.
             changes: individual fields of `RunnerOptions`: backend ('auto', 'tensorrt', 'pytorch'),
-                checkpoint_dir, device, compile, cuda_graph, check_finite, verify.
+                checkpoint_dir, device, compile, cuda_graph, check_finite, verify, trust.
 
         Raises:
             ValueError: if the folder is damaged or incomplete, or the backend cannot run here.
@@ -68,6 +68,8 @@ class MMDiTRunner:
         opened = backend.open(folder, options, team)
         if missing := [x.name for x in folder.architecture.inputs if x.name not in opened.inputs]:
             raise ValueError(f"{folder.path} has no input {missing[0]}: build it again with this version")
+        if unknown := set(opened.inputs) - {x.name for x in folder.architecture.inputs}:
+            raise ValueError(f"{folder.path} has an input {min(unknown)}, which {folder.architecture.name} has not")
         rank = team.rank if team else 0
         return cls(folder, opened, reason, rank=rank, check_finite=options.check_finite)
 

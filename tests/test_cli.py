@@ -64,6 +64,14 @@ def test_bench_beside_diffusers_in_half_precision(mmdit):
     assert code == 0 and "engine (pytorch)" in out and "diffusers" not in out
 
 
+def test_bench_shows_and_plots_the_time_of_every_module(mmdit, work):
+    sizes = ["--resolution", "64", "--text_tokens", "77", "--repeats", "1"]
+    code, out, err = mmdit("bench", "--profile", "--plot", "t.png", *sizes)
+    assert code == 0 and "transformer_blocks.*.attn" in out and "time_text_embed" in out and err == ""
+    assert Image.open(work / "t.png").width > 500 and "plot: t.png" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_inspect_knows_the_default_folder(mmdit):
     code, out, _ = mmdit("inspect")
     assert code == 0 and "4 heads of 48" in out
@@ -106,6 +114,12 @@ def test_generate_writes_a_picture(mmdit, work):
         (["export", "--checkpoint_dir", "missing"], "missing is not a checkpoint folder"),
         (["export", "--output_dir", "two_ranks"], "contains something other than an exported transformer"),
         (["onnx", "--engine_dir", "two_ranks"], "ONNX has no collectives"),
+        (["build", "--builder_optimization_level", "9"], "builder_optimization_level 9: use 0 to 5"),
+        (["build", "--workspace", "lots"], "workspace 'lots': give 512MiB"),
+        (["build", "--builder", "trtllm", "--cp_size", "2"], "cp_size: not an option of builder trtllm"),
+        (["build", "--builder", "trtllm"], "trtllm-build is not on PATH; pip install tensorrt-llm==1.2.1"),
+        (["bench", "--profile", "--compile"], "compiled blocks have no layers"),
+        (["bench", "--plot", "no/e.png"], "folder no does not exist"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
 )

@@ -6,6 +6,7 @@ the source. TensorRT 11's binding is read without its libraries.
 
 import ast
 import importlib.util
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,16 +16,20 @@ from trt_api import MODULE, Api, argument_counts, make_stand_ins, read_api
 
 import mmdit_lib
 from mmdit_lib.checkpoint import convert
+from mmdit_lib.config import PlanOptions
+from mmdit_lib.engine import build as build_module
 from mmdit_lib.engine.build import build
-from mmdit_lib.network.trt import trt
+from mmdit_lib.network.trt import Features, trt
 from training.random_pipeline import make_random_pipeline
 
 RTX, TRT11 = "tensorrt_rtx", "tensorrt_bindings"
+TRT10 = json.loads((Path(__file__).parent / "data" / "tensorrt_10.13.3.9.json").read_text())
+"""By class: its members in `tensorrt-cu12-bindings` 10.13.3.9, read with `trt_api.py` in an environment of its own."""
 ENGINE = Path(mmdit_lib.__file__).parent / "engine"
 SOURCE = "\n".join((ENGINE / name).read_text() for name in ("tensorrt_backend.py", "logger.py"))
 
 LISTED = {
-    MODULE: {"Runtime": 1, "TensorIOMode": None, "ILogger": None, "IProgressMonitor": None},
+    MODULE: {"Runtime": 1, "TensorIOMode": None, "ILogger": None, "IProgressMonitor": None, "IProfiler": None},
     "TensorIOMode": {"INPUT": None},
     "Runtime": {"deserialize_cuda_engine": 1},
     "ICudaEngine": {
@@ -33,10 +38,11 @@ LISTED = {
     },
     "IExecutionContext": {
         "set_communicator": 1, "set_input_shape": 2, "get_tensor_shape": 1,
-        "set_tensor_address": 2, "execute_async_v3": 1,
+        "set_tensor_address": 2, "execute_async_v3": 1, "profiler": None,
     },
     "ILogger": {"Severity": None, "log": 2},
     "ILogger.Severity": {"INTERNAL_ERROR": None, "ERROR": None, "WARNING": None},
+    "IProfiler": {"report_layer_time": 2},
     "IProgressMonitor": {"phase_start": 3, "phase_finish": 1, "step_complete": 2},
 }  # fmt: skip
 """The members that `SOURCE` calls or overrides, with the number of positional arguments; None if it only reads them."""
@@ -169,3 +175,16 @@ def test_what_a_build_uses_is_in_both(apis, tmp_path, monkeypatch):
     assert {("INetworkDefinition", "add_dist_collective"), ("IShuffleLayer", "reshape_dims"), *RTX_ONLY} <= used
     faults = {use: line for use in used if (line := fault(apis, *use))}
     assert faults == {use: f"{'.'.join(use).lstrip('.')} is not in {TRT11}" for use in RTX_ONLY}
+
+
+@pytest.mark.slow
+def test_what_one_rank_uses_is_in_tensorrt_10(tmp_path, monkeypatch):
+    """Its fallbacks included, which `Features` selects."""
+    whole = convert(str(make_random_pipeline(tmp_path / "model")), str(tmp_path / "whole"), progress=False)
+    monkeypatch.setattr(build_module, "installed_features", lambda: Features(False, False, False))
+    used = record(importlib.import_module(RTX), monkeypatch)
+    options = PlanOptions(builder_optimization_level=3, workspace="1GiB", profiling_verbosity="detailed")
+    build(str(whole), str(tmp_path / "plan"), plan_options=options, progress=False)
+    assert {("INetworkDefinition", name) for name in ("add_softmax", "add_normalization")} <= used
+    used |= {(owner, name) for owner, members in LISTED.items() for name in members}
+    assert {use for use in used if use[1] not in TRT10[use[0]]} == {("IExecutionContext", "set_communicator")}

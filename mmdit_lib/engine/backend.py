@@ -33,6 +33,8 @@ class RunnerOptions:
     """check every input and output for NaN and infinity"""
     verify: bool = True
     """verify the checksums of the files that are read"""
+    trust: bool = False
+    """tensorrt backend: run a plan even if its checksum is missing or differs; a plan is code"""
 
     @property
     def torch_device(self) -> torch.device:
@@ -73,3 +75,9 @@ class Backend(Protocol):
 
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Every named tensor of the network, by name. Raises `ValueError` if the backend does not keep them."""
+
+    def profile(self, inputs: Inputs, repeats: int) -> dict[str, float]:
+        """Milliseconds per call by layer, each named after its module (`module.path/layer`), the mean of `repeats`.
+
+        Raises `ValueError` if the layers cannot be timed one by one.
+        """

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import resource
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..architecture import ModelConfig
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, version_of
-from ..config import BuildConfig, CpMethod, Layout, RankMapping, Resolution
+from ..config import BuildConfig, Builder, CpMethod, Layout, PlanOptions, RankMapping, Resolution
 from ..files import FileRecord, complete_folder, write_synced
 from ..files.records import to_json
 from ..network.network import Network
-from ..network.trt import installed, trt
+from ..network.trt import Features, installed, installed_features, trt
+from . import trtllm
+from .builder_config import builder_config, check_options, save_timing_cache
 from .folder import FORMAT_VERSION, checkpoint_reference, graph_file, is_engine_folder, plan_file
 from .inputs import check_build, declared_shape, input_dtype, profile_shapes
 from .logger import Progress, logger
 from .read_network import read_network
+
+NO_OPTIONS = PlanOptions()
 
 
 def build(
@@ -35,8 +42,11 @@ def build(
     cp_size: int | None = None,
     cfg_size: int | None = None,
     cp_method: CpMethod = "allgather",
+    builder: Builder = "tensorrt",
     compute_capability: tuple[str, ...] = (),
+    attention_layer: bool = True,
     plan: bool = True,
+    plan_options: PlanOptions = NO_OPTIONS,
     progress: bool = True,
 ) -> Path:
     """Build one TensorRT plan and one graph file per rank from a checkpoint folder.
@@ -56,8 +66,13 @@ def build(
         cp_size: ranks of context parallelism; by default the checkpoint's.
         cfg_size: 2 for CFG parallelism; by default the checkpoint's.
         cp_method: allgather (keys and values are gathered) or ulysses (heads are scattered).
+        builder: tensorrt, or trtllm to run TensorRT-LLM's trtllm-build: one image size, 333 text tokens, and the
+            checkpoint's layout; of the other options it takes only max_batch_size.
         compute_capability: GPUs to build for, for instance 8.9 12.0 (tensorrt_rtx only, which has a default list).
+        attention_layer: use TensorRT's attention layer, if it has one; --no-attention_layer defines attention as two
+            matrix products and a softmax, as TensorRT 10 needs.
         plan: with --no-plan only the graph files for the pytorch backend are written.
+        plan_options: how TensorRT builds the plan; recorded in the folder.
         progress: show a progress bar.
 
     Returns:
@@ -66,6 +81,10 @@ def build(
     Raises:
         ValueError: if checkpoint, layout and profile do not match, or TensorRT rejects the network.
     """
+    if builder == "trtllm":
+        refuse_for_trtllm(locals())
+        return trtllm.build(checkpoint_dir, output_dir, max_batch_size)
+    check_options(plan_options)
     checkpoint = Checkpoint.open(checkpoint_dir)
     own = checkpoint.layout
     changes = {
@@ -89,16 +108,51 @@ def build(
         "build options",
     )
     check_build(checkpoint.model, config, layout)
+    check_collectives(layout)
     output = Path(output_dir).expanduser()
     with complete_folder(output, "engine folder", is_engine_folder) as partial:
         checkpoint.verify()
-        report = [
-            build_rank(checkpoint, mapping, config, partial, compute_capability, plan, progress)
-            for mapping in layout.ranks()
-        ]
-        content = _config(checkpoint, layout, config, partial, output, plan, report)
+        usable = installed_features()
+        usable = usable._replace(attention=usable.attention and attention_layer)
+        job = Job(checkpoint, config, usable, plan, compute_capability, plan_options, progress)
+        report = [build_rank(job, mapping, partial) for mapping in layout.ranks()]
+        content = _config(job, layout, partial, output, report)
         write_synced(partial / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
     return output
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all ranks of a build have in common."""
+
+    checkpoint: Checkpoint
+    config: BuildConfig
+    features: Features
+    plan: bool
+    compute_capability: tuple[str, ...]
+    plan_options: PlanOptions
+    progress: bool
+
+
+def refuse_for_trtllm(arguments: dict[str, Any]) -> None:
+    """Raises `ValueError` naming the first argument of `build` that is given and that `trtllm-build` does not take."""
+    taken = {"builder", "checkpoint_dir", "output_dir", "max_batch_size", "progress"}
+    for name, parameter in inspect.signature(build).parameters.items():
+        if name not in taken and arguments[name] != parameter.default:
+            given = ", ".join(arguments[name].given()) if name == "plan_options" else name
+            raise ValueError(
+                f"{given}: not an option of builder trtllm, which takes max_batch_size only; image size and text "
+                "length are fixed, and the layout is the checkpoint's"
+            )
+
+
+def check_collectives(layout: Layout) -> None:
+    """Raises `ValueError` if the layout has several ranks and the installed TensorRT cannot connect them."""
+    if layout.world_size > 1 and not installed_features().collectives:
+        raise ValueError(
+            f"{installed()} has no collectives, which {layout.world_size} ranks need: pip install 'tensorrt>=11', "
+            "or tensorrt-rtx-cu13"
+        )
 
 
 def default_resolutions(model: ModelConfig, vae_scale_factor: int) -> tuple[Resolution, ...]:
@@ -109,7 +163,9 @@ def default_resolutions(model: ModelConfig, vae_scale_factor: int) -> tuple[Reso
     return tuple(Resolution(height=s // step * step, width=s // step * step) for s in sides)
 
 
-def define(definition, checkpoint: Checkpoint, mapping: RankMapping, config: BuildConfig) -> Network:
+def define(
+    definition, checkpoint: Checkpoint, mapping: RankMapping, config: BuildConfig, features: Features | None = None
+) -> Network:
     """Add one rank's full network to an empty `INetworkDefinition`. The result owns the weights' memory."""
     architecture, model = checkpoint.architecture, checkpoint.model
     network = Network(
@@ -118,6 +174,7 @@ def define(definition, checkpoint: Checkpoint, mapping: RankMapping, config: Bui
         dtype=checkpoint.dtype,
         mapping=mapping,
         sharding=architecture.shardings[mapping.layout.tp_layout],
+        features=features,
     )
     inputs = {
         x.name: network.input(x.name, input_dtype(x, checkpoint.dtype), declared_shape(x, model))
@@ -127,80 +184,55 @@ def define(definition, checkpoint: Checkpoint, mapping: RankMapping, config: Bui
     return network
 
 
-def build_rank(
-    checkpoint: Checkpoint,
-    mapping: RankMapping,
-    config: BuildConfig,
-    folder: Path,
-    capabilities: tuple[str, ...],
-    plan: bool,
-    progress: bool,
-) -> dict:
+def build_rank(job: Job, mapping: RankMapping, folder: Path) -> dict:
     """Write one rank's graph file and plan; returns a report of sizes and times."""
     start = time.perf_counter()
     logger().errors.clear()  # of an earlier build
     builder = trt.Builder(logger())
     definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    network = define(definition, checkpoint, mapping, config)
+    network = define(definition, job.checkpoint, mapping, job.config, job.features)
     graph = read_network(definition, network.module_outputs())
     graph.save(folder / graph_file(mapping.rank))
     report = {"rank": mapping.rank, "layers": len(graph.layers), "define_seconds": time.perf_counter() - start}
-    if plan:
-        shapes = profile_shapes(checkpoint.architecture, checkpoint.model, config, mapping.cfg_size)
-        options = builder_config(builder, checkpoint.dtype, shapes, capabilities)
-        with Progress(f"build rank {mapping.rank}", progress) as monitor:
-            options.progress_monitor = monitor
-            serialized = builder.build_serialized_network(definition, options)
-        if serialized is None:
-            raise ValueError(f"TensorRT built no plan for rank {mapping.rank}: {logger().last_error()}")
-        write_synced(folder / plan_file(mapping.rank), memoryview(serialized))
-        report["plan_bytes"] = serialized.nbytes
+    if job.plan:
+        report["plan_bytes"] = build_plan(job, builder, definition, mapping, folder / plan_file(mapping.rank))
     report["seconds"] = time.perf_counter() - start
     report["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return report
 
 
-def builder_config(builder, dtype: str, shapes: dict[str, list[tuple[int, ...]]], capabilities: tuple[str, ...]):
-    """An `IBuilderConfig` with one optimization profile."""
-    options = builder.create_builder_config()
-    if dtype == "float32":
-        options.clear_flag(trt.BuilderFlag.TF32)  # full float32 precision
-    profile = builder.create_optimization_profile()
-    for name, (low, middle, high) in shapes.items():
-        profile.set_shape(name, low, middle, high)
-    options.add_optimization_profile(profile)
-    if not capabilities:
-        return options
-    if not hasattr(options, "set_compute_capability"):
-        raise ValueError(
-            f"compute_capability: {installed()} builds for the local GPU only; tensorrt_rtx accepts a list"
-        )
-    options.num_compute_capabilities = len(capabilities)
-    for i, capability in enumerate(capabilities):
-        member = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}", None)
-        if member is None:
-            legal = [m.removeprefix("SM") for m in trt.ComputeCapability.__members__ if m.startswith("SM")]
-            raise ValueError(f"compute_capability {capability}: use {', '.join(f'{m[:-1]}.{m[-1]}' for m in legal)}")
-        options.set_compute_capability(member, i)
-    return options
+def build_plan(job: Job, builder, definition, mapping: RankMapping, file: Path) -> int:
+    """Write one rank's plan; returns its size in bytes."""
+    checkpoint, cache = job.checkpoint, job.plan_options.timing_cache
+    shapes = profile_shapes(checkpoint.architecture, checkpoint.model, job.config, mapping.cfg_size)
+    config = builder_config(builder, checkpoint.dtype, shapes, job.compute_capability, job.plan_options)
+    with Progress(f"build rank {mapping.rank}", job.progress) as monitor:
+        config.progress_monitor = monitor
+        serialized = builder.build_serialized_network(definition, config)
+    if serialized is None:
+        raise ValueError(f"TensorRT built no plan for rank {mapping.rank}: {logger().last_error()}")
+    write_synced(file, memoryview(serialized))
+    if cache is not None:
+        save_timing_cache(config, cache)
+    return serialized.nbytes
 
 
-def _config(
-    checkpoint: Checkpoint, layout: Layout, config: BuildConfig, folder: Path, output: Path, plan: bool, report: list
-) -> dict:
+def _config(job: Job, layout: Layout, folder: Path, output: Path, report: list) -> dict:
+    checkpoint = job.checkpoint
     sizes = {"tp_size": layout.tp_size, "cp_size": layout.cp_size, "world_size": layout.tp_size * layout.cp_size}
     pretrained = checkpoint.config | {"mapping": checkpoint.config["mapping"] | sizes}
     pretrained.pop(OWN_KEY, None)
     return {
         "version": version_of("mmdit_lib"),
         "pretrained_config": pretrained,
-        "build_config": config.model_dump(mode="json") | {"cp_method": layout.cp_method},
+        "build_config": job.config.model_dump(mode="json") | {"cp_method": layout.cp_method},
         OWN_KEY: {
             "format_version": FORMAT_VERSION,
-            "tensorrt": installed() if plan else None,
+            "tensorrt": installed() if job.plan else None,
             "network_made_with": installed(),
             "tp_layout": layout.tp_layout,
             "cfg_size": layout.cfg_size,
+            "plan_options": job.plan_options.given(),
             "checkpoint": checkpoint_reference(checkpoint, output),
             "report": report,
             "files": to_json({path.name: FileRecord.of(path) for path in sorted(folder.iterdir())}),

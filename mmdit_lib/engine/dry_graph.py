@@ -11,7 +11,7 @@ from ..architecture import Architecture, ModelConfig
 from ..config import TORCH_DTYPES, BuildConfig, Dtype, Layout, RankMapping
 from ..models import architecture_of
 from ..network.trt import trt
-from .build import define
+from .build import check_collectives, define
 from .graph import Graph
 from .inputs import check_build
 from .logger import logger
@@ -37,8 +37,9 @@ class NoWeights:
 
 
 def dry_graph(model: ModelConfig, mapping: RankMapping, config: BuildConfig, dtype: Dtype = "bfloat16") -> Graph:
-    """The graph that `build` would write for `mapping.rank`. Raises `ValueError` as `check_build` does."""
+    """The graph that `build` would write for `mapping.rank`. Raises `ValueError` as `build` does."""
     check_build(model, config, mapping.layout)
+    check_collectives(mapping.layout)
     builder = trt.Builder(logger())
     definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     network = define(definition, NoWeights(model, dtype, mapping.layout), mapping, config)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from .. import models
 from ..architecture import Architecture, ModelConfig
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, rank_file
-from ..config import BuildConfig, Dtype, Layout
+from ..config import BuildConfig, Builder, Dtype, Layout, PlanOptions, Resolution
 from ..files import FileRecord, read_json
 from ..files.records import Files, from_json, keys_in, to_json
 from .graph import Graph
 
 FORMAT_VERSION = 1
+TRTLLM = "tensorrt_llm"
+TRTLLM_TEXT_TOKENS = 333
+"""The text length of TensorRT-LLM's engines: 77 CLIP and 256 T5 tokens."""
 
 
 def plan_file(rank: int) -> str:
@@ -50,7 +53,7 @@ class CheckpointReference:
 
 @dataclass(frozen=True)
 class EngineFolder:
-    """An engine folder written by `build`, with a valid config."""
+    """An engine folder written by `build` or by TensorRT-LLM's `trtllm-build`, with a valid config."""
 
     path: Path
     architecture: Architecture
@@ -58,10 +61,14 @@ class EngineFolder:
     dtype: Dtype
     layout: Layout
     build_config: BuildConfig
+    builder: Builder
     tensorrt: str | None
     """Package and version that built the plans, for instance 'tensorrt_rtx 1.7.1.116'; None: no plans."""
+    plan_options: PlanOptions
     files: Files
-    checkpoint: CheckpointReference
+    """Empty if TensorRT-LLM alone wrote the folder."""
+    checkpoint: CheckpointReference | None
+    """None if TensorRT-LLM alone wrote the folder."""
     config: dict[str, Any]
     """The content of `config.json`."""
 
@@ -78,7 +85,7 @@ class EngineFolder:
                 f"{folder} is a checkpoint folder; build an engine from it: mmdit build --checkpoint_dir {folder}"
             )
         try:
-            return _interpret(folder, config)
+            return _interpret_trtllm(folder, config) if _by_trtllm(config) else _interpret(folder, config)
         except KeyError as error:
             raise ValueError(f"{path} is not the config of an engine folder of mmdit_lib: no valid {error}") from None
 
@@ -97,7 +104,8 @@ class EngineFolder:
     def fingerprint(self) -> dict[str, str]:
         """What all ranks must have in common: each part of the folder and its checksum."""
         parts = {name: file.sha256 for name, file in self.files.items()}
-        parts |= {f"checkpoint {name}": file.sha256 for name, file in self.checkpoint.files.items()}
+        if self.checkpoint:
+            parts |= {f"checkpoint {name}": file.sha256 for name, file in self.checkpoint.files.items()}
         configs = {"model": self.model, "build options": self.build_config, "parallel layout": self.layout}
         for name, value in configs.items():
             text = json.dumps(value.model_dump(mode="json"), sort_keys=True)
@@ -119,6 +127,8 @@ class EngineFolder:
         Raises:
             ValueError: if it is not found, or is not the one that this folder was built from.
         """
+        if self.checkpoint is None:
+            raise ValueError(f"{self.path} does not say which checkpoint it was built from: trtllm-build wrote it")
         places = [checkpoint_dir] if checkpoint_dir else [
             self.path / self.checkpoint.path, self.path.resolve().parent / self.checkpoint.name,
         ]  # fmt: skip
@@ -151,7 +161,6 @@ def _interpret(folder: Path, config: dict[str, Any]) -> EngineFolder:
     mapping = _entry(pretrained, "mapping", dict)
     layout = {"tp_size": mapping["tp_size"], "cp_size": mapping["cp_size"], "cfg_size": own["cfg_size"]}
     layout |= {"tp_layout": _entry(own, "tp_layout", str), "cp_method": _entry(options, "cp_method", str)}
-    reference = _entry(own, "checkpoint", dict)
     return EngineFolder(
         path=folder,
         architecture=architecture,
@@ -159,11 +168,52 @@ def _interpret(folder: Path, config: dict[str, Any]) -> EngineFolder:
         dtype=_entry(pretrained, "dtype", str),
         layout=Layout.parse(layout, where),
         build_config=BuildConfig.parse({k: v for k, v in options.items() if k in BuildConfig.model_fields}, where),
+        builder="tensorrt",
         tensorrt=own["tensorrt"],
+        plan_options=PlanOptions.parse(own.get("plan_options", {}), where),
         files=from_json(_entry(own, "files", dict)),
-        checkpoint=CheckpointReference(reference["name"], reference["path"], from_json(reference["files"])),
+        checkpoint=_checkpoint(own),
         config=config,
     )
+
+
+def _by_trtllm(config: dict[str, Any]) -> bool:
+    """Whether `trtllm-build` wrote the folder; `build` adds our key if it ran the command."""
+    if OWN_KEY in config:
+        return isinstance(config[OWN_KEY], dict) and config[OWN_KEY].get("builder") == "trtllm"
+    return "opt_resolution" not in _entry(config, "build_config", dict)
+
+
+def _interpret_trtllm(folder: Path, config: dict[str, Any]) -> EngineFolder:
+    """As `_interpret`. These engines have one image size and text length, and every input has the model's dtype."""
+    pretrained, options = (_entry(config, key, dict) for key in ("pretrained_config", "build_config"))
+    own, where = config.get(OWN_KEY, {}), str(folder / CONFIG_FILE)
+    architecture = models.find(_entry(pretrained, "architecture", str), folder)
+    model = architecture.config.parse({key: pretrained[key] for key in architecture.config.model_fields}, where)
+    mapping, scale = _entry(pretrained, "mapping", dict), architecture.vae_scale_factor
+    layout = {"tp_size": mapping["tp_size"], "cp_size": mapping["cp_size"], "tp_layout": "trtllm"}
+    side = model.default_side(scale)
+    size, batch = Resolution(height=side, width=side), _entry(options, "max_batch_size", int)
+    inputs = tuple(replace(tensor, dtype=None) for tensor in architecture.inputs)
+    return EngineFolder(
+        path=folder,
+        architecture=replace(architecture, inputs=inputs),
+        model=model,
+        dtype=_entry(pretrained, "dtype", str),
+        layout=Layout.parse(layout, where),
+        build_config=BuildConfig.one_size(size, batch, TRTLLM_TEXT_TOKENS, vae_scale_factor=scale),
+        builder="trtllm",
+        tensorrt=f"{TRTLLM} {_entry(config, 'version', str)}",
+        plan_options=PlanOptions(),
+        files=from_json(own.get("files", {})),
+        checkpoint=_checkpoint(own) if own else None,
+        config=config,
+    )
+
+
+def _checkpoint(own: dict[str, Any]) -> CheckpointReference:
+    reference = _entry(own, "checkpoint", dict)
+    return CheckpointReference(reference["name"], reference["path"], from_json(reference["files"]))
 
 
 def _entry(values: dict[str, Any], key: str, kind: type) -> Any:

@@ -18,6 +18,7 @@ from .lowering import lower, placed_weights
 from .outline import outline_blocks
 from .passes import NUMERICS, SPEED, Pass
 from .precision import without_tf32
+from .profile import layer_times
 
 
 class PyTorchBackend:
@@ -58,7 +59,7 @@ class PyTorchBackend:
 
     @staticmethod
     def refusal(folder: EngineFolder, device: torch.device) -> str | None:
-        return None
+        return "trtllm-build wrote the folder, so it has no graph file" if folder.builder == "trtllm" else None
 
     @classmethod
     def open(cls, folder: EngineFolder, options: RunnerOptions, team: Ranks | None = None) -> PyTorchBackend:
@@ -95,6 +96,15 @@ class PyTorchBackend:
         if self._plain is not self.module:
             recorder.found |= dict.fromkeys(self.graph.outputs, self(inputs))
         return recorder.found
+
+    @torch.inference_mode()
+    def profile(self, inputs: Inputs, repeats: int) -> dict[str, float]:
+        """As `Backend.profile`. On a GPU these are times of kernels, on a CPU of calls, both without graph replay."""
+        if self._module is not self.module:
+            raise ValueError("profile: compiled blocks have no layers that could be timed; leave out compile")
+        arguments = [inputs[name] for name in self.inputs]
+        with without_tf32():
+            return layer_times(self.module, arguments, self.device, repeats)
 
     @cached_property
     def _plain(self) -> fx.GraphModule:

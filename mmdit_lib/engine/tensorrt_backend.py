@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from ..checkpoint.manifest import CONFIG_FILE
 from ..config import TORCH_DTYPES
 from ..network.trt import dtype_name, installed, trt
+from . import trtllm
 from .backend import Inputs, Ranks, RunnerOptions
 from .capability import plan_runs_here
 from .cuda_graph import GraphedStep
-from .folder import EngineFolder, plan_file
-from .logger import logger
+from .folder import TRTLLM, EngineFolder, plan_file
+from .logger import layer_timer, logger
 
 
 class TensorRTBackend:
@@ -50,6 +53,8 @@ class TensorRTBackend:
 
     @staticmethod
     def refusal(folder: EngineFolder, device: torch.device) -> str | None:
+        if folder.plan_options.strip_plan:
+            return "the plan was built with strip_plan and has no weights: refit it first, or build again"
         return refusal(folder.tensorrt, device)
 
     @classmethod
@@ -58,12 +63,15 @@ class TensorRTBackend:
         why_not = cls.refusal(folder, options.torch_device)
         if why_not:
             raise ValueError(f"{plan} cannot run here: {why_not}")
-        if options.verify:
-            folder.verify(plan)
+        if not options.trust:
+            check_trust(folder, plan)
+        own_communicators = folder.builder == "trtllm"
+        if own_communicators:
+            trtllm.load_plugins()
         return cls(
             folder.path / plan,
             device=options.torch_device,
-            communicator=team.nccl_communicator() if team else None,
+            communicator=team.nccl_communicator() if team and not own_communicators else None,
             cuda_graph=options.cuda_graph,
         )
 
@@ -81,6 +89,23 @@ class TensorRTBackend:
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         raise ValueError("intermediates: the tensorrt backend keeps none; open the engine with backend='pytorch'")
 
+    def profile(self, inputs: Inputs, repeats: int) -> dict[str, float]:
+        """As `Backend.profile`; TensorRT names a fused layer after the layers that it consists of."""
+        timer, context = layer_timer(), self._new_context()
+        self._execute(context, inputs)  # warm-up
+        context.profiler = timer
+        for _ in range(repeats):
+            self._execute(context, inputs)
+        return {name: ms / repeats for name, ms in timer.ms.items()}
+
+    def _new_context(self):
+        context = self.engine.create_execution_context()
+        if context is None:
+            raise ValueError(f"no execution context: {logger().last_error()}")
+        if self._communicator is not None:
+            context.set_communicator(self._communicator)
+        return context
+
     def _context(self, shapes: tuple):
         """One context for all shapes, or one per set of shapes if CUDA graphs are captured.
 
@@ -89,18 +114,18 @@ class TensorRTBackend:
         """
         key = shapes if self._graphed else None
         if key not in self._contexts:
-            context = self.engine.create_execution_context()
-            if context is None:
-                raise ValueError(f"no execution context: {logger().last_error()}")
-            if self._communicator is not None:
-                context.set_communicator(self._communicator)
-            self._contexts[key] = context
+            self._contexts[key] = self._new_context()
         return self._contexts[key]
 
     def _run(self, inputs: Inputs) -> torch.Tensor:
+        return self._execute(self._context(self._shapes(inputs)), inputs)
+
+    def _shapes(self, inputs: Inputs) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(inputs[name].shape) for name in self.inputs)
+
+    def _execute(self, context, inputs: Inputs) -> torch.Tensor:
         """One execution on the current stream, in this backend's own buffers."""
-        shapes = tuple(tuple(inputs[name].shape) for name in self.inputs)
-        context = self._context(shapes)
+        shapes = self._shapes(inputs)
         for name, shape in zip(self.inputs, shapes, strict=True):
             if not context.set_input_shape(name, shape):
                 raise ValueError(f"{name} {shape} is outside the profile: {logger().last_error()}")
@@ -126,9 +151,33 @@ def refusal(built_with: str | None, device: torch.device | str = "cuda") -> str 
     """Why a plan built with `built_with` cannot run in this process on `device`; None if it may work."""
     if built_with is None:
         return "the engine folder contains no plan (it was built with --no-plan)"
-    here = installed()
+    by_trtllm = built_with.startswith(TRTLLM)
+    here = trtllm.installed() if by_trtllm else installed()
+    if here is None and by_trtllm:
+        return f"the plan was built with {built_with}, which is not installed: {trtllm.HOW_TO_INSTALL}"
     if here is None:
         return f"the plan was built with {built_with}, and no TensorRT is installed"
     if here != built_with:
         return f"the plan was built with {built_with}, and {here} is installed: build again, or install that version"
     return plan_runs_here(here.split()[0], device)
+
+
+def check_trust(folder: EngineFolder, plan: str) -> None:
+    """A plan contains code that runs when it is deserialized. Raises `ValueError` if it may not be what was built.
+
+    It is trusted if this library wrote the folder's manifest as this user (or as root), and the plan has the checksum
+    recorded there.
+    """
+    config = folder.path / CONFIG_FILE
+    why_not = None
+    if plan not in folder.files:
+        why_not = f"{config} has no checksum of {plan}"
+    elif config.stat().st_uid not in (os.geteuid(), 0):
+        why_not = f"{config} belongs to another user"
+    else:
+        try:
+            folder.verify(plan)
+        except ValueError as error:
+            why_not = str(error)
+    if why_not:
+        raise ValueError(f"{why_not}; a plan is code: --trust runs it anyway")

@@ -17,7 +17,7 @@ from ..checkpoint.tensor_file import StoredTensor, read_header
 from ..config import Layout
 from ..engine.folder import EngineFolder, graph_file
 from ..engine.graph import Value
-from ..engine.inputs import profile_shapes
+from ..engine.inputs import declared_shape, profile_shapes
 from ..files import read_json
 
 LARGEST = 8
@@ -34,10 +34,10 @@ class EngineReport:
     profile: dict[str, list[tuple[int, ...]]]
     """The min, opt and max shape of every input."""
     layers: dict[str, int]
-    """Layers of rank 0 by TensorRT's type, the most frequent first."""
+    """Layers of rank 0 by TensorRT's type, the most frequent first; none if TensorRT-LLM built the engine."""
     files: dict[str, int]
     builds: list[dict[str, Any]]
-    """Times and memory of each rank's build."""
+    """Times and memory of each rank's build; none likewise."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,18 @@ def inspect(folder: str | Path) -> EngineReport | CheckpointReport:
 
 def inspect_engine(folder: Path) -> EngineReport:
     engine = EngineFolder.open(folder)
+    profile = profile_shapes(engine.architecture, engine.model, engine.build_config, engine.layout.cfg_size)
+    if engine.builder == "trtllm":  # no graph file
+        table = (*engine.architecture.inputs, engine.architecture.output)
+        *inputs, output = (Value(x.name, engine.dtype, declared_shape(x, engine.model)) for x in table)
+        return EngineReport(engine, tuple(inputs), (output,), profile, {}, _sizes(folder), [])
     graph = engine.graph(0)
     produced = {layer.output.name: layer.output for layer in graph.layers}
     return EngineReport(
         folder=engine,
         inputs=graph.inputs,
         outputs=tuple(produced[name] for name in graph.outputs),
-        profile=profile_shapes(engine.architecture, engine.model, engine.build_config, engine.layout.cfg_size),
+        profile=profile,
         layers=dict(Counter(layer.type for layer in graph.layers).most_common()),
         files=_sizes(folder),
         builds=engine.config[OWN_KEY]["report"],
@@ -110,8 +115,13 @@ def _describe_engine(report: EngineReport) -> Group:
         ("ranks", _layout(engine.layout, engine.layout.cp_method)),
         ("image", f"{build.min_resolution} to {build.max_resolution} pixels, optimized for {build.opt_resolution}"),
         ("text", f"{build.min_text_tokens} to {build.max_text_tokens} tokens"),
-        ("checkpoint", f"{engine.checkpoint.name} ({engine.checkpoint.path} from here)"),
+        (
+            "checkpoint",
+            f"{engine.checkpoint.name} ({engine.checkpoint.path} from here)" if engine.checkpoint else "not recorded",
+        ),
     ]
+    if given := engine.plan_options.given():
+        about.append(("plan options", ", ".join(f"{name} {value}" for name, value in given.items())))
     tensors = _table("inputs and outputs", "name", "dtype", "shape", "min", "opt", "max")
     for value in report.inputs:
         tensors.add_row(value.name, value.dtype, _shape(value.shape), *map(_shape, report.profile[value.name]))
@@ -131,7 +141,8 @@ def _describe_engine(report: EngineReport) -> Group:
             f"{build['seconds']:.1f} s",
             size(build["peak_rss_bytes"]),
         )
-    return Group(_facts(engine.path, about), tensors, layers, _files(report.files), builds)
+    details = [layers, builds] if report.builds else []
+    return Group(_facts(engine.path, about), tensors, *details[:1], _files(report.files), *details[1:])
 
 
 def _describe_checkpoint(report: CheckpointReport) -> Group:
