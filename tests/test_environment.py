@@ -134,6 +134,7 @@ def imported(file: Path) -> set[str]:
 def test_what_the_library_imports_is_declared():
     declared = {canonicalize_name(r.name) for r in requirements()}
     packages = {"PIL": "pillow", "IPython": "ipykernel", "tokenizers": "transformers", "huggingface_hub": "diffusers"}
+    packages["triton"] = "torch"  # torch for CUDA on Linux requires it
     packages |= {"tensorrt_rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}
     for file in (ROOT / "mmdit_lib").rglob("*.py"):
         foreign = imported(file) - set(sys.stdlib_module_names) - {"mmdit_lib"}
