@@ -65,6 +65,25 @@ def rms_norm(x, weight):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
 
 
+def norm_modulate(x, scale, shift):
+    return layer_norm(x, 1.0, 0.0) * (scale + 1) + shift
+
+
+def gated_norm(x, gate, y, scale, shift):
+    total = x + gate * y
+    return np.stack([total, norm_modulate(total, scale, shift)])
+
+
+def qkv_attention(*streams):
+    """Two heads of 4."""
+    parts = [[], [], []]
+    for qkv, norm_q, norm_k in (streams[:3], streams[3:]):
+        q, k, v = (x.reshape(2, -1, 2, 4).transpose(0, 2, 1, 3) for x in np.split(qkv, 3, -1))
+        for part, x in zip(parts, (rms_norm(q, norm_q), rms_norm(k, norm_k), v), strict=True):
+            part.append(x)
+    return softmax_attention(*(np.concatenate(part, 2) for part in parts), 0.5)
+
+
 def fill_slice(x):
     """Rows 3 to 8 of five: the last three are zero."""
     return np.concatenate([x[:, 3:5], np.zeros_like(x[:, :3])], 1)
@@ -103,6 +122,7 @@ CASES = [
         OpCase("ELEMENTWISE", ((2, 3, 4), (1, 1, 4)), f, dict(op=name), positive=name == "FLOOR_DIV", label=name)
         for name, f in TWO.items()
     ],
+    OpCase("GATED_NORM", ((2, 3, 8), (2, 1, 8), (2, 3, 8), (2, 1, 8), (2, 1, 8)), gated_norm, dict(eps=1e-6)),
     OpCase("GATED_SUM", ((2, 3, 8), (2, 1, 8), (2, 3, 8)), lambda x, g, y: x + g * y),
     OpCase("LINEAR_GELU", ((2, 3, 8), (1, 5, 8), (1, 1, 5)), lambda x, w, b: gelu_tanh(x @ w[0].T + b[0, 0])),
     OpCase("MODULATE", ((2, 3, 8), (2, 1, 8), (2, 1, 8)), lambda x, scale, shift: x * (scale + 1) + shift),
@@ -117,7 +137,15 @@ CASES = [
     ),
     OpCase("MATRIX_MULTIPLY", ((3, 8), (8, 5)), lambda a, b: a @ b, dict(op0="NONE", op1="NONE"), label="plain"),
     OpCase("NORMALIZATION", ((2, 3, 8), (1, 1, 8), (1, 1, 8)), layer_norm, dict(axes=4, epsilon=1e-6)),
+    OpCase("NORM_MODULATE", ((2, 3, 8), (2, 1, 8), (2, 1, 8)), norm_modulate, dict(eps=1e-6)),
+    OpCase(
+        "QKV_ATTENTION",
+        ((2, 3, 24), (4,), (4,), (2, 5, 24), (4,), (4,)),
+        qkv_attention,
+        dict(heads=2, eps=1e-6, scale=0.5),
+    ),
     OpCase("REDUCE", ((2, 3, 8),), lambda x: x.mean(2, keepdims=True), dict(op="AVG", axes=4, keep_dims=True)),
+    OpCase("SELECT", ((2, 3, 8),), lambda x: x[1], dict(index=1)),
     OpCase(
         "SHUFFLE",
         ((2, 3, 8),),
