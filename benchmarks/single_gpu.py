@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import statistics
-import subprocess
 import time
 from argparse import Namespace
 from collections import Counter
@@ -29,7 +27,7 @@ from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.kernel_passes import KERNELS
 from mmdit_lib.engine.passes import NUMERICS, SPEED
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
-from mmdit_lib.reports.bench import step_times
+from mmdit_lib.reports.bench import alternately, conditions, peak_bytes
 from mmdit_lib.sd3 import KNOWN_MODELS
 
 from . import common
@@ -70,15 +68,6 @@ def write_graphs(options: Namespace) -> None:
         dry_graph(MODELS[name], Layout().at(0), PROFILE, "bfloat16").save(options.folder / f"{name}.graph.json")
 
 
-def alternately(steps: dict[str, Step], repeats: int, rounds: int = 3) -> dict[str, float]:
-    """Median milliseconds of each step."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name] += step_times(step, torch.device("cuda"), repeats)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
 class Bench:
     """One model."""
 
@@ -113,11 +102,12 @@ class Bench:
             step = plain if way in functions else GraphedStep(plain)
             steps[way] = partial(step, inputs)
             begin = time.perf_counter()
-            capturing = peak(steps[way])
+            capturing = peak_bytes(steps[way])
             result["first step, s"][way] = round(time.perf_counter() - begin, 2)
-            result["GB"][way] = peak(steps[way]) if way in functions else capturing  # a graph keeps its memory
+            held = peak_bytes(steps[way]) if way in functions else capturing  # a graph keeps its memory
+            result["GB"][way] = round(held / 1e9, 2)
         result["difference"] = relative_error(steps["ours"](), steps["diffusers"]())
-        result["ms"] = {way: round(ms, 2) for way, ms in alternately(steps, self.repeats).items()}
+        result["ms"] = {way: round(ms, 2) for way, ms in alternately(steps, self.device, self.repeats).items()}
         result["kernels"] = kernels(steps["ours + CUDA graph"])
         return result
 
@@ -137,23 +127,13 @@ class Bench:
         inputs, rungs = self.inputs(CASES[0]), []
         for count in range(len(SPEED + KERNELS) + 1):
             step = self.backend(NUMERICS + (SPEED + KERNELS)[:count])._run
-            times = alternately(
-                {"ms": partial(step, inputs), "graph": partial(GraphedStep(step), inputs)}, self.repeats
-            )
+            ways = {"ms": partial(step, inputs), "graph": partial(GraphedStep(step), inputs)}
+            times = alternately(ways, self.device, self.repeats)
             name = (SPEED + KERNELS)[count - 1].__name__ if count else "without passes"
             rungs.append({"pass": name, "ms": round(times["ms"], 2), "ms, CUDA graph": round(times["graph"], 2)})
-            del step
+            del step, ways
             common.free()
         return rungs
-
-
-def peak(step: Callable[[], object]) -> float:
-    """Peak GPU memory during a step, GB, beyond what was allocated before."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 1e9, 2)
 
 
 def kernels(step: Callable[[], object]) -> dict[str, float]:
@@ -168,11 +148,6 @@ def kernels(step: Callable[[], object]) -> dict[str, float]:
     return {kind: round(ms, 2) for kind, ms in spent.items() if ms}
 
 
-def gpu_state() -> str:
-    ask = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.draw", "--format=csv,noheader"]
-    return subprocess.run(ask, capture_output=True, text=True).stdout.split("\n")[0]
-
-
 def run(options: Namespace) -> None:
     import diffusers
 
@@ -182,7 +157,7 @@ def run(options: Namespace) -> None:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "rows": [], "errors": {}, "ladder": {}, "driver, clock, maximum, power": [],
+        "rows": [], "errors": {}, "ladder": {}, "conditions": [],
     }  # fmt: skip
     for name in options.models:
         bench = Bench(name, options.folder, options.repeats)
@@ -193,7 +168,7 @@ def run(options: Namespace) -> None:
             bench = Bench(name, options.folder, options.repeats)
         for case in options.cases:
             found["rows"].append(bench.run(case))
-            found["driver, clock, maximum, power"].append(gpu_state())
+            found["conditions"].append(conditions(bench.device))
             print(json.dumps(found["rows"][-1]), flush=True)
             common.save(found, options.output)
             common.free()
@@ -210,8 +185,8 @@ def table(found: dict) -> list[str]:
     lines = [
         f"{found['hardware']}, torch {found['torch']}, diffusers {found['diffusers']}, {found['date']}. Milliseconds "
         "per denoising step of the `pytorch` backend beside diffusers' transformer: bf16, random weights, "
-        f"{TEXT_TOKENS} text tokens, run alternately in one process, medians. Driver, clock after the run, its "
-        f"maximum and power: {found['driver, clock, maximum, power'][0]}.",
+        f"{TEXT_TOKENS} text tokens, run alternately in one process, medians. After the first row: "
+        f"{found['conditions'][0]}.",
         "",
         "| | " + " | ".join(WAYS) + " | ours over diffusers, eager | with CUDA graph over compiled |",
         "|---" + "|---:" * (len(WAYS) + 2) + "|",

@@ -174,7 +174,9 @@ def bench_command(
     plot: str | Path | None = None,
     runner: Runner = DEFAULTS,
 ) -> None:
-    """Time one denoising step of an engine and, if --model_path is given, of diffusers' transformer.
+    """Time one denoising step of an engine and, if --model_path is given, of diffusers' transformer, in turns.
+
+    On a GPU diffusers' transformer is timed as it is and with every block compiled, and peak memory is shown.
 
     Args:
         engine_dir: an engine folder of `mmdit build`.
@@ -182,12 +184,12 @@ def bench_command(
         resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
         batch: rows; guidance uses two per image.
         text_tokens: length of the text.
-        repeats: timed steps; the median is shown.
+        repeats: timed steps in each of three turns; the median is shown.
         profile: also time every layer, and show the sums by module (under mpirun, of rank 0).
         plot: image file for a plot of the times: of each block with --profile, otherwise of the steps.
     """
     from .plots import time_bars, time_by_block
-    from .reports.bench import bench_step
+    from .reports.bench import alternately, bench_steps, conditions, peak_bytes
     from .reports.profile import by_module, profile_step, profile_table
     from .runner import MMDiTRunner
 
@@ -195,14 +197,20 @@ def bench_command(
     check_ranks(engine_dir)
     opened = MMDiTRunner.from_engine(engine_dir, runner)
     size = Resolution.read(resolution or opened.folder.build_config.opt_resolution)
-    step = dict(resolution=size, batch=batch, text_tokens=text_tokens, repeats=repeats)
-    layers = profile_step(opened, **step) if profile else None
-    times = bench_step(opened, **step, model_path=model_path)
+    sizes = dict(resolution=size, batch=batch, text_tokens=text_tokens)
+    layers = profile_step(opened, **sizes, repeats=repeats) if profile else None
+    steps = bench_steps(opened, **sizes, model_path=model_path)
+    times = alternately(steps, opened.device, repeats)
     if opened.rank == 0:
         title = f"one step, {size}, batch {batch}, {text_tokens} text tokens, {opened.folder.dtype}, {opened.device}"
-        table = Table("", "ms (median)", *(["speed relative to diffusers"] if model_path else []), title=title)
-        for name, ms in times.items():
-            table.add_row(name, f"{ms:.2f}", *([f"{times['diffusers'] / ms:.2f}"] if model_path else []))
+        columns = {"ms (median)": {name: f"{ms:.2f}" for name, ms in times.items()}}
+        if model_path:
+            columns["speed relative to diffusers"] = {n: f"{times['diffusers'] / ms:.2f}" for n, ms in times.items()}
+        if opened.device.type == "cuda" and opened.folder.layout.world_size == 1:
+            columns["peak memory beyond weights, GB"] = {n: f"{peak_bytes(s) / 1e9:.2f}" for n, s in steps.items()}
+        table = Table("", *columns, title=title, caption=conditions(opened.device))
+        for name in times:
+            table.add_row(name, *(column[name] for column in columns.values()))
         console.print(table)
         blocks = opened.folder.architecture.blocks
         if layers is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -34,21 +36,68 @@ def step_times(step: Callable[[], object], device: torch.device, repeats: int, w
     return times
 
 
-def median_ms(step: Callable[[], object], device: torch.device, repeats: int) -> float:
-    return statistics.median(step_times(step, device, repeats))
+def alternately(
+    steps: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, rounds: int = 3
+) -> dict[str, float]:
+    """The median of each step's milliseconds, in `rounds` turns of `repeats` calls: a GPU's clock changes with time."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name] += step_times(step, device, repeats)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Peak GPU memory during a call, beyond what was allocated before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def conditions(device: torch.device) -> str:
+    """Versions and, on a GPU, its name, driver, clock and power."""
+    import diffusers
+
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    if device.type != "cuda":
+        return f"{versions}, {torch.get_num_threads()} CPU threads"
+    ask = "name,driver_version,clocks.sm,clocks.max.sm,power.draw"
+    command = ["nvidia-smi", f"--query-gpu={ask}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    return f"{versions}; {subprocess.run(command, capture_output=True, text=True).stdout.strip()} ({ask})"
+
+
+def bench_steps(
+    runner: MMDiTRunner, *, resolution: Resolution, batch: int, text_tokens: int, model_path: str | None
+) -> dict[str, Callable[[], object]]:
+    """Steps to time, by name: the engine and, with `model_path`, diffusers' transformer in the same dtype.
+
+    On a GPU diffusers' transformer comes twice, the second time with every block compiled.
+    """
+    device, architecture = runner.device, runner.folder.architecture
+    inputs = sample_inputs(runner.folder, resolution=resolution, batch=batch, text_tokens=text_tokens)
+    prepared, _ = runner.prepare(inputs)
+    steps = {f"engine ({runner.backend.name})": partial(runner.backend, prepared)}
+    if model_path is None:
+        return steps
+
+    def of(reference: torch.nn.Module) -> Callable[[], object]:
+        given = architecture.given(prepared)
+        return torch.inference_mode()(partial(reference, **given, return_dict=False))
+
+    steps["diffusers"] = of(load_reference(model_path, architecture, runner.dtype, device))
+    if device.type == "cuda":
+        compiled = load_reference(model_path, architecture, runner.dtype, device)
+        for block in compiled.get_submodule(architecture.blocks):
+            block.compile(fullgraph=True)
+        steps["diffusers, compiled"] = of(compiled)
+    return steps
 
 
 def bench_step(
     runner: MMDiTRunner, *, resolution: Resolution, batch: int, text_tokens: int, repeats: int, model_path: str | None
 ) -> dict[str, float]:
-    """Milliseconds per step by name: the engine and, with `model_path`, diffusers' transformer in the same dtype."""
-    device = runner.device
-    inputs = sample_inputs(runner.folder, resolution=resolution, batch=batch, text_tokens=text_tokens)
-    prepared, _ = runner.prepare(inputs)
-    times = {f"engine ({runner.backend.name})": median_ms(lambda: runner.backend(prepared), device, repeats)}
-    if model_path is not None:
-        reference = load_reference(model_path, runner.folder.architecture, runner.dtype, device)
-        with torch.inference_mode():
-            given = runner.folder.architecture.given(prepared)
-            times["diffusers"] = median_ms(lambda: reference(**given, return_dict=False), device, repeats)
-    return times
+    """Milliseconds per step by name, for the steps of `bench_steps`."""
+    sizes = dict(resolution=resolution, batch=batch, text_tokens=text_tokens)
+    return alternately(bench_steps(runner, **sizes, model_path=model_path), runner.device, repeats)
