@@ -54,6 +54,16 @@ PREDICTED = {
     "qkv_attention": "no transposes, no concatenation: 9 to 12 copies of 27 MB per block fewer: 7 ms",
 }
 """What each pass should gain for SD3.5-medium, from the bytes that it saves at 3 TB/s."""
+REJECTED = """
+Tried on the same day and rejected, SD3.5-medium and SD3.5-large at 1024x1024, batch 2:
+
+| idea | expected | measured |
+|---|---|---|
+| the text's GEMMs and the later blocks' modulations on a second CUDA stream | up to 2 and 6 ms less | 48.20 for 48.24 ms, 124.0 for 123.9 ms: the GPU draws 640 to 670 W of its 700 W either way |
+| another storage order of queries, keys and values | cuDNN prefers one | 569 to 575 us per attention in all nine orders tried |
+| `torch.compile(dynamic=True)`, so that other sizes need no compilation | no loss | 52.2 for 50.0 ms (static), and still 15 s for the first step without guidance |
+| blocks compiled ahead of time (AOTInductor) | as `dynamic=True` | correct at every size (1.7e-7 on a CPU), 92 s for the tiny model's three kinds of block; not needed with the kernels above, which compile in about a second |
+"""  # noqa: E501
 KINDS = {
     "attention": ("sdpa", "flash", "fmha"), "GEMM": ("nvjet", "gemm", "cutlass"), "norm, modulation, gate": ("_row",),
     "heads": ("_heads",),
@@ -211,7 +221,7 @@ def table(found: dict) -> list[str]:
         for row in rungs:
             expected = PREDICTED.get(row["pass"], "")
             lines.append(f"| {row['pass']} | {expected} | {row['ms']} | {row['ms, CUDA graph']} |")
-    return [*lines, ""]
+    return [*lines, REJECTED]
 
 
 def label(row: dict) -> str:

@@ -26,7 +26,7 @@ class RunnerOptions:
     device: str | torch.device | None = None
     """a CUDA device or cpu; by default CUDA if available"""
     compile: bool = False
-    """pytorch backend: compile with `torch.compile`"""
+    """pytorch backend: compile with `torch.compile`; on a GPU the built-in Triton kernels are faster"""
     cuda_graph: bool = False
     """replay each step as a CUDA graph"""
     check_finite: bool = True
