@@ -77,7 +77,7 @@ def run_mpi(fault: Fault, engine: Path, folder: Path, seconds: float | None = No
     mark = folder / "mark"
     arguments = [TESTS / "parallel_faults.py", fault.action, fault.stage, 1, engine, mark, *([seconds] if seconds else [])]
     with environment({FOLDER: str(folder)}):
-        done = mpirun(2, *arguments, timeout=120)
+        done = mpirun(2, *arguments, timeout=45)
     assert mark.exists(), done.stderr
     return outcome(float(mark.read_text()), done.returncode, done.stderr, lambda: processes_with(FOLDER, str(folder)))
 
@@ -121,7 +121,7 @@ def run_hosts(cause: str, engine: Path, folder: Path, seconds: float | None = No
             time.sleep(0.05)
         start = time.time()
         {"cut": hosts.cut, "vanish": hosts.vanish}[cause]("hostb")
-        _, text = process.communicate(timeout=120)
+        _, text = process.communicate(timeout=45)
         return outcome(start, process.returncode, text, lambda: [p for name in hosts.names for p in hosts.processes(name)])
 
 

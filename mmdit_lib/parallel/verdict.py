@@ -101,6 +101,7 @@ class Observer:
     def __init__(self, pid: int):
         self.process = psutil.Process(pid)
         self._parent = psutil.Process(self.process.ppid())
+        self._parent.name()  # which psutil remembers
         self.stuck, self._since, self._cpu = "", math.nan, math.nan
 
     def orphaned(self) -> bool:
@@ -109,28 +110,56 @@ class Observer:
             return self.process.ppid() != self._parent.pid
         return False
 
+    def look(self, now: float) -> tuple[str, float]:
+        """Why it cannot run ('' if it can), and for how many seconds. Call it about once a second."""
+        try:
+            status, times = self.process.status(), self.process.cpu_times()
+        except psutil.Error:
+            return "", 0
+        cpu = times.user + times.system
+        if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+            stuck = STOPPED
+        elif status == psutil.STATUS_DISK_SLEEP and cpu == self._cpu:  # a slow disk leaves it some time on the CPU
+            stuck = HUNG
+        else:
+            stuck = ""
+        if stuck != self.stuck:
+            self.stuck, self._since = stuck, now
+        self._cpu = cpu
+        return stuck, now - self._since if stuck else 0
+
     def end(self) -> None:
         """Kill the rank. mpirun should end then; while it waits for a host out of reach it does not, and is ended."""
-        kill(self.process)
-        with suppress(psutil.Error):
-            if self._parent.name() not in LAUNCHERS:
-                return
-            with suppress(psutil.TimeoutExpired):
-                self._parent.wait(MPIRUN_SECONDS)
-            self._parent.terminate()
-            with suppress(psutil.TimeoutExpired):
-                self._parent.wait(MPIRUN_SECONDS / 2)
-            kill(self._parent)
-
-
-def kill(process: psutil.Process) -> None:
-    """Kill a process and its children, except this one."""
-    with suppress(psutil.Error):
-        doomed = [child for child in process.children(recursive=True) if child.pid != os.getpid()]
-        process.kill()
-        for child in doomed:
+        kill(family(self.process))
+        if self._parent.name() not in LAUNCHERS:
+            return
+        launcher = family(self._parent)  # with its ssh
+        if not gone(self._parent, MPIRUN_SECONDS):
             with suppress(psutil.Error):
-                child.kill()
+                self._parent.terminate()
+            gone(self._parent, MPIRUN_SECONDS / 2)
+            kill(launcher)
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """A process and its children, except this one."""
+    with suppress(psutil.Error):
+        return [process, *(child for child in process.children(recursive=True) if child.pid != os.getpid())]
+    return []
+
+
+def gone(process: psutil.Process, seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except psutil.TimeoutExpired:
+        return False
+    return True
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 @dataclass
