@@ -121,17 +121,22 @@ class Hosts:
             stdin=subprocess.DEVNULL, env=os.environ | mpi_environment(1) | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
         )  # fmt: skip
 
-    def mpirun(self, names: list[str], arguments: list) -> subprocess.Popen:
-        """`mpirun python arguments` on the first host, with one rank on each of `names`, in this order."""
+    def mpirun(self, names: list[str], arguments: list, at: str | None = None) -> subprocess.Popen:
+        """`mpirun python arguments` on host `at` (the first), with one rank on each of `names`, in this order."""
         file = self.folder / f"hostfile-{'-'.join(names)}"
         file.write_text("".join(f"{name} slots=1\n" for name in names))
         agent = ["--prtemca", "plm_ssh_agent", f"{sys.executable} {__file__} agent"]
         mpirun = [Path(sys.executable).parent / "mpirun", "--hostfile", file, "--map-by", "slot", *agent]
-        return self.start(self.names[0], [*mpirun, sys.executable, *arguments])
+        return self.start(at or names[0], [*mpirun, sys.executable, *arguments])
 
     def processes(self, name: str) -> list[psutil.Process]:
         """All processes of a host except its first."""
         return [p for p in processes_with(TMPDIR, str(self.folder / name)) if p != self.running.get(name)]
+
+    def bind(self, name: str, source: Path | None, target: Path) -> None:
+        """Let a host see folder `source` as `target`; None: as the others do."""
+        words = ["mount", "--bind", source, target] if source else ["umount", target]
+        assert self.start(name, words).wait() == 0
 
     def cut(self, name: str) -> None:
         """Pull the host's cable out of the switch."""

@@ -1,11 +1,11 @@
 """One rank fails in some way at some stage: `mpirun -n 2 python parallel_faults.py ACTION STAGE RANK ENGINE MARK ...`
 
-    ACTION   what the rank does, a name in ACTIONS
-    STAGE    when: as soon as its activity (`parallel.doing`) begins with this, for instance 'step 5'
-    RANK     which rank
-    ENGINE   the engine folder; the ranks run steps for ever, or for the stage 'decoding' generate an image
-    MARK     the file that the rank writes just before, with the time
-    SECONDS  the timeout of the heartbeat, of starting and of joining; by default the library's
+ACTION   what the rank does, a name in ACTIONS
+STAGE    when: as soon as its activity (`parallel.doing`) begins with this, for instance 'step 5'
+RANK     which rank
+ENGINE   the engine folder; the ranks run steps for ever, or generate an image if the stage is decoding
+MARK     the file that the rank writes just before, with the time
+SECONDS  the timeout of the heartbeat, of starting and of joining; by default the library's
 """
 
 import ctypes
@@ -45,7 +45,7 @@ ACTIONS = {
     "interrupt": lambda: send(signal.SIGINT, "mpirun"),  # Ctrl-C in the terminal
     "kill mpirun": lambda: send(signal.SIGKILL, "mpirun"),
     "hang": lambda: ctypes.PyDLL(None).sleep(1000),  # in C, with the GIL held
-    "work": lambda: ctypes.PyDLL(None).sleep(3 * int(SECONDS)),  # likewise, but it ends
+    "work": lambda: ctypes.PyDLL(None).sleep(2 * int(SECONDS)),  # likewise, but it ends
     "sleep": lambda: time.sleep(1000),
     "raise": fail,
     "exit": lambda: sys.exit(f"rank {RANK} says so in one line"),
@@ -71,7 +71,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    if STAGE == "decoding":
+    if "decod" in STAGE:
         from mmdit_lib.generate import generate
 
         options = {"backend": "pytorch", "heartbeat_timeout": SECONDS}

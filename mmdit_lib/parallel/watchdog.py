@@ -39,17 +39,18 @@ class Line:
         self._rest = b""
 
     def read(self) -> list[dict]:
-        """The messages that have arrived. What is not a line of JSON closes the connection."""
+        """The messages that have arrived. What is not an object of JSON on a line closes the connection."""
         try:
             new = os.read(self.source, 65536) if isinstance(self.source, int) else self.source.recv(65536)
             *lines, self._rest = (self._rest + new).split(b"\n")
-            self.closed = not new or len(self._rest) > 65536
-            return [json.loads(line) for line in lines]
+            messages = [dict(json.loads(line).items()) for line in lines]
         except BlockingIOError:
             return []
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             self.closed = True
             return []
+        self.closed = not new or len(self._rest) > 65536
+        return messages
 
     def send(self, message: dict) -> None:
         with suppress(OSError):  # a broken or cut connection shows as silence
