@@ -137,7 +137,8 @@ class MMDiTRunner:
 
         Raises `ValueError` as a call does, and if the backend does not keep them.
         """
-        return self.backend.intermediates(self.prepare(inputs)[0])
+        with parallel.doing("computing every value of the network"):
+            return self.backend.intermediates(self.prepare(inputs)[0])
 
     def prepare(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
         """Check inputs against the profile; returns them on the engine's device in its dtypes, and the batch size."""

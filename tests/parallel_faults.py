@@ -84,8 +84,9 @@ def main() -> None:
     parallel.join(EngineFolder.open(ENGINE), "cpu", seconds=SECONDS or START_SECONDS, heartbeat=SECONDS)
     runner = MMDiTRunner.from_engine(ENGINE, backend="pytorch", device="cpu")
     inputs = sample_inputs(runner.folder, resolution=128, text_tokens=154, batch=2)
-    while not (ACTION == "work" and Path(MARK).exists()):
-        runner.run(inputs)
+    with parallel.doing("steps without end"):
+        while not (ACTION == "work" and Path(MARK).exists()):
+            runner.run(inputs)
 
 
 with guard():

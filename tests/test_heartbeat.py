@@ -87,10 +87,9 @@ def test_activities_nest(monkeypatch):
             said.append((doing, limit))
 
     monkeypatch.setattr(heartbeat, "_watchdog", Recorder())
-    with heartbeat.doing("denoising"):
-        with pytest.raises(ValueError, match="no"), heartbeat.doing("step 1", limit=3):
-            raise ValueError("no")
-    assert said == [("denoising", None), ("step 1", 3), ("denoising", None), ("starting", None)]
+    with heartbeat.doing("denoising"), pytest.raises(ValueError, match="no"), heartbeat.doing("step 1", limit=3):
+        raise ValueError("no")
+    assert said == [("denoising", None), ("step 1", 3), ("denoising", None), ("the calling program", None)]
 
 
 @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"x" * 70000, b'{"a": 1}\n{"b"\n', b""])

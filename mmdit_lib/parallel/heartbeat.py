@@ -32,23 +32,24 @@ class Watchdog:
     """The process that watches this one, and the address at which rank 0's can be reached."""
 
     def __init__(self) -> None:
-        rank, self.address = launched_rank(), {}
-        listener = None
-        if rank == 0:
-            listener = socket.create_server(("127.0.0.1" if launched_locally() else "", 0))
-            host = os.environ.get("MASTER_ADDR") or socket.getfqdn()
+        self.address, listener = {}, None
+        if launched_rank() == 0:
+            here = launched_locally()
+            listener = socket.create_server(("127.0.0.1" if here else "", 0))
+            host = "127.0.0.1" if here else os.environ.get("MASTER_ADDR") or socket.getfqdn()
             name, port = socket.gethostname(), listener.getsockname()[1]
             self.address = {"host": host, "name": name, "port": port, "token": secrets.token_hex(16)}
+        passed = [listener.fileno()] if listener else []
         root = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", WATCHDOG, str(listener.fileno() if listener else -1), self.address.get("token", "")],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths},
-            pass_fds=[listener.fileno()] if listener else [], start_new_session=True,
+            [sys.executable, "-m", WATCHDOG, *map(str, passed)], pass_fds=passed, stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths}, start_new_session=True,
         )  # fmt: skip
+        os.set_blocking(self.process.stdin.fileno(), False)
         if listener:
             listener.close()
-        os.set_blocking(self.process.stdin.fileno(), False)
+            self.tell(address=self.address)
 
     def tell(self, **message) -> None:
         """Never waits: a watchdog that does not read must not hold up its rank."""
@@ -57,7 +58,7 @@ class Watchdog:
 
 
 _watchdog: Watchdog | None = None
-_activity: tuple[str, float | None] = ("starting", None)
+_activity: tuple[str, float | None] = ("the calling program", None)
 
 
 def start_watchdog() -> None:
@@ -113,7 +114,8 @@ def watch(world, seconds: float, timeout: float | None = None) -> None:
     start_watchdog()
     addresses = roll_call(world, seconds, _watchdog.address if _watchdog else {})
     if _watchdog is not None:
-        _watchdog.tell(connect=addresses[0], timeout=timeout)
+        _watchdog.tell(address=addresses[0])
+        _watchdog.tell(timeout=timeout)
 
 
 def roll_call(world, seconds: float, message: dict) -> dict[int, dict]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +21,8 @@ from .heartbeat import doing, watch
 from .launch import check_launch
 
 COLLECTIVE_SECONDS = 600
+
+log = logging.getLogger("mmdit_lib")
 
 Groups = dict[tuple[int, ...], str]
 
@@ -125,6 +130,8 @@ def form_team(MPI, folder: SharedFolder, device: str | torch.device | None) -> T
     kinds = world.allgather(place.type)
     if len(set(kinds)) > 1:
         raise ValueError(f"the ranks found different devices ({', '.join(kinds)}): give cuda or cpu")
+    if (scattered := order_of_hosts(world.allgather(socket.gethostname()))) and world.rank == 0:
+        log.warning(scattered)
     start_torch(world, place, one_machine=here.size == world.size)
     here.Free()
     return Team(world.rank, mapping, place, make_groups(mapping))
@@ -175,7 +182,7 @@ def start_torch(world, device: torch.device, *, one_machine: bool) -> None:
         if device.type == "cpu" or "nccl" in dist.get_backend_config():
             return
         leave()
-    host = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_machine else _hostname())
+    host = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_machine else socket.getfqdn())
     store = None
     if world.rank == 0:
         store = dist.TCPStore(host, 0, world.size, is_master=True, wait_for_workers=False)
@@ -188,10 +195,12 @@ def start_torch(world, device: torch.device, *, one_machine: bool) -> None:
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, **options)
 
 
-def _hostname() -> str:
-    import socket
-
-    return socket.getfqdn()
+def order_of_hosts(hosts: list[str]) -> str | None:
+    """A warning if consecutive ranks, which form the tp groups, alternate between hosts. It is slow, not wrong."""
+    changes = sum(host != before for before, host in pairwise(hosts))
+    if changes < len(set(hosts)):
+        return None
+    return f"the ranks alternate between hosts ({', '.join(hosts)}), which is slow: use mpirun --map-by slot"
 
 
 def make_groups(mapping: RankMapping) -> Groups:

@@ -33,7 +33,7 @@ class Report:
     rank: int
     host: str
     pid: int
-    doing: str = "starting"
+    doing: str = "the calling program"
     seconds: float = 0
     """How long it has been doing that."""
     limit: float | None = None
@@ -199,6 +199,8 @@ def never_started(host: str, seconds: float) -> tuple[str, bool]:
     elsewhere = [rank for rank in range(size) if rank not in here.pids]
     if late:
         text = f"{' and '.join(here.name(rank, host) for rank in late)} has not started MPI"
+    elif launched_job() is None:
+        text = "another rank has not started MPI"
     elif elsewhere:
         text = f"rank {' or '.join(map(str, elsewhere))}, not on {host}, has not started MPI"
     else:

@@ -62,17 +62,16 @@ class Watchdog:
 
     Args:
         listener: on rank 0 the socket for the other watchdogs.
-        token: on rank 0 what they must know.
     """
 
-    def __init__(self, listener: socket.socket | None, token: str):
+    def __init__(self, listener: socket.socket | None):
         self.report = Report(launched_rank(), socket.gethostname(), os.getppid())
         self.observer = Observer(self.report.pid)
-        self.token, self.timeout = token, float(HEARTBEAT_SECONDS)
+        self.timeout = float(HEARTBEAT_SECONDS)
         self.since = self.last_tick = time.monotonic()
         self.announced = "died"  # how the rank's end is to be understood
         self.joined = False
-        self.address: dict | None = None  # of rank 0's watchdog, until it is reached
+        self.address: dict = {}  # of rank 0's watchdog, with the token that the others must know
         self.lines: list[Line] = []  # to the other watchdogs; on other ranks than 0, only to rank 0's
         self.heard: dict[int, tuple[Report, float]] = {}  # their last report and when it came
         self.left: set[int] = set()
@@ -115,16 +114,14 @@ class Watchdog:
         self.listen_to(Line(peer), self.from_peer)
 
     def connect(self) -> None:
-        """Try to reach rank 0's watchdog."""
-        same_host = self.address["name"] == self.report.host
-        host = "127.0.0.1" if same_host else self.address["host"]
+        """Try to reach rank 0's watchdog, or to reach it again."""
         with suppress(OSError):
-            peer = socket.create_connection((host, self.address["port"]), timeout=1)
+            peer = socket.create_connection((self.address["host"], self.address["port"]), timeout=1)
             peer.setblocking(False)
             line = Line(peer)
             line.rank = 0
             line.send(self.message() | {"token": self.address["token"]})
-            self.lines, self.address = [line], None
+            self.lines = [line]
             self.listen_to(line, self.from_peer)
 
     # Messages.
@@ -133,8 +130,10 @@ class Watchdog:
         if "doing" in message:
             self.report.doing, self.report.limit = message["doing"], message["limit"]
             self.since = time.monotonic()
-        elif "connect" in message:
-            self.join(message["connect"], message["timeout"])
+        elif "address" in message:
+            self.address = message["address"]
+        elif "timeout" in message:
+            self.join(message["timeout"])
         elif message["end"] == "failed":
             self.report.end = self.announced = "failed"
             self.tell()
@@ -142,7 +141,7 @@ class Watchdog:
         else:
             self.announced = message["end"]
 
-    def join(self, address: dict, timeout: float | None) -> None:
+    def join(self, timeout: float | None) -> None:
         """All ranks have joined: watch over all of them. Safe to call again."""
         if timeout is not None:
             self.timeout = timeout
@@ -154,13 +153,12 @@ class Watchdog:
             new = {rank: (Report(rank, "an unknown host", 0, "joining"), now) for rank in others}
             self.heard = new | self.heard
         else:
-            self.address = address
-            self.heard[0] = (Report(0, address["name"], 0, "joining"), now)
+            self.heard[0] = (Report(0, self.address["name"], 0, "joining"), now)
             self.connect()
 
     def from_peer(self, line: Line, message: dict) -> None:
         if line.rank is None:  # a new connection
-            if message.get("token") != self.token:
+            if not self.address or message.get("token") != self.address["token"]:
                 line.closed = True
                 return
             line.rank = message["report"]["rank"]
@@ -199,7 +197,7 @@ class Watchdog:
             self.end_all("mpirun is gone")
         self.report.seconds = now - self.since
         self.report.stuck, self.report.stuck_seconds = self.observer.look(now)
-        if self.address:
+        if 0 in self.heard and not self.lines:
             self.connect()
         self.tell()
         if self.deadline and now > self.deadline:
@@ -261,9 +259,8 @@ def show(text: str) -> None:
 
 
 def main() -> None:
-    number, token = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
-    listener = socket.socket(fileno=number) if number >= 0 else None
-    Watchdog(listener, token).run()
+    listener = socket.socket(fileno=int(sys.argv[1])) if len(sys.argv) > 1 else None
+    Watchdog(listener).run()
 
 
 if __name__ == "__main__":
