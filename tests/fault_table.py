@@ -164,7 +164,7 @@ def measured(engine: Path, only: str) -> dict[str, Outcome]:
 
 
 HEAD = """\
-Measured on {machine}: 2 ranks, gloo over MPI, the tiny model, default timeouts. Rank 1 fails.
+Measured on {machine}, load average {load:.0f}: 2 ranks, gloo over MPI, the tiny model, default timeouts. Rank 1 fails.
 
 | fault | all ended after | exit code | processes left | message |
 |---|---:|---:|---:|---|
@@ -173,7 +173,8 @@ Measured on {machine}: 2 ranks, gloo over MPI, the tiny model, default timeouts.
 
 def table(found: dict[str, Outcome]) -> str:
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    text = HEAD.format(machine=f"{os.cpu_count()} cores ({cpu[1] if cpu else platform.machine()}), no GPU")
+    machine = f"{os.cpu_count()} cores ({cpu[1] if cpu else platform.machine()}), no GPU"
+    text = HEAD.format(machine=machine, load=os.getloadavg()[1])
     for name, x in found.items():
         said = message(x.text).replace(f" on {platform.node()}", " on HOST").replace("|", "\\|")
         code = "-" if x.code is None else x.code
