@@ -14,6 +14,7 @@ from .checkpoint.hub import resolve_model
 from .config import dtype_option
 from .engine.backend import RunnerOptions
 from .parallel.faults import start_mpi
+from .parallel.heartbeat import doing
 from .parallel.messages import broadcast, check_equal
 from .runner import MMDiTRunner, with_changes
 
@@ -55,7 +56,8 @@ def load_pipeline(
     dtype = dtype or (runner.dtype if runner.device.type == "cuda" else torch.float32)
     left_out = ["transformer", *(special.TEXT_ENCODERS if encode_on_rank_0 and runner.rank else ())]
     options = {"use_safetensors": True, **dict.fromkeys(left_out), **dtype_option(dtype), **options}
-    pipe = (pipeline_class or special.default_class()).from_pretrained(resolve_model(model), **options)
+    with doing("loading the pipeline"):
+        pipe = (pipeline_class or special.default_class()).from_pretrained(resolve_model(model), **options)
     return install(pipe.to(runner.device), runner)
 
 
@@ -88,15 +90,20 @@ def sample(pipe, prompt: str | list[str], *, generator: torch.Generator | None =
         raise ValueError("output_type: every rank returns PIL images; use pil")
     latents = options.pop("latents", None)
     encoding = {name: options.pop(name) for name in special.ENCODER_OPTIONS if name in options}
-    given = None
-    if world.rank == 0:
-        given = special.encode(pipe, prompt, generator=generator, latents=latents, options=options, encoding=encoding)
-    given = broadcast(world, given, pipe.transformer.device)
-    with torch.inference_mode():
+    given = pixels = None
+    with doing("encoding the prompt" if world.rank == 0 else "waiting for the encoded prompt"):
+        if world.rank == 0:
+            how = dict(generator=generator, latents=latents, options=options, encoding=encoding)
+            given = special.encode(pipe, prompt, **how)
+        given = broadcast(world, given, pipe.transformer.device)
+    pipe.transformer.count_steps(options.get("num_inference_steps"))
+    with doing("denoising"), torch.inference_mode():
         latents = pipe(**given, **options, output_type="latent").images
-    check_equal(world, latents, "latents")
-    pixels = {"pixels": as_pixels(special.decode(pipe, latents))} if world.rank == 0 else None
-    pixels = broadcast(world, pixels, torch.device("cpu"))["pixels"].numpy()
+        check_equal(world, latents, "latents")
+    with doing("decoding" if world.rank == 0 else "waiting for the decoded image"):
+        if world.rank == 0:
+            pixels = {"pixels": as_pixels(special.decode(pipe, latents))}
+        pixels = broadcast(world, pixels, torch.device("cpu"))["pixels"].numpy()
     return [Image.fromarray(picture) for picture in pixels]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from .engine.folder import EngineFolder
 from .engine.inputs import check_shapes, default_inputs, input_dtype
 
 log = logging.getLogger("mmdit_lib")
+
+SLOW = 10
+"""A step that takes this many times as long as the one before, of the same size, hangs."""
 
 
 class MMDiTRunner:
@@ -41,6 +45,8 @@ class MMDiTRunner:
         self.config = FrozenDict(folder.model.to_diffusers())
         self.dtype = TORCH_DTYPES[folder.dtype]
         self.device = backend.device
+        self._step, self._steps = 0, None
+        self._last: tuple[object, float] = (None, 0)  # the sizes of the last step, and how long it took
 
     @classmethod
     def from_engine(cls, engine_dir: str | Path, options: RunnerOptions | None = None, **changes) -> MMDiTRunner:
@@ -50,7 +56,7 @@ class MMDiTRunner:
             engine_dir: an engine folder written by `build`.
             options: how to open and run it.
             changes: individual fields of `RunnerOptions`: backend ('auto', 'tensorrt', 'pytorch'),
-                checkpoint_dir, device, compile, cuda_graph, check_finite, verify, trust.
+                checkpoint_dir, device, compile, cuda_graph, check_finite, verify, trust, heartbeat_timeout.
 
         Raises:
             ValueError: if the folder is damaged or incomplete, or the backend cannot run here.
@@ -59,13 +65,14 @@ class MMDiTRunner:
         folder = EngineFolder.open(engine_dir)
         team = None
         if folder.layout.world_size > 1:
-            team = parallel.join(folder, options.device)
+            team = parallel.join(folder, options.device, heartbeat=options.heartbeat_timeout)
             options = replace(options, device=team.device)
         backend, reason = choose_backend(folder, options.backend, options.torch_device)
         if team:
             team.agree("backend", backend.name)
         log.info("backend %s: %s", backend.name, reason)
-        opened = backend.open(folder, options, team)
+        with parallel.doing("loading weights"):
+            opened = backend.open(folder, options, team)
         if missing := [x.name for x in folder.architecture.inputs if x.name not in opened.inputs]:
             raise ValueError(f"{folder.path} has no input {missing[0]}: build it again with this version")
         if unknown := set(opened.inputs) - {x.name for x in folder.architecture.inputs}:
@@ -103,17 +110,35 @@ class MMDiTRunner:
         Raises `ValueError` as a call does.
         """
         prepared, batch = self.prepare(inputs)
-        output = self.backend(prepared)[:batch]
-        if self.check_finite:
-            self._check_finite({**prepared, "output": output})
+        with self._named_step(prepared):
+            output = self.backend(prepared)[:batch]
+            if self.check_finite:
+                self._check_finite({**prepared, "output": output})
         return output
+
+    def count_steps(self, steps: int | None) -> None:
+        """Number the following calls from 1 to `steps` (None: unknown) in messages about a frozen rank."""
+        self._step, self._steps = 0, steps
+
+    @contextmanager
+    def _named_step(self, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """The first step of its size may compile, so it may take any time; the others are compared with the last."""
+        self._step += 1
+        sizes = {name: value.shape for name, value in inputs.items()}
+        known, seconds = self._last
+        name = f"step {self._step}" + (f" of {self._steps}" if self._steps else "")
+        start = time.monotonic()
+        with parallel.doing(name, limit=SLOW * seconds if sizes == known else None):
+            yield
+        self._last = sizes, time.monotonic() - start
 
     def intermediates(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every named value of the network, by module path or layer name.
 
         Raises `ValueError` as a call does, and if the backend does not keep them.
         """
-        return self.backend.intermediates(self.prepare(inputs)[0])
+        with parallel.doing("computing every value of the network"):
+            return self.backend.intermediates(self.prepare(inputs)[0])
 
     def prepare(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
         """Check inputs against the profile; returns them on the engine's device in its dtypes, and the batch size."""

@@ -5,6 +5,7 @@ from helpers import model_config
 
 from mmdit_lib.config import BuildConfig, Layout, RankMapping, Resolution
 from mmdit_lib.parallel.launch import check_launch
+from mmdit_lib.parallel.team import order_of_hosts
 from mmdit_lib.sd3 import KNOWN_MODELS
 
 LARGE = KNOWN_MODELS["stable-diffusion-3.5-large"]
@@ -111,3 +112,8 @@ def test_number_of_processes():
         check_launch(Layout(tp_size=2, cfg_size=2), 3)
     with pytest.raises(ValueError, match=r"is for cp 3, 3 ranks, and 1 rank is running: start it with mpirun -n 3$"):
         check_launch(Layout(cp_size=3), 1)
+
+
+def test_ranks_that_alternate_between_hosts():
+    assert order_of_hosts(["a", "a", "b", "b"]) is None and order_of_hosts(["b", "a"]) is None
+    assert "(a, b, a, b)" in order_of_hosts(["a", "b", "a", "b"])

@@ -35,6 +35,8 @@ class RunnerOptions:
     """verify the checksums of the files that are read"""
     trust: bool = False
     """tensorrt backend: run a plan even if its checksum is missing or differs; a plan is code"""
+    heartbeat_timeout: float | None = None
+    """multiple ranks: seconds after which a frozen or unreachable rank ends all; 0: never; by default 25"""
 
     @property
     def torch_device(self) -> torch.device:

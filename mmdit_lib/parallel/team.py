@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
-import time
+import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +17,12 @@ import torch.distributed as dist
 
 from ..config import Layout, RankMapping
 from .faults import START_SECONDS, abort_on_error, start_mpi
+from .heartbeat import doing, watch
 from .launch import check_launch
 
-ROLL_CALL = 7301
-"""MPI tag of the messages with which ranks announce themselves to each other."""
 COLLECTIVE_SECONDS = 600
+
+log = logging.getLogger("mmdit_lib")
 
 Groups = dict[tuple[int, ...], str]
 
@@ -81,7 +84,13 @@ def current() -> Team | None:
     return _team
 
 
-def join(folder: SharedFolder, device: str | torch.device | None = None, *, seconds: float = START_SECONDS) -> Team:
+def join(
+    folder: SharedFolder,
+    device: str | torch.device | None = None,
+    *,
+    seconds: float = START_SECONDS,
+    heartbeat: float | None = None,
+) -> Team:
     """Form a team from the ranks of this mpirun or ipyparallel cluster. Every rank must call it.
 
     It can be called again, also with another folder for the same number of ranks: process groups are reused.
@@ -90,6 +99,8 @@ def join(folder: SharedFolder, device: str | torch.device | None = None, *, seco
         folder: the engine folder; its files must be the same on all ranks.
         device: cuda or cpu; by default CUDA if available. The ranks on a machine take its GPUs in order.
         seconds: how long to wait for the slowest rank.
+        heartbeat: seconds after which a rank that is frozen or unreachable ends all ranks; 0: never. By default
+            as set before, at first `HEARTBEAT_SECONDS`.
 
     Raises:
         ValueError: on every rank, before any collective: the number of ranks is not the folder's, or
@@ -99,8 +110,15 @@ def join(folder: SharedFolder, device: str | torch.device | None = None, *, seco
     global _team
     MPI = start_mpi(seconds)
     abort_on_error()
+    with doing("joining"):
+        watch(MPI.COMM_WORLD, seconds, heartbeat)
+        _team = form_team(MPI, folder, device)
+    return _team
+
+
+def form_team(MPI, folder: SharedFolder, device: str | torch.device | None) -> Team:
+    """Compare the ranks' folders and devices, and start `torch.distributed`."""
     world = MPI.COMM_WORLD
-    roll_call(world, seconds)
     # All ranks compare the same data, so either all of them raise or none.
     everyone = world.allgather((str(folder.path), folder.fingerprint()))
     check_launch(folder.layout, world.size, folder.path)
@@ -112,10 +130,11 @@ def join(folder: SharedFolder, device: str | torch.device | None = None, *, seco
     kinds = world.allgather(place.type)
     if len(set(kinds)) > 1:
         raise ValueError(f"the ranks found different devices ({', '.join(kinds)}): give cuda or cpu")
+    if (scattered := order_of_hosts(world.allgather(socket.gethostname()))) and world.rank == 0:
+        log.warning(scattered)
     start_torch(world, place, one_machine=here.size == world.size)
     here.Free()
-    _team = Team(world.rank, mapping, place, make_groups(mapping))
-    return _team
+    return Team(world.rank, mapping, place, make_groups(mapping))
 
 
 def leave() -> None:
@@ -125,24 +144,6 @@ def leave() -> None:
     _groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def roll_call(world, seconds: float) -> None:
-    """Wait until every rank has called this as often as this one. Raises `TimeoutError` naming those that have not."""
-    missing = set(range(world.size)) - {world.rank}
-    sent = [world.Isend(bytearray(), dest=rank, tag=ROLL_CALL) for rank in sorted(missing)]
-    deadline = time.monotonic() + seconds
-    while missing:
-        for rank in sorted(missing):
-            if world.Iprobe(source=rank, tag=ROLL_CALL):
-                world.Recv(bytearray(), source=rank, tag=ROLL_CALL)
-                missing.remove(rank)
-        if missing and time.monotonic() > deadline:
-            who = ", ".join(map(str, sorted(missing)))
-            raise TimeoutError(f"rank {world.rank} waited {seconds} s for rank {who}, which did not join")
-        time.sleep(0.002)
-    for request in sent:
-        request.Wait()
 
 
 def check_same(everyone: list[tuple[str, dict[str, str]]]) -> None:
@@ -181,7 +182,7 @@ def start_torch(world, device: torch.device, *, one_machine: bool) -> None:
         if device.type == "cpu" or "nccl" in dist.get_backend_config():
             return
         leave()
-    host = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_machine else _hostname())
+    host = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_machine else socket.getfqdn())
     store = None
     if world.rank == 0:
         store = dist.TCPStore(host, 0, world.size, is_master=True, wait_for_workers=False)
@@ -194,10 +195,12 @@ def start_torch(world, device: torch.device, *, one_machine: bool) -> None:
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, **options)
 
 
-def _hostname() -> str:
-    import socket
-
-    return socket.getfqdn()
+def order_of_hosts(hosts: list[str]) -> str | None:
+    """A warning if consecutive ranks, which form the tp groups, alternate between hosts. It is slow, not wrong."""
+    changes = sum(host != before for before, host in pairwise(hosts))
+    if changes < len(set(hosts)):
+        return None
+    return f"the ranks alternate between hosts ({', '.join(hosts)}), which is slow: use mpirun --map-by slot"
 
 
 def make_groups(mapping: RankMapping) -> Groups:

@@ -1,0 +1,116 @@
+"""What the watchdogs conclude from the ranks' reports. Real ranks: test_parallel_faults.py and test_two_hosts.py."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mmdit_lib.parallel import heartbeat
+from mmdit_lib.parallel.verdict import HUNG, STOPPED, Observer, Peer, Report, fault
+from mmdit_lib.parallel.watchdog import Line
+
+
+def peers(*changes: dict) -> dict[int, Peer]:
+    """Ranks at work in step 3 of 28, with changes to the report of each."""
+    found = {}
+    for rank, change in enumerate(changes):
+        silent = change.pop("silent", 0.2)
+        found[rank] = Peer(Report(rank, f"host{rank}", 100 + rank, **{"doing": "step 3 of 28"} | change), silent)
+    return found
+
+
+STEP = {"seconds": 31.0, "limit": 2.0}
+CASES = {
+    "all at work": (peers({}, {}), None),
+    "compiling for an hour": (peers(*[{"doing": "step 1", "seconds": 3600.0} for _ in range(2)]), None),
+    "stopped for a moment": (peers({}, {"stuck": STOPPED, "stuck_seconds": 29.0}), None),
+    "stopped": (
+        peers({}, {"stuck": STOPPED, "stuck_seconds": 30.0}),
+        "rank 1 on host1 is frozen: its process 101 has been stopped by a signal for 30 s; last activity: step 3 of 28",
+    ),
+    "hung in a driver": (
+        peers({}, {"stuck": HUNG, "stuck_seconds": 30.0, "doing": "decoding"}),
+        "rank 1 on host1 is frozen: its process 101 has hung in a driver or file system for 30 s; "
+        "last activity: decoding",
+    ),
+    "all suspended by the user": (peers(*[{"stuck": STOPPED, "stuck_seconds": 900.0} for _ in range(2)]), None),
+    "silent": (
+        peers({}, {"silent": 30.0}),
+        "rank 1 on host1 is unreachable: nothing heard from it for 30 s; last activity: step 3 of 28",
+    ),
+    "a slow step, but not 10 times as slow": (peers({"seconds": 31.0, "limit": 40.0}, {"seconds": 31.0}), None),
+    "the others wait for a stopped rank": (peers(STEP, STEP | {"stuck": STOPPED, "stuck_seconds": 9.0}), None),
+    "the others wait for a silent rank": (peers(STEP, STEP | {"silent": 9.0}), None),
+    "all hang in a step": (
+        peers(STEP, STEP),
+        "rank 0 on host0, rank 1 on host1 hang: step 3 of 28 has not ended for 31 s, "
+        "over 10 times as long as the step before",
+    ),
+    "one does not reach the step": (
+        peers(STEP, {"doing": "denoising"}),
+        "rank 0 on host0 hangs, and may wait for others: step 3 of 28 has not ended for 31 s, "
+        "over 10 times as long as the step before; rank 1 on host1: denoising",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fault(case):
+    reports, expected = CASES[case]
+    assert fault(reports, 30) == expected
+    assert fault(reports, 0) is None, "turned off"
+
+
+def test_a_stopped_process_is_seen_from_outside():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        observer, start = Observer(process.pid), time.monotonic()
+        assert observer.look(0) == ("", 0) and not observer.orphaned()
+        process.send_signal(signal.SIGSTOP)
+        while observer.look(10)[0] != STOPPED:
+            assert time.monotonic() < start + 10
+        assert observer.look(12.5) == (STOPPED, 2.5)
+        process.send_signal(signal.SIGCONT)
+        while observer.look(20)[0]:
+            assert time.monotonic() < start + 10
+        observer.end()
+        assert process.wait(10) == -signal.SIGKILL
+
+
+def test_activities_nest(monkeypatch):
+    said = []
+
+    class Recorder:
+        def tell(self, doing: str, limit: float | None) -> None:
+            said.append((doing, limit))
+
+    monkeypatch.setattr(heartbeat, "_watchdog", Recorder())
+    with heartbeat.doing("denoising"), pytest.raises(ValueError, match="no"), heartbeat.doing("step 1", limit=3):
+        raise ValueError("no")
+    assert said == [("denoising", None), ("step 1", 3), ("denoising", None), ("the calling program", None)]
+
+
+@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"x" * 70000, b'{"a": 1}\n{"b"\n', b""])
+def test_a_stranger_on_the_port_is_hung_up_on(garbage):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        line = Line(ours)
+        theirs.sendall(garbage)
+        theirs.close()
+        while not line.closed:
+            line.read()
+
+
+def test_messages_arrive_whole():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        line = Line(ours)
+        theirs.sendall(b'{"a": 1}\n{"b"')
+        assert line.read() == [{"a": 1}]
+        assert line.read() == [] and not line.closed
+        theirs.sendall(b": 2}\n")
+        assert line.read() == [{"b": 2}]
