@@ -7,8 +7,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet -
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 NBVAL := $(if $(NOTEBOOKS),--nbval-lax --nbval-current-env --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=120)
 
-# Two processes; each takes a whole test file or notebook at a time. One process: PYTEST_ARGS='-n 0'
-XDIST := --numprocesses=2 --dist=loadscope
+# Two processes; each takes a whole test file or notebook at a time, in the order of tests/conftest.py.
+# One process: PYTEST_ARGS='-n 0'
+XDIST := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
 # Idle OpenMP threads sleep instead of spinning, which would slow down the other process.
 export OMP_WAIT_POLICY := passive
