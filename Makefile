@@ -7,8 +7,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet -
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 NBVAL := $(if $(NOTEBOOKS),--nbval-lax --nbval-current-env --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=120)
 
-# Two processes; each takes a whole test file or notebook at a time. One process: PYTEST_ARGS='-n 0'
-XDIST := --numprocesses=2 --dist=loadscope
+# Each process takes a whole test file or notebook at a time, in the order of tests/conftest.py. Two keep two cores
+# busy with the fast tests; clusters and kernels also wait, so all tests get three. One process: PYTEST_ARGS='-n 0'
+XDIST := --dist=loadscope --no-loadscope-reorder
 
 # Idle OpenMP threads sleep instead of spinning, which would slow down the other process.
 export OMP_WAIT_POLICY := passive
@@ -23,10 +24,10 @@ demo: $(VENV)/.demo-installed ## convert, build and run the small model that shi
 	@$(BIN)/mmdit demo $(DEMO_ARGS)
 
 test: $(VENV)/.test-installed ## all tests, and every notebook from a fresh kernel
-	@IPP_NONINTERACTIVE=1 $(BIN)/python -m pytest $(XDIST) $(NBVAL) tests $(NOTEBOOKS) $(PYTEST_ARGS)
+	@IPP_NONINTERACTIVE=1 $(BIN)/python -m pytest --numprocesses=3 $(XDIST) $(NBVAL) tests $(NOTEBOOKS) $(PYTEST_ARGS)
 
 quick: $(VENV)/.test-installed ## all but the slow tests, for after each edit (about two minutes)
-	@$(BIN)/python -m pytest $(XDIST) -m 'not slow and not browser' tests $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses=2 $(XDIST) -m 'not slow and not browser' tests $(PYTEST_ARGS)
 
 lab: $(VENV)/.test-installed ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=notebooks $(LAB_ARGS)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,18 +36,22 @@ class MMDiTRunner:
     """
 
     def __init__(self, folder: EngineFolder, backend: Backend, reason: str, *, rank: int = 0, check_finite=True):
-        from diffusers.configuration_utils import FrozenDict
-
         self.folder = folder
         self.backend = backend
         self.reason = reason
         self.rank = rank
         self.check_finite = check_finite
-        self.config = FrozenDict(folder.model.to_diffusers())
         self.dtype = TORCH_DTYPES[folder.dtype]
         self.device = backend.device
         self._step, self._steps = 0, None
         self._last: tuple[object, float] = (None, 0)  # the sizes of the last step, and how long it took
+
+    @cached_property
+    def config(self):
+        # Only pipelines read it, and importing diffusers takes longer than opening a small engine.
+        from diffusers.configuration_utils import FrozenDict
+
+        return FrozenDict(self.folder.model.to_diffusers())
 
     @classmethod
     def from_engine(cls, engine_dir: str | Path, options: RunnerOptions | None = None, **changes) -> MMDiTRunner:

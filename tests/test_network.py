@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import MODELS, case, diffusers_output, model_config, relative_error
 
-from mmdit_lib.engine.folder import plan_file
+from mmdit_lib.engine.folder import EngineFolder, plan_file
 from mmdit_lib.reports.parity import all_ok, compare, verdict
 from mmdit_lib.sd3 import KNOWN_MODELS
 from mmdit_lib.sd3.keys import from_diffusers
@@ -84,7 +84,7 @@ def test_half_precision_is_no_further_from_float32_than_diffusers(name, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @each_model
 def test_tensorrt_builds_the_plan(name, dtype):
-    folder = case(name).runner(dtype).folder
+    folder = EngineFolder.open(case(name).engine(dtype))
     weights = sum(t.numel() * t.element_size() for t in folder.open_checkpoint().weights().values())
     assert (folder.path / plan_file(0)).stat().st_size == folder.files[plan_file(0)].nbytes > 0.3 * weights
     assert folder.tensorrt and folder.dtype == dtype

@@ -7,7 +7,7 @@ It contains no weights: a constant names a checkpoint tensor. Reading it does no
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,11 @@ class Graph:
     modules: dict[str, tuple[str, ...]]
 
     def save(self, path: Path) -> None:
-        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        # `asdict` copies every value and takes longer than defining the network.
+        content = {"format_version": FORMAT_VERSION, **vars(self)}
         # One layer per line: readable, and `diff` shows where two graphs differ.
-        layers = ",\n  ".join(json.dumps(layer) for layer in content.pop("layers"))
-        head = json.dumps(content)[:-1]
+        layers = ",\n  ".join(json.dumps(layer, default=vars) for layer in content.pop("layers"))
+        head = json.dumps(content, default=vars)[:-1]
         path.write_text(f'{head}, "layers": [\n  {layers}\n]}}\n')
 
     @classmethod

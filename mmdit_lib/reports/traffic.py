@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -93,14 +94,23 @@ class Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule):
         super().__init__(module)
         self.found: Counter[Collective] = Counter()
+        self.known: dict[str, Any] = {}
 
     def call_function(self, target, args, kwargs):
         if target is not dist_collective:
-            return super().call_function(target, args, kwargs)
+            # Blocks repeat, and a result without data depends only on shapes: calculate each one once.
+            key = repr((target, fx.node.map_aggregate((args, kwargs), shape_and_dtype)))
+            if key not in self.known:
+                self.known[key] = super().call_function(target, args, kwargs)
+            return self.known[key]
         (x,), operation = args, kwargs["operation"]
         self.found[Collective(operation, tuple(json.loads(kwargs["group"])), x.nbytes)] += 1
         rows = x.shape[0] * (kwargs["size"] if operation == "ALL_GATHER" else 1)
         return x.new_empty(rows, *x.shape[1:])
+
+
+def shape_and_dtype(x):
+    return (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
 
 
 def traffic_table(name: str, *, resolution: Resolution, text_tokens: int, batch: int, dtype: Dtype) -> Table:
