@@ -17,7 +17,7 @@ from ..network.network import Network
 from ..network.trt import installed, trt
 from .folder import FORMAT_VERSION, checkpoint_reference, graph_file, is_engine_folder, plan_file
 from .inputs import check_build, declared_shape, input_dtype, profile_shapes
-from .logger import Progress, logger
+from .logger import build_progress, logger
 from .read_network import read_network
 
 
@@ -148,7 +148,7 @@ def build_rank(
     if plan:
         shapes = profile_shapes(checkpoint.architecture, checkpoint.model, config, mapping.cfg_size)
         options = builder_config(builder, checkpoint.dtype, shapes, capabilities)
-        with Progress(f"build rank {mapping.rank}", progress) as monitor:
+        with build_progress(f"build rank {mapping.rank}", progress) as monitor:
             options.progress_monitor = monitor
             serialized = builder.build_serialized_network(definition, options)
         if serialized is None:
