@@ -12,7 +12,6 @@ to what follows the warm-up, and prints the result as Markdown.
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
 import random
@@ -75,7 +74,6 @@ def draw(folder: EngineFolder, drawn: random.Random) -> dict[str, int | float]:
 
 def memory() -> dict[str, int]:
     """Bytes."""
-    gc.collect()  # cycles that only wait for the collector are no leak
     found = {"rss": psutil.Process().memory_info().rss}
     if torch.cuda.is_available():
         found |= {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}

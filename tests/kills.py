@@ -24,7 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ MODEL = SD3Config(
 FILE_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "fcntl.flock")
 """Audit events of Python; `open` counts too, for paths in the output's folder."""
 TEMPORARY = {".out.lock", ".out.partial", ".out.replaced"}
+FINISHED = "ended before"
+"""A try whose signal came too late; it does not count."""
 FIRST_MOMENT = 0.01
 """Seconds: until then a forked process has not reached the command."""
 
@@ -190,25 +192,30 @@ class Tries:
         self.output.parent.mkdir()
         self.older = self.result_of(command.older)
         self.kept = Path(shutil.copytree(self.output, root / f"{name}-older"))
-        usual = run(command.newer, self.output)
-        self.seconds, self.operations = usual.seconds, usual.operations
-        self.newer = self.result_of(command.newer)
+        self.usual = {"older": run(command.newer, self.output)}
+        self.newer = command.load(self.output)
+        shutil.rmtree(self.output)
+        self.usual["nothing"] = run(command.newer, self.output)
         assert self.older != self.newer
         self.faults: list[str] = []
+
+    @property
+    def seconds(self) -> float:
+        """What the command took the last time that it was let be."""
+        return self.usual["nothing"].seconds
 
     def result_of(self, arguments: tuple[str, ...]) -> Any:
         ended = run(arguments, self.output)
         assert ended.code == 0, ended.errors
         return self.command.load(self.output)
 
-    def state(self) -> str:
-        """What is under the final name."""
+    def state(self, name: str = "out") -> str:
+        """What is under this name."""
+        folder = self.output.with_name(name)
         try:
-            found = self.command.load(self.output)
+            found = self.command.load(folder)
         except ValueError as error:
-            if self.output.exists() or "\n" in str(error):
-                return f"damaged: {error}"
-            return "nothing"
+            return f"refused: {error}" if folder.exists() or "\n" in str(error) else "nothing"
         return {str(self.older): "older", str(self.newer): "newer"}.get(str(found), "a mix")
 
     def prepare(self) -> str:
@@ -225,12 +232,15 @@ class Tries:
         if by_the_clock:
             moment = {"after": self.random.uniform(FIRST_MOMENT, max(self.seconds, 2 * FIRST_MOMENT))}
         else:
-            moment = {"before": self.random.randint(1, self.operations)}
+            moment = {"before": self.random.randint(1, self.usual[had].operations)}
         ended = run(self.command.newer, self.output, number, **moment)
         found, left = self.state(), {path.name for path in self.output.parent.iterdir()} - {"out"}
         case = f"{self.name}, {number.name} {moment}, over {had}"
         finished = ended.code == 0
         good = found == "newer" if finished else found in (had, "newer", "nothing")
+        good = good and "a mix" not in map(self.state, left)
+        if found == "nothing" != had:  # between the two renames
+            good = good and self.state(".out.replaced") == had
         if number == signal.SIGINT and not finished:
             good = good and ended.code == 130 and len(ended.errors) == 1 and found in (had, "newer")
         elif not finished:
@@ -239,7 +249,7 @@ class Tries:
             self.faults.append(f"{case}: exit code {ended.code}, found {found}, {sorted(left)}, {ended.errors[-1:]}")
         if number == signal.SIGKILL:
             self.again(case)
-        return "ended before" if finished else found + (", temporary files beside it" if left else "")
+        return FINISHED if finished else found + (", temporary files beside it" if left else "")
 
     def together(self) -> str:
         """Two processes write the same folder at the same time; returns their exit codes."""
@@ -263,6 +273,7 @@ class Tries:
         found, beside = self.state(), os.listdir(self.output.parent)
         if ended.code or ended.errors or found != "newer" or beside != ["out"]:
             self.faults.append(f"{case}: the next run ended with {ended.code}, {found}, {beside}, {ended.errors[-1:]}")
+        self.usual["nothing"] = replace(self.usual["nothing"], seconds=ended.seconds)
 
 
 WAYS: dict[str, Callable[[Tries], str]] = {
@@ -274,24 +285,31 @@ WAYS: dict[str, Callable[[Tries], str]] = {
 }
 
 
-def main(count: int = 100, seed: int = 0, only: tuple[str, ...] = ()) -> None:
+def main(
+    count: int = 100, seed: int = 0, only: tuple[str, ...] = tuple(COMMANDS), ways: tuple[str, ...] = tuple(WAYS)
+) -> None:
     """Print how often what was found.
 
     Args:
-        count: tries of each command in each way.
+        count: tries of each command in each way; those that end before the signal comes are not counted.
         seed: of the moments.
-        only: names of the commands to try; all if not given.
+        only: the commands to try.
+        ways: the ways to try.
     """
     assert installed(), "build needs TensorRT"  # and imports it before the forks
     faults = []
     print("| command | how | tries | what was then under the final name |\n|---|---|---:|---|")
     with tempfile.TemporaryDirectory(prefix="mmdit-kills-") as folder:
-        for name, command in commands(Path(folder)).items():
-            if only and name not in only:
-                continue
-            tries = Tries(name, Path(folder), command, random.Random(f"{seed} {name}"))
-            for way, one in WAYS.items():
-                found = Counter(one(tries) for _ in tqdm(range(count), desc=f"{name}, {way}", leave=False))
+        there = commands(Path(folder))
+        for name in only:
+            tries = Tries(name, Path(folder), there[name], random.Random(f"{seed} {name}"))
+            for way in ways:
+                found = Counter()
+                with tqdm(total=count, desc=f"{name}, {way}", leave=False) as bar:
+                    while bar.n < count:
+                        what = WAYS[way](tries)
+                        found[what] += 1
+                        bar.update(what != FINISHED)
                 listed = "; ".join(f"{what}: {times}" for what, times in sorted(found.items()))
                 print(f"| {name} | {way} | {count} | {listed} |", flush=True)
             faults += tries.faults
