@@ -260,6 +260,8 @@ def test_a_link_to_itself(case, tmp_path):
 
 def test_a_picture_through_a_link(tmp_path):
     (tmp_path / "there").mkdir()
+    for left in (".picture.partial.png", ".picture.png.lock"):  # by a killed process
+        (tmp_path / "there" / left).touch()
     (tmp_path / "picture.png").symlink_to("there/picture.png")
     for content in ("older", "newer"):
         with complete_file(tmp_path / "picture.png") as partial:

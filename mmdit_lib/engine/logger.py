@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,8 @@ from ..network.trt import trt
 
 log = logging.getLogger("tensorrt")
 
+KEPT_ERRORS = 100
+
 
 @cache
 def logger():
@@ -22,7 +25,7 @@ def logger():
     class Logger(trt.ILogger):
         def __init__(self):
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            self.errors: deque[str] = deque(maxlen=KEPT_ERRORS)
 
         def log(self, severity, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
