@@ -19,7 +19,7 @@ from .engine.backend import RunnerOptions
 from .engine.build import build
 from .engine.folder import EngineFolder
 from .engine.onnx_file import export_onnx
-from .files import complete_file
+from .files import INTERRUPTED, complete_file
 from .parallel import check_launch, guard, launched_rank, launched_size
 from .tiny.demo import demo
 
@@ -37,6 +37,8 @@ def picture_file(name: str | Path) -> Path:
         raise ValueError(f"{name}: give an image file name such as picture.png")
     if not path.parent.is_dir():
         raise ValueError(f"{name}: folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}: no permission to write in {path.parent}")
     return path
 
 
@@ -109,7 +111,8 @@ def parity_command(
     if plot and launched_rank() == 0:
         from .plots import error_by_depth
 
-        error_by_depth({engine_dir: result}).savefig(plot, dpi=120)
+        with complete_file(plot) as partial:
+            error_by_depth({engine_dir: result}).savefig(partial, dpi=120)
         console.print(f"plot: {plot}")
     if not all_ok(result):
         sys.exit(1)
@@ -272,7 +275,7 @@ def one_line_errors(program: str) -> Iterator[None]:
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"{program}: {first_line(error)}")
         except KeyboardInterrupt:
-            print(f"{program}: interrupted; no incomplete output is left", file=sys.stderr)
+            print(f"{program}: {INTERRUPTED}", file=sys.stderr)
             sys.exit(130)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import torch
 
-from mmdit_lib import Checkpoint, MMDiTRunner, build, convert
+from mmdit_lib import Checkpoint, MMDiTRunner, build, cli, convert
 from mmdit_lib.checkpoint.random_weights import randomize
 from mmdit_lib.config import Sizes
 from mmdit_lib.engine.inputs import draw_inputs
@@ -223,6 +226,23 @@ def original_layout(model: SD3Transformer2DModel, prefix: str = "model.diffusion
                 put(f"joint_blocks.{i}.{stream}.{name}", tuple(f"transformer_blocks.{i}.{p}" for p in parts), swap)
     assert not state, sorted(state)
     return out
+
+
+# The command -----------------------------------------------------------------------------------------
+
+
+def mmdit(*arguments) -> tuple[int, str, str]:
+    """Run the command in this process; returns its exit code and what it wrote to stdout and stderr."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    words = ["mmdit", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", words), redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+            if isinstance(end.code, str):
+                print(end.code, file=err)
+    return code, out.getvalue(), err.getvalue()
 
 
 # Ranks -----------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ def test_no_cycles():
 
 def test_at_most_17_parts_and_the_road_goes_up():
     graph = part_graph()
-    assert len(graph) - len(ARCHITECTURES) <= 16, sorted(graph)  # each model is a package of its own
+    parts = graph.keys() - {"__main__"}  # which only starts the command
+    assert len(parts) - len(ARCHITECTURES) <= 16, sorted(parts)  # each model is a package of its own
     heights = [levels(graph)[part] for part in ROAD]
     assert heights == sorted(set(heights)), dict(zip(ROAD, heights, strict=True))
 

@@ -28,7 +28,7 @@ class RunnerOptions:
     compile: bool = False
     """pytorch backend: compile with `torch.compile`; on a GPU the built-in Triton kernels are faster"""
     cuda_graph: bool = False
-    """replay each step as a CUDA graph"""
+    """replay each step as a CUDA graph; the graphs of the 8 sets of input shapes that were used last are kept"""
     check_finite: bool = True
     """check every input and output for NaN and infinity"""
     verify: bool = True

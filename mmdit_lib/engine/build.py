@@ -22,7 +22,7 @@ from . import trtllm
 from .builder_config import builder_config, check_options, save_timing_cache
 from .folder import FORMAT_VERSION, checkpoint_reference, graph_file, is_engine_folder, plan_file
 from .inputs import check_build, declared_shape, input_dtype, profile_shapes
-from .logger import Progress, logger
+from .logger import build_progress, logger
 from .read_network import read_network
 
 NO_OPTIONS = PlanOptions()
@@ -206,7 +206,7 @@ def build_plan(job: Job, builder, definition, mapping: RankMapping, file: Path) 
     checkpoint, cache = job.checkpoint, job.plan_options.timing_cache
     shapes = profile_shapes(checkpoint.architecture, checkpoint.model, job.config, mapping.cfg_size)
     config = builder_config(builder, checkpoint.dtype, shapes, job.compute_capability, job.plan_options)
-    with Progress(f"build rank {mapping.rank}", job.progress) as monitor:
+    with build_progress(f"build rank {mapping.rank}", job.progress) as monitor:
         config.progress_monitor = monitor
         serialized = builder.build_serialized_network(definition, config)
     if serialized is None:

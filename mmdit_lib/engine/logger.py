@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from tqdm.auto import tqdm
 
+from ..files import delayed_interrupts
 from ..network.trt import trt
 
 log = logging.getLogger("tensorrt")
+
+KEPT_ERRORS = 100
 
 
 @cache
@@ -20,7 +25,7 @@ def logger():
     class Logger(trt.ILogger):
         def __init__(self):
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            self.errors: deque[str] = deque(maxlen=KEPT_ERRORS)
 
         def log(self, severity, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
@@ -38,47 +43,32 @@ def logger():
     return Logger()
 
 
-class Progress:
-    """An `IProgressMonitor` for a `with` block. Ctrl-C stops the build at its next step."""
+@contextmanager
+def build_progress(title: str, show: bool) -> Iterator:
+    """An `IProgressMonitor` with a progress bar. Ctrl-C stops the build at its next step.
 
-    def __init__(self, title: str, show: bool):
-        self.title = title
-        self.show = show
-
-    def __enter__(self):
-        self.monitor = _monitor(self.title, self.show)
-        return self.monitor
-
-    def __exit__(self, *exception) -> None:
-        self.monitor.close()
-        if self.monitor.interrupted:
-            raise KeyboardInterrupt
+    TensorRT would end the process if a `KeyboardInterrupt` came out of the monitor.
+    """
+    with delayed_interrupts() as pending, tqdm(desc=title, unit="step", disable=not show, total=0) as bar:
+        yield _monitor(bar, pending)
+        bar.total = bar.n
 
 
-def _monitor(title: str, show: bool):
+def _monitor(bar: tqdm, interrupts: list[int]):
     class Monitor(trt.IProgressMonitor):
         def __init__(self):
             trt.IProgressMonitor.__init__(self)
-            self.interrupted = False
-            self.bar = tqdm(desc=title, unit="step", disable=not show, total=0)
 
         def phase_start(self, phase_name, parent_phase, num_steps):
-            self.bar.total += num_steps
-            self.bar.set_postfix_str(phase_name, refresh=False)
+            bar.total += num_steps
+            bar.set_postfix_str(phase_name, refresh=False)
 
         def phase_finish(self, phase_name):
             pass
 
         def step_complete(self, phase_name, step):
-            try:
-                self.bar.update(1)
-            except KeyboardInterrupt:
-                self.interrupted = True
-            return not self.interrupted
-
-        def close(self):
-            self.bar.total = self.bar.n
-            self.bar.close()
+            bar.update(1)
+            return not interrupts
 
     return Monitor()
 

@@ -29,7 +29,7 @@ class PyTorchBackend:
         weights: this rank's checkpoint tensors; on a CPU they stay memory-mapped.
         groups: process group names, by ranks, for a graph with collectives.
         compile_blocks: path of the module list whose blocks are compiled with `torch.compile`; None: no compilation.
-        cuda_graph: capture and replay a CUDA graph per set of input shapes.
+        cuda_graph: capture and replay a CUDA graph per set of input shapes; the last 8 sets are kept.
         passes: those of `default_passes` if not given.
     """
 

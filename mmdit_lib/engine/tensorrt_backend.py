@@ -28,7 +28,7 @@ class TensorRTBackend:
         device: the CUDA device to run on.
         communicator: the `ncclComm_t` of all ranks as a capsule, for a plan with collectives. Setting
             it is collective: every rank must construct its backend at the same time.
-        cuda_graph: capture one CUDA graph per set of input shapes and replay it.
+        cuda_graph: capture one CUDA graph per set of input shapes and replay it; the last 8 sets are kept.
 
     Raises:
         ValueError: in one line, if TensorRT cannot deserialize the plan.
@@ -43,7 +43,7 @@ class TensorRTBackend:
         self._contexts: dict[tuple | None, object] = {}
         self._communicator = communicator
         self._graphed = cuda_graph
-        self._step = GraphedStep(self._run) if cuda_graph else self._run
+        self._step = GraphedStep(self._run, forget=self._forget) if cuda_graph else self._run
         with torch.cuda.device(self.device):
             self.engine = self._deserialize(plan)
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
@@ -130,6 +130,8 @@ class TensorRTBackend:
             if not context.set_input_shape(name, shape):
                 raise ValueError(f"{name} {shape} is outside the profile: {logger().last_error()}")
         if shapes not in self._buffers:
+            if not self._graphed:
+                self._buffers.clear()
             self._buffers[shapes] = self._allocate(context, inputs)
         buffers = self._buffers[shapes]
         for name in self.inputs:
@@ -139,6 +141,14 @@ class TensorRTBackend:
         if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
             raise RuntimeError(f"TensorRT failed to run the plan: {logger().last_error()}")
         return buffers[self.output].clone()
+
+    def _shapes(self, inputs: Inputs) -> tuple:
+        return tuple(tuple(inputs[name].shape) for name in self.inputs)
+
+    def _forget(self, inputs: Inputs) -> None:
+        """Drop the context and the buffers of a CUDA graph that is no longer kept."""
+        shapes = self._shapes(inputs)
+        del self._contexts[shapes], self._buffers[shapes]
 
     def _allocate(self, context, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Buffers for inputs of these shapes and for the output, whose shape the context infers."""

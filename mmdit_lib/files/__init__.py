@@ -1,13 +1,16 @@
 """Files on disk: written atomically, and recorded with checksums."""
 
 from .atomic import alive, complete_file, complete_folder, require_place, require_space
+from .interrupts import INTERRUPTED, delayed_interrupts
 from .records import FileRecord, read_json, write_synced
 
 __all__ = [
+    "INTERRUPTED",
     "FileRecord",
     "alive",
     "complete_file",
     "complete_folder",
+    "delayed_interrupts",
     "read_json",
     "require_place",
     "require_space",

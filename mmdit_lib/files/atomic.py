@@ -1,14 +1,28 @@
-"""Folders and files that appear under their final name only when complete."""
+"""Folders and files that appear under their final name only when complete.
+
+While `out` is written, these are beside it:
+
+    .out.lock        held by the process that writes; a second one is refused
+    .out.partial     what is complete so far
+    .out.replaced    the older output, between the two renames of `_swap`
+
+The system releases the lock of a process that is killed, and the next writer cleans up what it left.
+On a file system without locks, two writers are noticed at the end, and both fail.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .interrupts import delayed_interrupts
+
+NO_ROOM = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
 
 
 @contextmanager
@@ -16,7 +30,7 @@ def complete_folder(folder: Path, kind: str, is_kind: Callable[[Path], bool]) ->
     """A temporary sibling to write in; renamed to `folder` at the end, removed if anything is raised.
 
     The next call removes what a killed process left behind. An older `folder` stays until the new
-    one is complete.
+    one is complete. A symbolic link stays; the folder that it points to is written.
 
     Args:
         folder: must not exist, or be empty, or be of the same kind.
@@ -24,41 +38,58 @@ def complete_folder(folder: Path, kind: str, is_kind: Callable[[Path], bool]) ->
         is_kind: whether an existing folder is of that kind, so that no other folder is ever deleted.
 
     Raises:
-        ValueError: if `folder` cannot be created or replaced (see `require_place`), or the disk is full.
+        ValueError: if `folder` cannot be created or replaced (see `require_place`), another process is
+            writing it, or the disk is full.
     """
     require_place(folder, kind, is_kind)
-    folder = folder.resolve()
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    try:
+    folder = _real(folder)
+    partial = _sibling(folder, "partial")
+    with _disk_full_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _clean_up(folder)
-        partial.mkdir()
-        yield partial
-        _sync(partial)
-        require_place(folder, kind, is_kind)
-        _swap(partial, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ValueError(f"disk full: no room for {folder.name} in {folder.parent}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with _sole_writer(folder):
+            try:
+                _recover(folder)
+                partial.mkdir()
+                with _opened(partial) as made:
+                    yield partial
+                    if not os.path.samestat(partial.stat(), os.fstat(made)):
+                        raise ValueError(f"{folder} was written by another process at the same time")
+                    os.fsync(made)  # its entries, so that a power failure leaves all or nothing
+                require_place(folder, kind, is_kind)
+                with delayed_interrupts():
+                    _swap(partial, folder)
+            except FileNotFoundError:
+                if partial.exists():
+                    raise
+                raise ValueError(f"{partial} was removed while {folder.name} was written") from None
+            finally:
+                with delayed_interrupts():
+                    shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling with the same suffix; renamed to `path` at the end, removed if anything is raised."""
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """A temporary sibling with the same suffix; renamed to `path` at the end, removed if anything is raised.
+
+    A symbolic link stays; the file that it points to is written.
+
+    Raises:
+        ValueError: if another process is writing it, or the disk is full.
+    """
+    path = _real(path)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    with _disk_full_named(path), _sole_writer(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            with delayed_interrupts():
+                partial.unlink(missing_ok=True)
 
 
 def require_place(folder: Path, kind: str, is_kind: Callable[[Path], bool]) -> None:
     """Raises `ValueError` unless `complete_folder` may write there; creates nothing."""
-    folder = folder.resolve()
+    folder = _real(folder)
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir():
         raise ValueError(f"{there} exists and is a file; give the name of a folder")
@@ -79,31 +110,93 @@ def require_space(folder: Path, nbytes: int) -> None:
         raise ValueError(f"disk full: {nbytes} bytes are needed in {folder.parent}, {free} are free")
 
 
+def _real(path: Path) -> Path:
+    """`path` without symbolic links. Raises `ValueError` for one that leads to itself."""
+    real = Path(os.path.realpath(path))
+    if real.is_symlink():
+        raise ValueError(f"{path} is a symbolic link that leads to itself")
+    return real
+
+
+def _sibling(path: Path, role: str) -> Path:
+    return path.with_name(f".{path.name}.{role}")
+
+
+@contextmanager
+def _disk_full_named(path: Path) -> Iterator[None]:
+    """A full disk raises `ValueError` that names `path`; the system names a temporary file, or none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise ValueError(f"{NO_ROOM[error.errno]}: no room for {path.name} in {path.parent}") from None
+
+
+@contextmanager
+def _sole_writer(path: Path) -> Iterator[None]:
+    """Hold the lock of `path`. Raises `ValueError` if another process does."""
+    lock, descriptor = _sibling(path, "lock"), None
+    try:
+        with delayed_interrupts():
+            descriptor = _locked(lock, path)
+        yield
+    finally:
+        if descriptor is not None:
+            with delayed_interrupts():
+                lock.unlink(missing_ok=True)  # before the lock is released, so this process's own
+                os.close(descriptor)
+
+
+def _locked(lock: Path, path: Path) -> int:
+    """An open descriptor of the locked file."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(f"another process is writing {path}: wait until it ends, or give another name") from None
+        except OSError:
+            return descriptor  # a file system without locks
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                return descriptor
+        os.close(descriptor)  # its holder ended, and removed it, between the two calls
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """A descriptor. While it is open, the system gives the folder's inode number to no other folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _recover(folder: Path) -> None:
+    """Clean up after a killed process. One that died between the first two renames of `_swap` left the only copy."""
+    partial, replaced = _sibling(folder, "partial"), _sibling(folder, "replaced")
+    shutil.rmtree(partial, ignore_errors=True)
+    if replaced.exists():
+        os.rename(replaced, partial if folder.exists() else folder)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _swap(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`, and an older `folder` to `partial`."""
     if not folder.exists():
         os.rename(partial, folder)
         return
-    old = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
+    replaced = _sibling(folder, "replaced")
+    os.rename(folder, replaced)
     try:
-        os.rename(folder, old)
         os.rename(partial, folder)
-    finally:
-        if old.exists() and not folder.exists():  # interrupted between the two, say by Ctrl-C
-            os.rename(old, folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _clean_up(folder: Path) -> None:
-    """Remove what dead processes left behind. One that died between the two renames of `_swap` left the only copy."""
-    name = re.compile(re.escape(f".{folder.name}.") + r"(partial|replaced)-(\d+)")
-    for path in folder.parent.iterdir():
-        match = name.fullmatch(path.name)
-        if match is None or alive(int(match[2])):
-            continue
-        if match[1] == "replaced" and not folder.exists():
-            os.rename(path, folder)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+    except BaseException:
+        os.rename(replaced, folder)
+        raise
+    os.rename(replaced, partial)
 
 
 def alive(pid: int) -> bool:
@@ -115,12 +208,3 @@ def alive(pid: int) -> bool:
     except PermissionError:
         pass  # another user's
     return pid != os.getpid()
-
-
-def _sync(folder: Path) -> None:
-    """Flush the directory entries of `folder` to disk, so that a power failure leaves all or nothing."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
