@@ -1,12 +1,9 @@
 """Seconds from the start of a process to each image, beside diffusers, eager and compiled.
 
     python -m benchmarks.start_up run --model_path tiny --engine_dir engine_outputs --output start_up.json
-    python -m benchmarks.start_up graph --model 3.5-medium --folder work    # needs TensorRT (tensorrt_rtx), but no GPU
-    python -m benchmarks.start_up random --model 3.5-medium --folder work   # random weights at full size
     python -m benchmarks.start_up table --results start_up.json
 
-`run` needs a GPU. It starts a new process with empty compile caches for each way. A pipeline without text encoders gets
-random prompt embeddings.
+`run` needs a GPU. It starts a new process with empty compile caches for each way.
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ import time
 from pathlib import Path
 
 START = time.time()
+PROMPT = "a large yellow star on a purple background"
 WAYS = {
     "diffusers": None,
     "diffusers, compiled": None,
@@ -44,8 +42,7 @@ def paint(way: str, model_path: str, engine_dir: str, steps: int, output: Path) 
     sizes = [profile.opt_resolution] * 2 + [profile.min_resolution] * 2 + [profile.opt_resolution] * 2
     for stage, size, guidance in zip(STAGES[1:], sizes, (4.0, 4.0, 4.0, 4.0, 1.0, 1.0), strict=True):
         image = pipe(
-            **prompt(pipe, folder.model, guidance),
-            height=size.height, width=size.width, num_inference_steps=steps, guidance_scale=guidance,
+            PROMPT, height=size.height, width=size.width, num_inference_steps=steps, guidance_scale=guidance,
             generator=torch.Generator().manual_seed(0),
         ).images[0]  # fmt: skip
         image.save(output)
@@ -75,22 +72,6 @@ def load(way: str, model_path: str, engine_dir: str):
     return pipe
 
 
-def prompt(pipe, model, guidance: float) -> dict:
-    import torch
-
-    if pipe.text_encoder is not None:
-        return {"prompt": "a large yellow star on a purple background"}
-    generator = torch.Generator().manual_seed(1)
-    device, dtype = pipe.transformer.device, pipe.transformer.dtype
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(1, *shape, generator=generator).to(device, dtype)
-
-    names = ["", "negative_"] if guidance > 1 else [""]
-    embeddings = {f"{name}prompt_embeds": draw(333, model.joint_attention_dim) for name in names}
-    return embeddings | {f"{name}pooled_prompt_embeds": draw(model.pooled_projection_dim) for name in names}
-
-
 def run(model_path: str, engine_dir: str, steps: int, output: Path) -> None:
     import diffusers
     import torch
@@ -118,55 +99,6 @@ def run(model_path: str, engine_dir: str, steps: int, output: Path) -> None:
         output.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def write_graph(name: str, folder: Path) -> None:
-    from mmdit_lib.config import Layout
-    from mmdit_lib.engine.dry_graph import dry_graph
-    from mmdit_lib.sd3 import KNOWN_MODELS
-
-    folder.mkdir(parents=True, exist_ok=True)
-    model = KNOWN_MODELS[f"stable-diffusion-{name}"]
-    dry_graph(model, Layout().at(0), profile(), "bfloat16").save(folder / f"{name}.graph.json")
-
-
-def profile():
-    from mmdit_lib.config import BuildConfig, Resolution
-
-    low, middle, high = (Resolution(height=side, width=side) for side in (512, 1024, 1440))
-    return BuildConfig(max_batch_size=8, min_resolution=low, opt_resolution=middle, max_resolution=high)
-
-
-def write_random(name: str, folder: Path) -> None:
-    """Write FOLDER/pipeline, with a random full-size transformer and no text encoders, a checkpoint and an engine.
-
-    The engine folder has no plan, and its graph is the one that `graph` wrote.
-    """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-
-    from mmdit_lib import Checkpoint, convert
-    from mmdit_lib.checkpoint.random_weights import write_random_transformer
-    from mmdit_lib.config import Layout
-    from mmdit_lib.engine.build import _config
-    from mmdit_lib.sd3 import KNOWN_MODELS
-    from mmdit_lib.tiny import model_path
-
-    pipeline, engine = folder / "pipeline", folder / "engine_outputs"
-    write_random_transformer(pipeline / "transformer", KNOWN_MODELS[f"stable-diffusion-{name}"], "bfloat16")
-    AutoencoderKL.from_pretrained(model_path(), subfolder="vae").save_pretrained(pipeline / "vae")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(pipeline / "scheduler")
-    index: dict[str, object] = {"_class_name": "StableDiffusion3Pipeline"}
-    parts = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
-    parts |= {"scheduler": "FlowMatchEulerDiscreteScheduler"}
-    index |= {part: ["diffusers", kind] for part, kind in parts.items()}
-    for number in ("", "_2", "_3"):
-        index |= {f"text_encoder{number}": [None, None], f"tokenizer{number}": [None, None]}
-    (pipeline / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    checkpoint = Checkpoint.open(convert(pipeline, folder / "tllm_checkpoint", dtype="bfloat16"))
-    engine.mkdir(exist_ok=True)
-    (engine / "rank0.graph.json").write_bytes((folder / f"{name}.graph.json").read_bytes())
-    config = _config(checkpoint, Layout(), profile(), engine, engine, False, [])
-    (engine / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
 def table(paths: list[Path]) -> str:
     """The results as Markdown."""
     lines = ["# From the start of a process to the first image", ""]
@@ -190,14 +122,12 @@ def table(paths: list[Path]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "paint", "graph", "random", "table"))
+    parser.add_argument("what", choices=("run", "paint", "table"))
     parser.add_argument("--model_path", default="tiny")
     parser.add_argument("--engine_dir", default="engine_outputs")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--output", type=Path, default=Path("start_up.json"))
     parser.add_argument("--way", choices=WAYS)
-    parser.add_argument("--model", default="3.5-medium")
-    parser.add_argument("--folder", type=Path, default=Path("work"))
     parser.add_argument("--results", type=Path, nargs="+", default=[Path("start_up.json")])
     options = parser.parse_args()
     if options.what == "run":
@@ -206,10 +136,6 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             image = Path(folder, "image.png")
             print(json.dumps(paint(options.way, options.model_path, options.engine_dir, options.steps, image)))
-    elif options.what == "graph":
-        write_graph(options.model, options.folder)
-    elif options.what == "random":
-        write_random(options.model, options.folder)
     else:
         print(table(options.results))
 
