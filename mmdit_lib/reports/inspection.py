@@ -16,9 +16,10 @@ from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, rank_file
 from ..checkpoint.tensor_file import StoredTensor, read_header
 from ..config import Layout
 from ..engine.folder import EngineFolder, graph_file
-from ..engine.graph import Value
+from ..engine.graph import Graph, Value
 from ..engine.inputs import declared_shape, profile_shapes
 from ..files import read_json
+from .memory import Memory, memory_of
 
 LARGEST = 8
 """How many of a checkpoint's largest tensors are listed."""
@@ -38,6 +39,8 @@ class EngineReport:
     files: dict[str, int]
     builds: list[dict[str, Any]]
     """Times and memory of each rank's build; none likewise."""
+    memory: Memory | None
+    """What one rank takes on a GPU at the largest sizes of the profile; None likewise."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def inspect_engine(folder: Path) -> EngineReport:
     if engine.builder == "trtllm":  # no graph file
         table = (*engine.architecture.inputs, engine.architecture.output)
         *inputs, output = (Value(x.name, engine.dtype, declared_shape(x, engine.model)) for x in table)
-        return EngineReport(engine, tuple(inputs), (output,), profile, {}, _sizes(folder), [])
+        return EngineReport(engine, tuple(inputs), (output,), profile, {}, _sizes(folder), [], None)
     graph = engine.graph(0)
     produced = {layer.output.name: layer.output for layer in graph.layers}
     return EngineReport(
@@ -82,7 +85,15 @@ def inspect_engine(folder: Path) -> EngineReport:
         layers=dict(Counter(layer.type for layer in graph.layers).most_common()),
         files=_sizes(folder),
         builds=engine.config[OWN_KEY]["report"],
+        memory=_memory(engine, graph),
     )
+
+
+def _memory(engine: EngineFolder, graph: Graph) -> Memory:
+    build = engine.build_config
+    *_, largest = build.sizes(engine.layout.cfg_size)
+    layout, scale = engine.layout, build.vae_scale_factor
+    return memory_of(graph, engine.architecture, engine.model, layout, engine.dtype, largest, scale)
 
 
 def inspect_checkpoint(folder: Path) -> CheckpointReport:
@@ -120,6 +131,10 @@ def _describe_engine(report: EngineReport) -> Group:
             f"{engine.checkpoint.name} ({engine.checkpoint.path} from here)" if engine.checkpoint else "not recorded",
         ),
     ]
+    if report.memory:
+        sizes = f"batch {build.max_batch_size}, {build.max_resolution} pixels, {build.max_text_tokens} text tokens"
+        memory = f"{size(report.memory.weights)} of weights, {size(report.memory.activations)} of activations"
+        about.append(("GPU memory", f"{memory} per rank at {sizes} (pytorch backend)"))
     if given := engine.plan_options.given():
         about.append(("plan options", ", ".join(f"{name} {value}" for name, value in given.items())))
     tensors = _table("inputs and outputs", "name", "dtype", "shape", "min", "opt", "max")

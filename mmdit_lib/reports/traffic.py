@@ -18,6 +18,7 @@ from torch import fx
 from ..architecture import ModelConfig
 from ..config import TORCH_DTYPES, BuildConfig, Dtype, Layout, Resolution, Sizes
 from ..engine.dry_graph import dry_graph
+from ..engine.graph import Graph
 from ..engine.inputs import check_build, input_dtype, shape_of
 from ..engine.lowering import lower
 from ..engine.torch_ops import dist_collective
@@ -81,11 +82,24 @@ def count_traffic(
     inputs = [
         empty(shape_of(x, model, sizes, config.vae_scale_factor), input_dtype(x, dtype)) for x in architecture.inputs
     ]
-    groups = {tuple(x.attributes["group"]) for x in graph.layers if x.type == "DIST_COLLECTIVE"}
-    names = {group: json.dumps(group) for group in groups}
-    counter = Recorder(lower(graph, weights, device="meta", groups=names))
+    counter = Recorder(lower(graph, weights, device="meta", groups=group_names(graph)))
     counter.run(*inputs)
     return counter.found
+
+
+def group_names(graph: Graph) -> dict[tuple[int, ...], str]:
+    """A name for each group of the graph's collectives, from which `Recorder` reads its ranks."""
+    groups = {tuple(x.attributes["group"]) for x in graph.layers if x.type == "DIST_COLLECTIVE"}
+    return {group: json.dumps(group) for group in groups}
+
+
+def meta_collective(target, args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """The result of a collective on a `meta` tensor; None for any other function."""
+    if target is not dist_collective:
+        return None
+    (x,) = args
+    rows = x.shape[0] * (kwargs["size"] if kwargs["operation"] == "ALL_GATHER" else 1)
+    return x.new_empty(rows, *x.shape[1:])
 
 
 class Recorder(fx.Interpreter):
@@ -103,10 +117,8 @@ class Recorder(fx.Interpreter):
             if key not in self.known:
                 self.known[key] = super().call_function(target, args, kwargs)
             return self.known[key]
-        (x,), operation = args, kwargs["operation"]
-        self.found[Collective(operation, tuple(json.loads(kwargs["group"])), x.nbytes)] += 1
-        rows = x.shape[0] * (kwargs["size"] if operation == "ALL_GATHER" else 1)
-        return x.new_empty(rows, *x.shape[1:])
+        self.found[Collective(kwargs["operation"], tuple(json.loads(kwargs["group"])), args[0].nbytes)] += 1
+        return meta_collective(target, args, kwargs)
 
 
 def shape_and_dtype(x):

@@ -1,0 +1,74 @@
+"""GPU memory that one rank of an engine needs in the `pytorch` backend, from its graph, without weights or a GPU.
+
+The graph runs on `meta` tensors, which have shapes but no data; the largest sum of the tensors that are alive at the
+same time is what its activations take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..architecture import Architecture, ModelConfig
+from ..config import TORCH_DTYPES, Dtype, Layout, Sizes
+from ..engine.graph import Graph
+from ..engine.inputs import input_dtype, shape_of
+from ..engine.kernel_passes import KERNELS
+from ..engine.kernels import qkv_attention
+from ..engine.lowering import lower
+from ..engine.passes import NUMERICS, SPEED
+from .traffic import group_names, meta_collective
+
+
+@dataclass(frozen=True)
+class Memory:
+    """In bytes."""
+
+    weights: int
+    activations: int
+    """The peak beyond the weights, without what CUDA, cuBLAS and cuDNN take for themselves."""
+
+
+def memory_of(
+    graph: Graph, architecture: Architecture, model: ModelConfig, layout: Layout, dtype: Dtype, sizes: Sizes, scale: int
+) -> Memory:
+    """Memory of rank 0 for one step at these sizes; `scale` is image pixels per latent pixel."""
+
+    def empty(shape: tuple[int, ...], name: str) -> torch.Tensor:
+        return torch.empty(shape, dtype=TORCH_DTYPES[name], device="meta")
+
+    weights = {name: empty(shape, dtype) for name, shape in architecture.local_parameters(model, layout).items()}
+    passes = NUMERICS + SPEED + KERNELS
+    module = lower(graph, weights, device="meta", groups=group_names(graph), passes=passes)
+    inputs = [empty(shape_of(x, model, sizes, scale), input_dtype(x, dtype)) for x in architecture.inputs]
+    peak = Peak(module)
+    peak.run(*inputs)
+    return Memory(sum(weight.nbytes for weight in weights.values()), peak.nbytes)
+
+
+class Peak(fx.Interpreter):
+    """Runs a lowered graph on shapes alone; `nbytes` is the most that is alive at once."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.nbytes = 0
+        self.constants = {address(buffer) for buffer in module.buffers()}
+
+    def run_node(self, node: fx.Node):
+        value = super().run_node(node)
+        alive = [x for x in (*self.env.values(), value) if isinstance(x, torch.Tensor)]
+        storages = {address(x): x.untyped_storage().nbytes() for x in alive if address(x) not in self.constants}
+        # Queries, keys and values, as they go into the attention; of a single stream the values are not copied.
+        copied = (3 if len(node.args) > 3 else 2) * value.nbytes if node.target is qkv_attention else 0
+        self.nbytes = max(self.nbytes, sum(storages.values()) + copied)
+        return value
+
+    def call_function(self, target, args, kwargs):
+        found = meta_collective(target, args, kwargs)
+        return super().call_function(target, args, kwargs) if found is None else found
+
+
+def address(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata

@@ -1,0 +1,46 @@
+"""Memory from the graph alone, beside what a GPU measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import case
+
+from benchmarks.single_gpu import PROFILE, TEXT_TOKENS
+from mmdit_lib.config import Layout, Sizes
+from mmdit_lib.engine.dry_graph import dry_graph
+from mmdit_lib.reports.inspection import inspect
+from mmdit_lib.reports.memory import memory_of
+from mmdit_lib.sd3 import KNOWN_MODELS, SD3
+
+MEASURED = json.loads((Path(__file__).parents[1] / "benchmarks/results/single_gpu_h100.json").read_text())["rows"]
+
+
+@pytest.mark.slow
+def test_as_measured_on_a_gpu():
+    """Measurements are rounded to 0.01 GB; the allocator rounds each tensor up to 2 MB."""
+    model = KNOWN_MODELS["stable-diffusion-3.5-medium"]
+    graph = dry_graph(model, Layout().at(0), PROFILE, "bfloat16")
+    rows = [row for row in MEASURED if row["model"] == "3.5-medium"]
+    assert len(rows) == 4
+    for row in rows:
+        sizes = Sizes(row["batch"], row["side"], row["side"], TEXT_TOKENS)
+        found = memory_of(graph, SD3, model, Layout(), "bfloat16", sizes, 8)
+        assert found.weights / 1e9 == pytest.approx(4.94, abs=0.005)  # the size of its published file
+        assert found.activations / 1e9 == pytest.approx(row["GB"]["ours"], abs=0.015)
+
+
+def test_layouts_share_weights_and_activations():
+    c = case("sd3.5-medium")
+    config = inspect(c.engine()).folder.build_config
+
+    def memory(**sizes):
+        layout = Layout(**sizes)
+        graph = dry_graph(c.config, layout.at(0), config, "float32")
+        return memory_of(graph, SD3, c.config, layout, "float32", config.sizes(layout.cfg_size)[2], 8)
+
+    config = config.model_copy(update=dict(max_batch_size=4))
+    one, tp, cp, cfg = memory(), memory(tp_size=2), memory(cp_size=2), memory(cfg_size=2)
+    assert one.weights == sum(p.numel() * 4 for p in c.reference.parameters()) + 48 * 48 * 64 * 4  # and the table
+    assert 0.5 < tp.weights / one.weights < 1 and cp.weights == cfg.weights == one.weights
+    assert max(tp.activations, cp.activations, cfg.activations) < one.activations
