@@ -252,7 +252,7 @@ class Tries:
         return FINISHED if finished else found + (", temporary files beside it" if left else "")
 
     def together(self) -> str:
-        """Two processes write the same folder at the same time; returns their exit codes."""
+        """Two processes write the same folder at the same time; returns what came of it, and adds to `faults`."""
         self.prepare()
         first = Process(self.command.older, self.output)
         time.sleep(self.random.uniform(0, self.seconds))
@@ -265,7 +265,7 @@ class Tries:
         last = [name for name, ended in ends.items() if ended.code == 0]
         if wrong or self.state() not in last or os.listdir(self.output.parent) != ["out"]:
             self.faults.append(f"{self.name}, two at once: {self.state()}, {ends}")
-        return "both wrote, one after the other" if len(last) == 2 else f"the {last} wrote, the other was refused"
+        return "both wrote, one after the other" if len(last) == 2 else "one wrote, the other was refused"
 
     def again(self, case: str) -> None:
         """A further run must succeed."""
