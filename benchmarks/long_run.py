@@ -1,22 +1,27 @@
 """Memory of one process that generates many images: changing sizes, batches, text lengths and step counts.
 
-    python -m benchmarks.long_run --pictures 500 --output long_run.json
+    MALLOC_MMAP_THRESHOLD_=1048576 python -m benchmarks.long_run --pictures 500 --output long_run.json
 
     # On a GPU, without TensorRT, with an engine folder of `mmdit build --no-plan --max_batch_size 4`:
     python -m benchmarks.long_run --engine_dir engine_outputs --compile --cuda_graph --output long_run_gpu.json \\
         --plot long_run_gpu.png
 
-Records resident memory (and a GPU's allocated and reserved memory) after each call of the pipeline, fits a line
-to what follows the warm-up, and prints the result as Markdown.
+Records memory after each call of the pipeline (resident, in use according to glibc's malloc, and a GPU's allocated
+and reserved), fits a line to what follows the warm-up, and prints the result as Markdown. Resident is more than in
+use: malloc keeps what was freed, and with buffers of ever other sizes it keeps more and more of it in holes. With
+the environment variable, buffers of 1 MiB and more return to the system when they are freed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import platform
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,8 +35,23 @@ from mmdit_lib import EngineFolder, build, convert, load_pipeline
 from mmdit_lib.plots.figure import COLOURS, Figure, new_axes
 
 RESULTS = Path(__file__).parent / "results"
-LABELS = {"rss": "resident", "allocated": "GPU, allocated", "reserved": "GPU, reserved"}
+LABELS = {"rss": "resident", "in_use": "in use", "allocated": "GPU, allocated", "reserved": "GPU, reserved"}
 MB = 1e6
+
+
+MALLINFO2 = (
+    "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+)  # fmt: skip
+
+
+class MallInfo2(ctypes.Structure):
+    """glibc's statistics of malloc, see `man mallinfo`."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in MALLINFO2)
+
+
+LIBC = ctypes.CDLL("libc.so.6")
+LIBC.mallinfo2.restype = MallInfo2
 
 
 @dataclass(frozen=True)
@@ -74,7 +94,8 @@ def draw(folder: EngineFolder, drawn: random.Random) -> dict[str, int | float]:
 
 def memory() -> dict[str, int]:
     """Bytes."""
-    found = {"rss": psutil.Process().memory_info().rss}
+    malloc = LIBC.mallinfo2()
+    found = {"rss": psutil.Process().memory_info().rss, "in_use": malloc.uordblks + malloc.hblkhd}
     if torch.cuda.is_available():
         found |= {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
     return found
@@ -85,18 +106,17 @@ def small_engine(work: Path) -> Path:
     return build(checkpoint, work / "engine", max_batch_size=4, plan=False, progress=False)
 
 
-def paint(engine: Path, options: Options) -> list[dict]:
+def paint(engine: Path, options: Options) -> Iterator[dict]:
     """One row per call: its arguments, its seconds, and the memory after it."""
     runner = {"backend": "pytorch", "compile": options.compile, "cuda_graph": options.cuda_graph}
     pipe = load_pipeline("tiny", engine, device=options.device, runner_options=runner)
     pipe.set_progress_bar_config(disable=True)
-    drawn, rows = random.Random(options.seed), []
+    drawn = random.Random(options.seed)
     for number in tqdm(range(options.pictures), desc="pictures"):
         arguments = draw(pipe.transformer.folder, drawn)
         start = time.perf_counter()
         pipe(f"a red circle, number {number}", generator=torch.Generator().manual_seed(number), **arguments)
-        rows.append(arguments | {"seconds": round(time.perf_counter() - start, 3)} | memory())
-    return rows
+        yield arguments | {"seconds": round(time.perf_counter() - start, 3)} | memory()
 
 
 def slope(values: list[int]) -> float:
@@ -141,16 +161,19 @@ def curves(rows: list[dict], warm_up: int) -> Figure:
 def main(options: Options) -> None:
     if options.warm_up >= options.pictures - 1:
         raise SystemExit(f"warm_up {options.warm_up}: give less than pictures ({options.pictures}) - 1")
-    with tempfile.TemporaryDirectory(prefix="mmdit-long-run-") as work:
-        rows = paint(options.engine_dir or small_engine(Path(work)), options)
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     conditions = {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "malloc's threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_", "dynamic"),
         **{name: value for name, value in asdict(options).items() if name in ("compile", "cuda_graph", "warm_up")},
     }
-    options.output.write_text(json.dumps({"conditions": conditions, "calls": rows}) + "\n")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="mmdit-long-run-") as work:
+        for row in paint(options.engine_dir or small_engine(Path(work)), options):
+            rows.append(row)
+            options.output.write_text(json.dumps({"conditions": conditions, "calls": rows}) + "\n")
     curves(rows, options.warm_up).savefig(options.plot, dpi=110)
     print(report(rows, conditions))
 

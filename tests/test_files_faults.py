@@ -146,14 +146,14 @@ def test_another_users_folder(case):
 
 @needs_root
 def test_a_source_that_may_not_be_read(case, made):
-    for file in (file for name in ("model1", "checkpoint") for file in (made[0] / name).iterdir()):
+    for file in (file for name in ("model1", "checkpoint0", "checkpoint1") for file in (made[0] / name).iterdir()):
         file.chmod(0o600)
     case.output.parent.chmod(0o777)
     try:
         with as_nobody():
             case.refused("Permission denied: ", str(made[0]))
     finally:
-        for file in (file for name in ("model1", "checkpoint") for file in (made[0] / name).iterdir()):
+        for file in (file for name in ("model1", "checkpoint0", "checkpoint1") for file in (made[0] / name).iterdir()):
             file.chmod(0o644)
 
 
@@ -180,14 +180,14 @@ def test_removed_while_it_is_converted(case, what, made, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("case", ["build"], indirect=True)
 def test_a_checkpoint_removed_while_it_is_built_from(case, made, tmp_path, monkeypatch):
-    source = Path(shutil.copytree(made[0] / "checkpoint", tmp_path / "source"))
+    source = Path(shutil.copytree(made[0] / "checkpoint0", tmp_path / "source"))
     verify = build_module.Checkpoint.verify
 
     def removing(self):
         verify(self)
         shutil.rmtree(source)
 
-    case.reads(source, instead_of=made[0] / "checkpoint")
+    case.reads(source, instead_of=made[0] / "checkpoint0")
     monkeypatch.setattr(build_module.Checkpoint, "verify", removing)
     case.refused("No such file or directory", str(source))
 
@@ -291,7 +291,7 @@ def test_the_name_of_the_output_need_not_be_printable(case, tmp_path, monkeypatc
 
 def test_an_engine_in_a_folder_with_an_odd_name_finds_its_checkpoint(made, tmp_path):
     place = tmp_path / "naïve 模型"
-    checkpoint = shutil.copytree(made[0] / "checkpoint", place / "a checkpoint")
+    checkpoint = shutil.copytree(made[0] / "checkpoint0", place / "a checkpoint")
     run(["build", "--no-progress", "--no-plan", "--checkpoint_dir", str(checkpoint)], place / "an engine")
     place.rename(tmp_path / "moved 😀")
     assert EngineFolder.open(tmp_path / "moved 😀" / "an engine").open_checkpoint().weights()
