@@ -1,13 +1,15 @@
 """Files on disk: written atomically, and recorded with checksums."""
 
 from .atomic import alive, complete_file, complete_folder, require_place, require_space
-from .records import FileRecord, read_json, write_synced
+from .records import FileRecord, Files, parse_json, read_json, write_synced
 
 __all__ = [
     "FileRecord",
+    "Files",
     "alive",
     "complete_file",
     "complete_folder",
+    "parse_json",
     "read_json",
     "require_place",
     "require_space",
