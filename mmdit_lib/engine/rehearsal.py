@@ -56,15 +56,24 @@ def _run(
         values[value.name] = torch.empty(shapes[value.name], dtype=TORCH_DTYPES[value.dtype], device="meta")
     known = [*weights.values(), *(x for x in values.values() if x is not None)]
     limit = GROWTH * sum(x.numel() for x in known)
+    done: dict[tuple, Result] = {}  # blocks repeat the same operators on the same shapes
     for layer in graph.layers:
         try:
-            result = _result(layer, [values[name] for name in layer.inputs], weights, mapping)
+            inputs = [values[name] for name in layer.inputs]
+            key = (layer.type, layer.output.dtype, repr(layer.attributes), *map(_signature, inputs))
+            result = done[key] if key in done else _result(layer, inputs, weights, mapping)
+            done[key] = result
             _compare(layer, result, limit)
         except Exception as error:  # an operator may raise anything for attributes that are not its own
             reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())
             raise ValueError(f"{where}: layer {shown(layer.name)} of type {shown(layer.type)}: {reason}") from None
         values[layer.output.name] = result
     return values[graph.outputs[0]]
+
+
+def _signature(value: Result | None) -> object:
+    """What of an input an operator's result depends on."""
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
 
 
 def _result(layer: Layer, inputs: list, weights: Mapping[str, torch.Tensor], mapping: RankMapping) -> Result:

@@ -34,7 +34,7 @@ def main(
     """
     start = time.perf_counter()
     outcomes: list[Outcome] = []
-    console = Console(markup=False, highlight=False)
+    console = Console(width=120, markup=False, highlight=False)
     for outcome in tqdm(campaign(seed, range(first, first + count), processes), total=count, desc="fuzz"):
         outcomes.append(outcome)
         if outcome.verdict in show:

@@ -119,5 +119,5 @@ CASES = (
     Case("inspect an engine folder", ("engine",), "engine", inspect_it),
     Case("run an engine folder", ("engine", "checkpoint"), "engine", run_it),
     Case("run it without checksums", ("engine", "checkpoint"), "engine", lambda f: run_it(f, False), compare=False),
-    Case("open an engine folder, 8 ranks", ("engine_tp2", "checkpoint_tp2"), "engine_tp2", open_it),
+    Case("open an engine folder, 4 ranks", ("engine_tp2", "checkpoint_tp2"), "engine_tp2", open_it),
 )  # fmt: skip

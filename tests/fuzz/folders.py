@@ -38,6 +38,7 @@ def make_folders(root: Path) -> None:
             source = root / "same_shapes" / "pipeline"
             _make_sources(source.parent, MODEL, seed)
         _make_outputs(root / place, source)
+        _make_upstream(root / place / "upstream", root / place / "pipeline")
 
 
 def _make_sources(place: Path, config: SD3Config, seed: int) -> None:
@@ -56,10 +57,13 @@ def _make_sources(place: Path, config: SD3Config, seed: int) -> None:
 def _make_outputs(place: Path, source: Path) -> None:
     convert(source, place / "checkpoint", progress=False)
     build(place / "checkpoint", place / "engine", **PROFILE)
-    convert(source, place / "checkpoint_tp2", tp_size=2, cfg_size=2, progress=False)
+    convert(source, place / "checkpoint_tp2", tp_size=2, progress=False)
     build(place / "checkpoint_tp2", place / "engine_tp2", cp_size=2, **PROFILE)
-    convert(source, place / "upstream", tp_size=2, tp_layout="trtllm", progress=False)
-    path = place / "upstream" / "config.json"
-    content = json.loads(path.read_text())
-    del content["mmdit_lib"]  # as TensorRT-LLM writes it
-    path.write_text(json.dumps(content))
+
+
+def _make_upstream(folder: Path, source: Path) -> None:
+    """A checkpoint as TensorRT-LLM writes it: without our key."""
+    convert(source, folder, tp_size=2, tp_layout="trtllm", progress=False)
+    content = json.loads((folder / "config.json").read_text())
+    del content["mmdit_lib"]
+    (folder / "config.json").write_text(json.dumps(content))
