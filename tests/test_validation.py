@@ -9,7 +9,9 @@ import helpers
 import pytest
 
 from mmdit_lib import Checkpoint, EngineFolder, MMDiTRunner, build, convert
+from mmdit_lib.config import RankMapping
 from mmdit_lib.engine.folder import graph_file
+from mmdit_lib.engine.rehearsal import rehearse
 from mmdit_lib.files import read_json
 from mmdit_lib.files.records import FileRecord
 from mmdit_lib.reports.inspection import inspect
@@ -254,6 +256,30 @@ def test_graph_files(root, change, words, monkeypatch):
         options = dict(backend="pytorch", device="cpu", verify=verify)
         refused(lambda options=options: MMDiTRunner.from_engine(root / "engine", **options), graph_file(0), words)
     assert not (root / "hacked").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(cp_size=2, cfg_size=2),
+        dict(cp_size=4, cp_method="ulysses"),
+        dict(tp_size=2, cp_size=2, cp_method="ulysses", dtype="float16"),
+        dict(tp_size=2, cfg_size=2, tp_layout="trtllm", dtype="bfloat16"),
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_every_rank_of_a_sound_folder_passes(made, tmp_path, options):
+    """The rehearsal knows the shapes that collectives give."""
+    converted = {key: options.pop(key) for key in ("tp_size", "tp_layout", "dtype") if key in options}
+    convert(made / "source", tmp_path / "checkpoint", progress=False, **converted)
+    engine = EngineFolder.open(
+        build(tmp_path / "checkpoint", tmp_path / "engine", plan=False, progress=False, **options)
+    )
+    for mapping in engine.layout.ranks():
+        weights = engine.open_checkpoint().weights(mapping.tp_rank)
+        rehearse(engine, engine.graph(mapping.rank), weights, mapping, engine.path)
+    alone = RankMapping()
+    refused(lambda: rehearse(engine, engine.graph(mapping.rank), weights, alone, engine.path), "has no group")
 
 
 def test_a_result_of_unbounded_size(root):
