@@ -136,7 +136,7 @@ def test_a_mistake_is_one_line(mmdit, work, monkeypatch, arguments, words):
     ("arguments", "words"),
     [
         (["convrt"], "no command 'convrt'; did you mean convert?"),
-        (["zzz"], "no command 'zzz'; use doctor, convert, build, inspect, "),
+        (["zzz"], "no command 'zzz'; use doctor, convert, "),
         ([], "no command given; use doctor, convert"),
         (["--hlp"], "no command '--hlp'"),
         (["convert", "--modl_path", "tiny"], "unknown option --modl_path; did you mean --model-path?"),
