@@ -117,6 +117,7 @@ CASES = (
     Case("build from TensorRT-LLM's", ("upstream",), "upstream", build_it, checksummed=False),
     Case("inspect a checkpoint", ("checkpoint",), "checkpoint", inspect_it),
     Case("inspect an engine folder", ("engine",), "engine", inspect_it),
+    Case("inspect TensorRT-LLM's engine folder", ("upstream_engine",), "upstream_engine", inspect_it),
     Case("run an engine folder", ("engine", "checkpoint"), "engine", run_it),
     Case("run it without checksums", ("engine", "checkpoint"), "engine", lambda f: run_it(f, False), compare=False),
     Case("open an engine folder, 4 ranks", ("engine_tp2", "checkpoint_tp2"), "engine_tp2", open_it),

@@ -39,6 +39,7 @@ def make_folders(root: Path) -> None:
             _make_sources(source.parent, MODEL, seed)
         _make_outputs(root / place, source)
         _make_upstream(root / place / "upstream", root / place / "pipeline")
+        _make_upstream_engine(root / place / "upstream_engine", root / place / "upstream")
 
 
 def _make_sources(place: Path, config: SD3Config, seed: int) -> None:
@@ -66,4 +67,12 @@ def _make_upstream(folder: Path, source: Path) -> None:
     convert(source, folder, tp_size=2, tp_layout="trtllm", progress=False)
     content = json.loads((folder / "config.json").read_text())
     del content["mmdit_lib"]
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def _make_upstream_engine(folder: Path, checkpoint: Path) -> None:
+    """The config of an engine folder as `trtllm-build` writes it; the plans are not read."""
+    folder.mkdir()
+    pretrained = json.loads((checkpoint / "config.json").read_text())
+    content = {"version": "1.2.1", "pretrained_config": pretrained, "build_config": {"max_batch_size": 2}}
     (folder / "config.json").write_text(json.dumps(content))
