@@ -28,6 +28,11 @@ class ModelConfig(Config, ABC):
     def from_diffusers(cls, config: dict[str, Any]) -> ModelConfig:
         """Parse a transformer's `config.json`. Raises a one-line `ValueError`."""
 
+    @classmethod
+    def parse_known(cls, values: Mapping[str, Any], where: object) -> ModelConfig:
+        """Parse the fields of this class among other keys. Raises a one-line `ValueError` that names `where`."""
+        return cls.parse({key: values[key] for key in cls.model_fields if key in values}, where)
+
     def to_diffusers(self) -> dict[str, Any]:
         return self.model_dump()
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import io
 import os
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import partial, wraps
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -23,7 +28,7 @@ from .files import INTERRUPTED, complete_file
 from .parallel import check_launch, guard, launched_rank, launched_size
 from .tiny.demo import demo
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)  # a path may look like markup
 
 Runner = Annotated[RunnerOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
 """`RunnerOptions` as command-line options without a prefix."""
@@ -258,25 +263,78 @@ COMMANDS = {
 def main() -> None:
     """Entry point of `mmdit`."""
     with one_line_errors("mmdit"):
-        result = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit", config=(tyro.conf.OmitArgPrefixes,))
+        result = called(sys.argv[1:])
         if isinstance(result, Path):
             console.print(f"written: {result}")
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """A user's mistake is one line and exit code 1; under mpirun one rank's error ends all ranks."""
+    """A user's mistake is one line and exit code 1, or 2 if it is one of usage.
+
+    Under mpirun one rank's error ends all ranks.
+    """
     # Silences transformers' advice on image processors, which nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler: when it starts and stops
     with guard():
         try:
             yield
+        except UsageError as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            sys.exit(2)
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"{program}: {first_line(error)}")
         except KeyboardInterrupt:
             print(f"{program}: {INTERRUPTED}", file=sys.stderr)
             sys.exit(130)
+
+
+TYRO = (tyro.conf.OmitArgPrefixes,)
+
+
+class UsageError(Exception):
+    """What is wrong with a command line, in one line."""
+
+
+def called(arguments: list[str]) -> Any:
+    """The result of a subcommand. Raises `UsageError` if its arguments cannot be parsed."""
+    name, *rest = arguments or [""]
+    if name in COMMANDS:
+        return parsed(COMMANDS[name], f"mmdit {name}", rest)()
+    if name in ("-h", "--help") or name.startswith("--tyro"):
+        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit", args=arguments, config=TYRO)
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
+    raise UsageError(f"{f'no command {name!r}' if name else 'no command given'}; {hint} (see mmdit --help)")
+
+
+def parsed(function: Callable, prog: str, arguments: list[str]) -> Callable[[], Any]:
+    """`function` with its options from the command line. Raises `UsageError`; `--help` prints tyro's text and exits."""
+
+    @wraps(function)
+    def later(*args, **options):
+        return partial(function, *args, **options)
+
+    try:
+        with redirect_stderr(io.StringIO()) as box:
+            return tyro.cli(later, prog=prog, args=arguments, config=TYRO)
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        raise UsageError(f"{usage_fault(box.getvalue())} (see {prog} --help)") from None
+
+
+def usage_fault(box: str) -> str:
+    """The message in tyro's box of several sections, as one line, with the option that was probably meant."""
+    rows = [row.strip("│| ") for row in box.strip().splitlines()[1:-1]]
+    sections = [" ".join(group) for rule, group in groupby(rows, lambda row: set(row) <= set("─-")) if not rule]
+    fault = next((text for text in sections if text.startswith("Unrecognized")), sections[0])
+    if unknown := re.match(r"Unrecognized options: (--[\w-]+)", fault):
+        others = set(re.findall(r"--[\w-]+", box)) - {unknown[1], "--help"}
+        near = difflib.get_close_matches(unknown[1].replace("_", "-"), others, 1)
+        fault = f"unknown option {unknown[1]}{f'; did you mean {near[0]}?' if near else ''}"
+    return fault[0].lower() + fault[1:].rstrip(".")
 
 
 def first_line(error: Exception) -> str:

@@ -6,9 +6,12 @@ Field names are diffusers' (models), TensorRT-LLM's (parallel sizes, build).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from reprlib import Repr
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -49,31 +52,74 @@ def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if version.parse(diffusers.__version__) >= version.parse("0.42") else "torch_dtype": dtype}
 
 
+MAX_RANKS = 4096
+MAX_PIXELS = 1 << 16
+"""Of an image's side."""
+MAX_TEXT_TOKENS = 1 << 16
+MAX_BATCH = 1 << 16
+"""These limits only keep a damaged or hostile file from asking for unbounded work; no real value comes near them."""
+
+Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""A string from a file that is shown to users: one line, no control characters."""
+
+
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str):
-        """Validate `values`. Raises a one-line `ValueError` that names `where` and every invalid key."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise ValueError(f"{where}: {'; '.join(map(_fault, error.errors()))}") from None
+    def parse(cls, values: object, where: object):
+        """Validate `values`. Raises a one-line `ValueError` that names `where`, the invalid keys and their values."""
+        with one_line(where):
+            return cls.model_validate(values)
+
+
+class FileConfig(Config, extra="ignore"):
+    """A part of a JSON file. Keys that another program or a later version adds are ignored."""
+
+
+@contextmanager
+def one_line(where: object) -> Iterator[None]:
+    """Turn pydantic's errors into a one-line `ValueError` that names `where`."""
+    try:
+        yield
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        more = f" (and {len(faults) - SHOWN_FAULTS} more)" if len(faults) > SHOWN_FAULTS else ""
+        raise ValueError(f"{where}: {'; '.join(map(_fault, faults[:SHOWN_FAULTS]))}{more}") from None
+
+
+SHOWN_FAULTS = 3
 
 
 def _fault(error: dict[str, Any]) -> str:
     """Format a pydantic error; messages of our own validators are used as they are."""
-    message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
-    place = ".".join(map(str, error["loc"]))
-    return f"{place}: {message}" if place else message
+    ours = error["type"] == "value_error"
+    message = str(error["ctx"]["error"]) if ours else error["msg"]
+    place = ".".join(key if isinstance(key, str) and key.isprintable() else shown(key) for key in error["loc"])
+    found = "" if ours or error["type"] == "missing" else f", found {shown(error['input'])}"
+    return f"{place}: {message}{found}" if place else f"{message}{found}"
+
+
+_short = Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
+_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 2, 3, 4, 4
+
+
+def shown(value: object) -> str:
+    """A value from a file, for a message: one short line, whatever it contains."""
+    return _short.repr(value)
+
+
+VaeScaleFactor = Annotated[int, Field(ge=1, le=256, strict=True)]
+"""Image pixels per latent pixel."""
 
 
 class Layout(Config):
     """How a model is split over ranks. Rank order is TensorRT-LLM's: tp fastest, then cp, then cfg."""
 
-    tp_size: int = Field(1, ge=1)
+    tp_size: int = Field(1, ge=1, le=MAX_RANKS, strict=True)
     """Ranks over which each layer's weights are sharded (tensor parallelism)."""
-    cp_size: int = Field(1, ge=1)
+    cp_size: int = Field(1, ge=1, le=MAX_RANKS, strict=True)
     """Ranks over which the tokens are split (context parallelism)."""
     cfg_size: Literal[1, 2] = 1
     """2: the conditional and the unconditional pass run on different ranks."""
@@ -81,6 +127,12 @@ class Layout(Config):
     """How weights are sharded: Megatron-style, or as in TensorRT-LLM."""
     cp_method: CpMethod = "allgather"
     """How attention sees all tokens: all-gather of keys and values, or all-to-all over heads (DeepSpeed-Ulysses)."""
+
+    @model_validator(mode="after")
+    def _at_most(self):
+        if self.world_size > MAX_RANKS:
+            raise ValueError(f"{self} are {self.world_size} ranks; at most {MAX_RANKS} are supported")
+        return self
 
     @property
     def world_size(self) -> int:
@@ -106,7 +158,7 @@ class RankMapping(Config):
     """One rank's position in a layout, like TensorRT-LLM's `Mapping`."""
 
     layout: Layout = Layout()
-    rank: int = Field(0, ge=0)
+    rank: int = Field(0, ge=0, strict=True)
 
     @model_validator(mode="after")
     def _rank_in_world(self):
@@ -172,8 +224,8 @@ def either(choices) -> str:
 class Resolution(Config):
     """An image size in pixels."""
 
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
+    height: int = Field(gt=0, le=MAX_PIXELS, strict=True)
+    width: int = Field(gt=0, le=MAX_PIXELS, strict=True)
 
     @classmethod
     def read(cls, text: str | int | Resolution) -> Resolution:
@@ -181,8 +233,12 @@ class Resolution(Config):
         if isinstance(text, Resolution):
             return text
         sides = str(text).lower().split("x")
-        if len(sides) > 2 or not all(s.strip().isdecimal() and int(s) > 0 for s in sides):
-            raise ValueError(f"resolution '{text}': give HEIGHTxWIDTH in pixels, for instance 768x1344, or one number")
+        digits = len(str(MAX_PIXELS))
+        legal = all(s.strip().isdecimal() and len(s.strip()) <= digits and 0 < int(s) <= MAX_PIXELS for s in sides)
+        if len(sides) > 2 or not legal:
+            raise ValueError(
+                f"resolution {shown(str(text))}: give HEIGHTxWIDTH in pixels, for instance 768x1344, or one number"
+            )
         return cls(height=int(sides[0]), width=int(sides[-1]))
 
     def __str__(self) -> str:
@@ -202,15 +258,15 @@ class Sizes(NamedTuple):
 class BuildConfig(Config):
     """The optimization profile of a build. Batch sizes are in rows, as in `Sizes`."""
 
-    max_batch_size: int = Field(ge=1)
+    max_batch_size: int = Field(ge=1, le=MAX_BATCH, strict=True)
     min_resolution: Resolution
     opt_resolution: Resolution
     max_resolution: Resolution
-    min_text_tokens: int = Field(77, ge=1)
+    min_text_tokens: int = Field(77, ge=1, strict=True)
     """77 is a CLIP prompt; diffusers appends `max_sequence_length` T5 tokens."""
-    opt_text_tokens: int = 333
-    max_text_tokens: int = 589
-    vae_scale_factor: int = Field(8, ge=1)
+    opt_text_tokens: int = Field(333, strict=True)
+    max_text_tokens: int = Field(589, le=MAX_TEXT_TOKENS, strict=True)
+    vae_scale_factor: VaeScaleFactor = 8
     """Image pixels per latent pixel."""
 
     @model_validator(mode="after")

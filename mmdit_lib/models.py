@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .architecture import Architecture, ModelConfig
-from .config import either
+from .config import either, shown
 from .sd3 import SD3
 
 ARCHITECTURES = {architecture.name: architecture for architecture in (SD3,)}
@@ -14,7 +14,7 @@ KNOWN_MODELS = {name: config for a in ARCHITECTURES.values() for name, config in
 def find(name: object, where: object) -> Architecture:
     """Look up the architecture that a config names. Raises `ValueError` that names `where`."""
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ValueError(f"{where} describes a {name}; only {either(ARCHITECTURES)} is supported")
+        raise ValueError(f"{where} describes a {shown(name)}; only {either(ARCHITECTURES)} is supported")
     return ARCHITECTURES[name]
 
 

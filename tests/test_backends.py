@@ -97,11 +97,14 @@ ONLY_TORCH = """
 import sys
 
 BLOCKED = sys.argv[4].split(",")
-class Block:
+class Without:  # a finder that does not see what is blocked, as if it were not installed
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, *rest):
-        if name.split(".")[0] in BLOCKED:
-            raise ImportError(f"{name} is not installed here")
-sys.meta_path.insert(0, Block())
+        return None if name.split(".")[0] in BLOCKED else self.finder.find_spec(name, *rest)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Without, sys.meta_path)
 
 import torch
 from safetensors.torch import load_file, save_file

@@ -132,6 +132,39 @@ def test_a_mistake_is_one_line(mmdit, work, monkeypatch, arguments, words):
     assert sorted(work.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convrt"], "no command 'convrt'; did you mean convert?"),
+        (["zzz"], "no command 'zzz'; use doctor, convert, "),
+        ([], "no command given; use doctor, convert"),
+        (["--hlp"], "no command '--hlp'"),
+        (["convert", "--modl_path", "tiny"], "unknown option --modl_path; did you mean --model-path?"),
+        (["convert", "--model_path", "tiny", "--revison", "x"], "unknown option --revison; did you mean --revision?"),
+        (["build", "--max_batch_siz", "3"], "unknown option --max_batch_siz; did you mean --max-batch-size?"),
+        (["build", "--qqq"], "unknown option --qqq (see mmdit build --help)"),
+        (["build", "extra"], "unrecognized options: extra"),
+        (["parity"], "missing from mmdit parity: --model-path"),
+        (["generate"], "missing from mmdit generate: PROMPT"),
+        (["convert", "--model_path"], "missing value for argument '--model-path'"),
+        (["convert", "--model_path", "tiny", "--dtype", "int9"], "invalid choice 'int9' for argument '--dtype'"),
+        (["convert", "--model_path", "tiny", "--tp_size", "two"], "error parsing --tp-size: invalid literal for int()"),
+        (["generate", "x", "--guidance_scale", "much"], "error parsing --guidance-scale"),
+        (["generate", "x", "--backend", "onnx"], "invalid choice 'onnx' for argument '--backend'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_mistake_of_usage_is_one_line_with_exit_code_2(mmdit, arguments, words):
+    code, out, err = mmdit(*arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("mmdit: ") and words in err, err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"]])
+def test_help_is_tyros(mmdit, arguments):
+    code, out, err = mmdit(*arguments)
+    assert code == 0 and err == "" and out.startswith("usage: mmdit") and len(out.splitlines()) > 10
+
+
 def test_more_ranks_than_the_engine_is_for(mmdit, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setattr("mmdit_lib.parallel.faults.end_all", lambda error: sys.exit(str(error)))

@@ -35,7 +35,7 @@ def test_engine_folder(case):
     assert report.profile["hidden_states"] == [(1, 16, 4, 4), (2, 16, 16, 16), (3, 16, 40, 40)]
     assert report.profile["encoder_hidden_states"] == [(1, 77, 40), (2, 333, 40), (3, 589, 40)]
     assert report.layers["ATTENTION"] == 5  # three joint, two more in the dual blocks
-    assert sum(report.layers.values()) == report.builds[0]["layers"]
+    assert sum(report.layers.values()) == report.builds[0].layers
     assert report.files == {path.name: path.stat().st_size for path in case.engine().iterdir()}
     text = printed(case.engine())
     for said in (

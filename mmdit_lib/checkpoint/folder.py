@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .. import models
 from ..architecture import Architecture, ModelConfig
-from ..config import DTYPES, Dtype, Layout
-from ..files import read_json
-from ..files.records import Files, from_json
-from .manifest import CONFIG_FILE, FORMAT_VERSION, OWN_KEY, known_keys, rank_file
+from ..config import Dtype, Layout, shown
+from ..files import Files, read_json
+from .manifest import CONFIG_FILE, CheckpointConfig, CheckpointManifest, known_keys, rank_file
 from .shapes import first_fault
 from .stored import stored_tensors
 from .tensor_file import Stored, StoredTensor, read_header
@@ -32,8 +31,8 @@ class Checkpoint:
     layout: Layout
     vae_scale_factor: int
     """Image pixels per latent pixel."""
-    files: Files
-    """Empty if TensorRT-LLM wrote the folder."""
+    manifest: CheckpointManifest | None
+    """None if TensorRT-LLM wrote the folder."""
     config: dict[str, Any]
     """The content of `config.json`."""
 
@@ -54,16 +53,16 @@ class Checkpoint:
         config = read_json(folder / CONFIG_FILE)
         if "pretrained_config" in config:
             raise ValueError(f"{folder} is an engine folder, not a checkpoint; `mmdit convert` writes checkpoints")
-        try:
-            checkpoint = _interpret(folder, config)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{folder / CONFIG_FILE} is not the config of a checkpoint ({type(error).__name__}: {error})"
-            ) from None
+        checkpoint = _interpret(folder, config)
         checkpoint._check_files()
         if verify:
             checkpoint.verify()
         return checkpoint
+
+    @property
+    def files(self) -> Files:
+        """Empty if TensorRT-LLM wrote the folder."""
+        return self.manifest.files if self.manifest else {}
 
     @property
     def rank_files(self) -> list[str]:
@@ -74,8 +73,12 @@ class Checkpoint:
         """The tensors of one tp rank, by name, memory-mapped. Raises `ValueError` if there is no such rank."""
         if not 0 <= tp_rank < self.layout.tp_size:
             raise ValueError(f"tp rank {tp_rank} does not exist: the checkpoint has tp_size {self.layout.tp_size}")
-        with safe_open(self.path / rank_file(tp_rank), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        path = self.path / rank_file(tp_rank)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
 
     def verify(self) -> None:
         """Raises `ValueError` naming the first file whose size or checksum differs from the record."""
@@ -95,24 +98,26 @@ class Checkpoint:
 
 def _interpret(folder: Path, config: dict[str, Any]) -> Checkpoint:
     where = folder / CONFIG_FILE
-    architecture = models.find(config["architecture"], folder)
-    if config["dtype"] not in DTYPES or (config.get("quantization") or {}).get("quant_algo"):
-        raise ValueError(f"{folder} is quantized or has dtype {config['dtype']}; supported are {', '.join(DTYPES)}")
-    fields = {key: config[key] for key in architecture.config.model_fields}
-    model = architecture.config.parse(fields, str(where))
+    content = CheckpointConfig.parse(config, f"{where} is not the config of a checkpoint")
+    architecture = models.find(content.architecture, folder)
+    content.check_dtype(folder)
+    model = architecture.config.parse_known(config, where)
     if unknown := sorted(config.keys() - known_keys(architecture, model)):
-        warnings.warn(f"{where}: unknown keys are kept but ignored: {', '.join(unknown)}", stacklevel=3)
-    own = config.get(OWN_KEY) or {}
-    if own.get("format_version", 1) > FORMAT_VERSION:
-        raise ValueError(f"{folder} has format {own['format_version']}; this version reads up to {FORMAT_VERSION}")
-    sizes = {key: config["mapping"][key] for key in ("tp_size", "cp_size")} | {"cfg_size": own.get("cfg_size", 1)}
-    # Without our key, TensorRT-LLM wrote the folder. With one tp rank, both layouts give the same files.
-    tp_layout = own["tp_layout"] if own else ("trtllm" if sizes["tp_size"] > 1 else "megatron")
-    layout = Layout.parse(sizes | {"tp_layout": tp_layout}, f"{where}: mapping")
+        warnings.warn(f"{where}: unknown keys are kept but ignored: {shown(unknown)}", stacklevel=3)
+    own, sizes = content.mmdit_lib, content.mapping.model_dump()
+    # With one tp rank, both layouts give the same files.
+    tp_layout = own.tp_layout if own else ("trtllm" if content.mapping.tp_size > 1 else "megatron")
+    options = {"tp_layout": tp_layout, "cfg_size": own.cfg_size if own else 1}
+    layout = Layout.parse(sizes | options, f"{where}: mapping")
     model.check_layout(layout)
-    scale = own.get("vae_scale_factor", architecture.vae_scale_factor)
-    files = from_json(own.get("files", {}))
-    return Checkpoint(folder, architecture, model, config["dtype"], layout, scale, files, config)
+    scale = own.vae_scale_factor if own else architecture.vae_scale_factor
+    checkpoint = Checkpoint(folder, architecture, model, content.dtype, layout, scale, own, config)
+    if own and set(own.files) != set(checkpoint.rank_files):
+        raise ValueError(
+            f"{where}: mmdit_lib.files: expected records of {', '.join(checkpoint.rank_files)}, "
+            f"found {shown(list(own.files))}"
+        )
+    return checkpoint
 
 
 def _check_header(path: Path, found: dict[str, StoredTensor], stored: dict[str, Stored]) -> None:

@@ -1,19 +1,84 @@
-"""`config.json` of a checkpoint folder: TensorRT-LLM's keys in the same order, then one key of our own."""
+"""`config.json` of a checkpoint folder: TensorRT-LLM's keys in the same order, then one key of our own.
+
+The classes say what is read from the file and what is legal; the model's own fields are its `ModelConfig`'s.
+"""
 
 from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, Field
+
+from .. import __version__
 from ..architecture import Architecture, ModelConfig
-from ..config import Layout
-from ..files.records import keys_in
+from ..config import DTYPES, FileConfig, Layout, Text, TpLayout, VaeScaleFactor
+from ..files.records import Files, keys_in
 
 CONFIG_FILE = "config.json"
 OWN_KEY = "mmdit_lib"
 FORMAT_VERSION = 1
 PACKAGES = ("mmdit_lib", "torch", "diffusers", "safetensors")
+
+
+def readable(version: int) -> int:
+    """The format version of a config of this package. Raises `ValueError` for a later one."""
+    if version > FORMAT_VERSION:
+        raise ValueError(f"the folder has format {version}; this version reads up to {FORMAT_VERSION}")
+    return version
+
+
+FormatVersion = Annotated[int, Field(strict=True, ge=1), AfterValidator(readable)]
+
+
+class ParallelSizes(FileConfig):
+    """TensorRT-LLM's `mapping`."""
+
+    tp_size: int = Field(strict=True)
+    cp_size: int = Field(strict=True)
+
+
+class Quantization(FileConfig):
+    quant_algo: Text | None = None
+
+
+class PretrainedConfig(FileConfig):
+    """TensorRT-LLM's keys that are read: of a checkpoint, and in an engine folder under `pretrained_config`."""
+
+    architecture: Text
+    dtype: Text
+    mapping: ParallelSizes
+    quantization: Quantization | None = None
+    model_path: Text | None = None
+
+    def check_dtype(self, where: object) -> None:
+        """Raises `ValueError` if this library cannot read the weights."""
+        algorithm = self.quantization and self.quantization.quant_algo
+        if self.dtype not in DTYPES or algorithm:
+            found = f"quant_algo {algorithm}" if algorithm else f"dtype {self.dtype}"
+            raise ValueError(f"{where} is quantized or has another dtype ({found}); supported are {', '.join(DTYPES)}")
+
+
+class CheckpointManifest(FileConfig):
+    """Our own key in the config of a checkpoint."""
+
+    format_version: FormatVersion
+    tp_layout: TpLayout
+    cfg_size: Literal[1, 2]
+    vae_scale_factor: VaeScaleFactor
+    files: Files
+    source: Text | None = None
+    revision: Text | None = None
+    """The commit of a hub id."""
+    variant: Text | None = None
+    source_dtype: Text | None = None
+    versions: dict[Text, Text | None] = Field(default_factory=dict)
+
+
+class CheckpointConfig(PretrainedConfig):
+    mmdit_lib: CheckpointManifest | None = None
+    """None: TensorRT-LLM wrote the folder."""
 
 
 def rank_file(rank: int) -> str:
@@ -78,7 +143,8 @@ def version_of(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None
+        # This package may only be on the path, say in a checkout.
+        return __version__ if package == "mmdit_lib" else None
 
 
 def is_checkpoint(folder: Path) -> bool:

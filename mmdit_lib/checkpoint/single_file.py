@@ -23,7 +23,7 @@ def as_diffusers(tensors: dict[str, StoredTensor], layout: SingleFile, path: Pat
     """The transformer in a single file, by diffusers' names; VAE and text encoders in the file are ignored.
 
     Raises:
-        ValueError: naming a tensor that is missing or unknown to diffusers.
+        ValueError: naming a tensor that is missing or unknown to diffusers, or if diffusers cannot convert the rest.
     """
     if any(name.startswith(layout.prefix) for name in tensors):
         tensors = {name.removeprefix(layout.prefix): t for name, t in tensors.items() if name.startswith(layout.prefix)}
@@ -33,6 +33,8 @@ def as_diffusers(tensors: dict[str, StoredTensor], layout: SingleFile, path: Pat
         converted = layout.to_diffusers(left)
     except KeyError as error:
         raise ValueError(f"{path}: missing tensor '{error.args[0]}'") from None
+    except (ValueError, IndexError, TypeError, RuntimeError, AttributeError) as error:  # it checks nothing itself
+        raise ValueError(f"{path}: diffusers cannot convert these tensors: {error}") from None
     if left:
         raise ValueError(f"{path}: unknown tensor '{next(iter(left))}'")
     return {name: rows.tensor(numbers) for name, numbers in converted.items()}
@@ -64,6 +66,6 @@ class _Rows:
 
     def _span(self, source: int, run: torch.Tensor) -> tuple[int, int]:
         tensor = self.tensors[source]
-        row = tensor.nbytes // tensor.shape[0]
+        row = tensor.nbytes // (tensor.shape[0] if tensor.shape else 1)
         ((offset, _),) = tensor.spans
         return offset + (int(run[0]) - self.first[source]) * row, len(run) * row

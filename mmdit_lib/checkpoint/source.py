@@ -8,16 +8,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
 from .. import models
 from ..architecture import Architecture, ModelConfig
-from ..config import DTYPES
+from ..config import DTYPES, FileConfig, Text
 from ..files import read_json
+from ..files.records import FileName
 from . import hub
 from .shapes import check_shapes
 from .single_file import as_diffusers, is_layout
 from .tensor_file import StoredTensor, read_header, refuse_pickles
 
 STEM = "diffusion_pytorch_model"
+
+
+class WeightIndex(FileConfig):
+    """`*.safetensors.index.json`: which file has which tensor."""
+
+    weight_map: dict[Text, FileName] = Field(min_length=1)
+
+
+class VaeConfig(FileConfig):
+    """`vae/config.json`; each level but the first halves the sides of the image."""
+
+    block_out_channels: tuple[int, ...] = Field(min_length=1, max_length=9)
 
 
 @dataclass(frozen=True)
@@ -131,7 +146,10 @@ def _source(
         raise ValueError(f"{where}: {error}") from None
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if model is None:
-        model = architecture.infer_config(shapes, None)
+        try:
+            model = architecture.infer_config(shapes, None)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     check_shapes(shapes, architecture, model, str(where), keys.to_diffusers)
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
@@ -155,7 +173,7 @@ def _vae_scale_factor(transformer: Path, architecture: Architecture) -> int:
     path = transformer.parent / "vae" / "config.json"
     if not path.is_file():
         return architecture.vae_scale_factor
-    return 2 ** (len(read_json(path)["block_out_channels"]) - 1)
+    return 2 ** (len(VaeConfig.parse(read_json(path), path).block_out_channels) - 1)
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -180,10 +198,8 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map", {})
+    weight_map = WeightIndex.parse(read_json(index), index).weight_map
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
-    if not files:
-        raise ValueError(f"{index} names no files")
     refuse_pickles(files)
     if missing := [path.name for path in files if not path.is_file()]:
         raise ValueError(f"{index} names {missing[0]}, which does not exist")

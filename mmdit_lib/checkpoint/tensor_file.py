@@ -15,19 +15,35 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field, TypeAdapter
 
-from ..config import STORED_DTYPES
-from ..files import FileRecord
+from ..config import STORED_DTYPES, FileConfig, Text, one_line, shown
+from ..files import FileRecord, parse_json
+from ..files.records import MAX_JSON
 
 CODES = {names.safetensors: dtype for dtype, names in STORED_DTYPES.items()}
 """Our names for data types, by their code in the format."""
-ITEM_SIZES = {"F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-ITEM_SIZES |= {names.safetensors: names.torch.itemsize for names in STORED_DTYPES.values()}
-MAX_HEADER = 100_000_000
-"""The format's limit, in bytes."""
+BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
+    "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+"""Bits per element of every dtype in the format; most of them cannot be converted."""
+
+
+class HeaderEntry(FileConfig):
+    """One tensor in the header of a safetensors file."""
+
+    dtype: Text
+    shape: tuple[Annotated[int, Field(ge=1, strict=True)], ...] = Field(max_length=8)
+    data_offsets: tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[int, Field(ge=0, strict=True)]]
+
+
+HEADER = TypeAdapter(dict[Text, HeaderEntry])
+METADATA = TypeAdapter(dict[str, str])
 
 
 class Stored(NamedTuple):
@@ -73,33 +89,53 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file. Raises `ValueError` if it is truncated or not a safetensors file."""
+    """The tensors of a safetensors file, which together cover its data exactly.
+
+    Raises `ValueError` if the file is truncated or not a safetensors file.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > MAX_HEADER:
+        if size < 8 or length > MAX_JSON:
             raise ValueError(f"{path} is not a safetensors file ({size} bytes)")
-        if size < 8 + length:
-            raise ValueError(f"{path} is truncated: its header alone takes {8 + length} bytes, found {size}")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a safetensors file: its header does not parse ({error})") from None
-    expected = max((offset + count for t in tensors.values() for offset, count in t.spans), default=8 + length)
-    if size != expected:
-        fault = "is truncated" if size < expected else "has bytes after its last tensor"
-        raise ValueError(f"{path} {fault}: expected {expected} bytes, found {size}")
+        start = 8 + length
+        if size < start:
+            raise ValueError(f"{path} is truncated: its header alone takes {start} bytes, found {size}")
+        entries = _parse_header(file.read(length), path)
+    tensors = {name: _stored(path, start, name, entry) for name, entry in entries.items()}
+    end = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].spans):
+        ((offset, nbytes),) = tensor.spans
+        if offset != end:
+            raise ValueError(f"{path}: tensor '{name}' starts at byte {offset}, expected {end}: gaps are not allowed")
+        end += nbytes
+    if size != end:
+        fault = "is truncated" if size < end else "has bytes after its last tensor"
+        raise ValueError(f"{path} {fault}: expected {end} bytes, found {size}")
     return tensors
 
 
-def _stored(path: Path, data: int, entry: dict) -> StoredTensor:
-    (first, last), shape, code = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
-    item = ITEM_SIZES.get(code)  # others (8-bit floats, for instance) are refused later, by tensor name
-    if first < 0 or last < first or (item and last - first != item * math.prod(shape)):
-        raise ValueError(f"{last - first} bytes for {code} of shape {list(shape)}")
-    return StoredTensor(path, code, shape, ((data + first, last - first),))
+def _parse_header(text: bytes, path: Path) -> dict[str, HeaderEntry]:
+    where = f"{path} is not a safetensors file: its header does not parse"
+    try:
+        header = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where} ({error})") from None
+    with one_line(where):
+        if isinstance(header, dict):
+            METADATA.validate_python(header.pop("__metadata__", {}))
+        return HEADER.validate_python(header)
+
+
+def _stored(path: Path, data: int, name: str, entry: HeaderEntry) -> StoredTensor:
+    first, last = entry.data_offsets
+    if entry.dtype not in BITS:
+        raise ValueError(f"{path}: tensor '{name}' has dtype {shown(entry.dtype)}, which safetensors does not have")
+    if 8 * (last - first) != BITS[entry.dtype] * math.prod(entry.shape):
+        raise ValueError(
+            f"{path}: tensor '{name}' has {last - first} bytes for {entry.dtype} of shape {list(entry.shape)}"
+        )
+    return StoredTensor(path, entry.dtype, entry.shape, ((data + first, last - first),))
 
 
 class TensorFileWriter:

@@ -159,8 +159,8 @@ def default_resolutions(model: ModelConfig, vae_scale_factor: int) -> tuple[Reso
     """(min, opt, max): a quarter of the model's default side, that side, 1.5 times it; at most its position table."""
     step, most = model.pixel_step(vae_scale_factor), model.max_side(vae_scale_factor)
     side = model.default_side(vae_scale_factor)
-    sides = (max(step, side // 4), min(side, most), min(side * 3 // 2, most))
-    return tuple(Resolution(height=s // step * step, width=s // step * step) for s in sides)
+    sides = [max(step, min(s, most) // step * step) for s in (side // 4, side, side * 3 // 2)]
+    return tuple(Resolution.parse({"height": s, "width": s}, "the model's default resolution") for s in sides)
 
 
 def define(

@@ -14,10 +14,12 @@ from .. import models
 from ..architecture import Architecture, ModelConfig
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, rank_file
-from ..config import BuildConfig, Builder, Dtype, Layout, PlanOptions, Resolution
-from ..files import FileRecord, read_json
-from ..files.records import Files, from_json, keys_in, to_json
+from ..config import BuildConfig, Builder, Dtype, Layout, PlanOptions, Resolution, shown
+from ..files import FileRecord, Files, read_json
+from ..files.records import keys_in, to_json
 from .graph import Graph
+from .inputs import check_build, check_interface
+from .manifest import BuildReport, CheckpointReference, EngineConfig, TrtllmConfig
 
 FORMAT_VERSION = 1
 TRTLLM = "tensorrt_llm"
@@ -43,15 +45,6 @@ def is_engine_folder(folder: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class CheckpointReference:
-    """The checkpoint that an engine folder was built from: its name, its path from the folder, its rank files."""
-
-    name: str
-    path: str
-    files: Files
-
-
-@dataclass(frozen=True)
 class EngineFolder:
     """An engine folder written by `build` or by TensorRT-LLM's `trtllm-build`, with a valid config."""
 
@@ -71,6 +64,10 @@ class EngineFolder:
     """None if TensorRT-LLM alone wrote the folder."""
     config: dict[str, Any]
     """The content of `config.json`."""
+    network_made_with: str | None = None
+    """Package and version that defined the network."""
+    report: tuple[BuildReport, ...] = ()
+    """What each rank's build took; none if TensorRT-LLM built the folder."""
 
     @classmethod
     def open(cls, folder: str | Path) -> EngineFolder:
@@ -84,10 +81,7 @@ class EngineFolder:
             raise ValueError(
                 f"{folder} is a checkpoint folder; build an engine from it: mmdit build --checkpoint_dir {folder}"
             )
-        try:
-            return _interpret_trtllm(folder, config) if _by_trtllm(config) else _interpret(folder, config)
-        except KeyError as error:
-            raise ValueError(f"{path} is not the config of an engine folder of mmdit_lib: no valid {error}") from None
+        return _interpret_trtllm(folder, config) if _by_trtllm(config) else _interpret(folder, config)
 
     def verify(self, *names: str) -> None:
         """Compare size and checksum of the named files, or of all. Raises `ValueError` for the first that differs."""
@@ -97,9 +91,13 @@ class EngineFolder:
             self.files[name].verify(self.path)
 
     def graph(self, rank: int, *, verify: bool = True) -> Graph:
+        """One rank's network. Raises `ValueError` if its file is damaged; `verify=False` skips the checksum."""
+        path = self.path / graph_file(rank)
         if verify:
-            self.verify(graph_file(rank))
-        return Graph.load(self.path / graph_file(rank))
+            self.verify(path.name)
+        graph = Graph.load(path)
+        check_interface(self, graph, path)
+        return graph
 
     def fingerprint(self) -> dict[str, str]:
         """What all ranks must have in common: each part of the folder and its checksum."""
@@ -141,6 +139,8 @@ class EngineFolder:
                 f"at {tried}; give its path with --checkpoint_dir"
             )
         checkpoint = Checkpoint.open(found)
+        if (checkpoint.model, checkpoint.dtype) != (self.model, self.dtype):
+            raise ValueError(f"{found} has another model or dtype than the one that {self.path} was built from")
         # TensorRT-LLM's checkpoints have no checksums; those recorded by the build are compared.
         for name, built_from in self.checkpoint.files.items():
             if checkpoint.files.get(name, built_from) != built_from:
@@ -151,75 +151,81 @@ class EngineFolder:
 
 
 def _interpret(folder: Path, config: dict[str, Any]) -> EngineFolder:
-    """Raises `KeyError` with the key that is missing or whose value has the wrong type."""
-    own, pretrained, options = (_entry(config, key, dict) for key in (OWN_KEY, "pretrained_config", "build_config"))
-    version = _entry(own, "format_version", int)
-    if version > FORMAT_VERSION:
-        raise ValueError(f"{folder} has format {version}; this version reads up to {FORMAT_VERSION}")
-    where = str(folder / CONFIG_FILE)
-    architecture = models.find(_entry(pretrained, "architecture", str), folder)
-    mapping = _entry(pretrained, "mapping", dict)
-    layout = {"tp_size": mapping["tp_size"], "cp_size": mapping["cp_size"], "cfg_size": own["cfg_size"]}
-    layout |= {"tp_layout": _entry(own, "tp_layout", str), "cp_method": _entry(options, "cp_method", str)}
+    where = folder / CONFIG_FILE
+    content = EngineConfig.parse(config, f"{where} is not the config of an engine folder of mmdit_lib")
+    pretrained, options, own = content.pretrained_config, content.build_config, content.mmdit_lib
+    architecture = models.find(pretrained.architecture, folder)
+    pretrained.check_dtype(folder)
+    model = architecture.config.parse_known(config["pretrained_config"], where)
+    parallel = {"cfg_size": own.cfg_size, "tp_layout": own.tp_layout, "cp_method": options.cp_method}
+    layout = Layout.parse(pretrained.mapping.model_dump() | parallel, f"{where}: mapping")
+    build = BuildConfig(**{key: getattr(options, key) for key in BuildConfig.model_fields})
+    try:
+        check_build(model, build, layout)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    _require_records(own.files, [graph_file(m.rank) for m in layout.ranks()], f"{where}: mmdit_lib.files")
+    tp_files = [rank_file(rank) for rank in range(layout.tp_size)]
+    _require_records(own.checkpoint.files, tp_files, f"{where}: mmdit_lib.checkpoint.files")
     return EngineFolder(
         path=folder,
         architecture=architecture,
-        model=architecture.config.parse({key: pretrained[key] for key in architecture.config.model_fields}, where),
-        dtype=_entry(pretrained, "dtype", str),
-        layout=Layout.parse(layout, where),
-        build_config=BuildConfig.parse({k: v for k, v in options.items() if k in BuildConfig.model_fields}, where),
+        model=model,
+        dtype=pretrained.dtype,
+        layout=layout,
+        build_config=build,
         builder="tensorrt",
-        tensorrt=own["tensorrt"],
-        plan_options=PlanOptions.parse(own.get("plan_options", {}), where),
-        files=from_json(_entry(own, "files", dict)),
-        checkpoint=_checkpoint(own),
+        tensorrt=own.tensorrt,
+        plan_options=own.plan_options,
+        files=own.files,
+        checkpoint=own.checkpoint,
         config=config,
+        network_made_with=own.network_made_with,
+        report=own.report,
     )
+
+
+def _require_records(files: Files, names: list[str], where: str) -> None:
+    if missing := [name for name in names if name not in files]:
+        raise ValueError(f"{where}: no record of {missing[0]} among {shown(list(files))}")
 
 
 def _by_trtllm(config: dict[str, Any]) -> bool:
     """Whether `trtllm-build` wrote the folder; `build` adds our key if it ran the command."""
     if OWN_KEY in config:
         return isinstance(config[OWN_KEY], dict) and config[OWN_KEY].get("builder") == "trtllm"
-    return "opt_resolution" not in _entry(config, "build_config", dict)
+    options = config.get("build_config")
+    return isinstance(options, dict) and "opt_resolution" not in options
 
 
 def _interpret_trtllm(folder: Path, config: dict[str, Any]) -> EngineFolder:
     """As `_interpret`. These engines have one image size and text length, and every input has the model's dtype."""
-    pretrained, options = (_entry(config, key, dict) for key in ("pretrained_config", "build_config"))
-    own, where = config.get(OWN_KEY, {}), str(folder / CONFIG_FILE)
-    architecture = models.find(_entry(pretrained, "architecture", str), folder)
-    model = architecture.config.parse({key: pretrained[key] for key in architecture.config.model_fields}, where)
-    mapping, scale = _entry(pretrained, "mapping", dict), architecture.vae_scale_factor
-    layout = {"tp_size": mapping["tp_size"], "cp_size": mapping["cp_size"], "tp_layout": "trtllm"}
+    where = folder / CONFIG_FILE
+    content = TrtllmConfig.parse(config, f"{where} is not the config of an engine folder of TensorRT-LLM")
+    pretrained, own = content.pretrained_config, content.mmdit_lib
+    architecture = models.find(pretrained.architecture, folder)
+    pretrained.check_dtype(folder)
+    model = architecture.config.parse_known(config["pretrained_config"], where)
+    layout = Layout.parse(pretrained.mapping.model_dump() | {"tp_layout": "trtllm"}, f"{where}: mapping")
+    model.check_layout(layout)
+    scale, batch = architecture.vae_scale_factor, content.build_config.max_batch_size
     side = model.default_side(scale)
-    size, batch = Resolution(height=side, width=side), _entry(options, "max_batch_size", int)
+    size = Resolution.parse({"height": side, "width": side}, f"{where}: the model's default resolution")
     inputs = tuple(replace(tensor, dtype=None) for tensor in architecture.inputs)
     return EngineFolder(
         path=folder,
         architecture=replace(architecture, inputs=inputs),
         model=model,
-        dtype=_entry(pretrained, "dtype", str),
-        layout=Layout.parse(layout, where),
+        dtype=pretrained.dtype,
+        layout=layout,
         build_config=BuildConfig.one_size(size, batch, TRTLLM_TEXT_TOKENS, vae_scale_factor=scale),
         builder="trtllm",
-        tensorrt=f"{TRTLLM} {_entry(config, 'version', str)}",
+        tensorrt=f"{TRTLLM} {content.version}",
         plan_options=PlanOptions(),
-        files=from_json(own.get("files", {})),
-        checkpoint=_checkpoint(own) if own else None,
+        files=own.files if own else {},
+        checkpoint=own.checkpoint if own else None,
         config=config,
     )
-
-
-def _checkpoint(own: dict[str, Any]) -> CheckpointReference:
-    reference = _entry(own, "checkpoint", dict)
-    return CheckpointReference(reference["name"], reference["path"], from_json(reference["files"]))
-
-
-def _entry(values: dict[str, Any], key: str, kind: type) -> Any:
-    if not isinstance(values[key], kind):
-        raise KeyError(key)
-    return values[key]
 
 
 def checkpoint_reference(checkpoint: Checkpoint, engine_dir: Path) -> dict[str, Any]:

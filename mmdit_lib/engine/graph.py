@@ -9,18 +9,28 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from ..config import TORCH_DTYPES, Text, one_line, shown
+from ..files import read_json
 
 FORMAT_VERSION = 1
+# Inputs and attributes become names in the Python code that torch.fx generates: nothing else may get there.
+Identifier = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
 
 
 @dataclass(frozen=True)
 class Value:
     """A tensor of the network; -1 marks a dynamic size."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+    name: Text
+    dtype: Literal[tuple(TORCH_DTYPES)]
+    shape: Annotated[tuple[Annotated[int, Field(ge=-1, strict=True)], ...], Field(max_length=8)]
+
+    def __str__(self) -> str:
+        return f"{shown(self.name)} {self.dtype} {list(self.shape)}"
 
 
 @dataclass(frozen=True)
@@ -35,11 +45,11 @@ class Layer:
             group) is what the network wrote into the layer's metadata.
     """
 
-    name: str
-    type: str
-    inputs: tuple[str | None, ...]
+    name: Text
+    type: Text
+    inputs: tuple[Text | None, ...]
     output: Value
-    attributes: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[Identifier, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,9 @@ class Graph:
     """
 
     inputs: tuple[Value, ...]
-    outputs: tuple[str, ...]
+    outputs: tuple[Text, ...]
     layers: tuple[Layer, ...]
-    modules: dict[str, tuple[str, ...]]
+    modules: dict[Text, tuple[Text, ...]]
 
     def save(self, path: Path) -> None:
         # `asdict` copies every value and takes longer than defining the network.
@@ -65,31 +75,36 @@ class Graph:
 
     @classmethod
     def load(cls, path: Path) -> Graph:
-        """Raises `ValueError` if this is not a graph file of this format version."""
-        try:
-            content = json.loads(path.read_text())
-            version = content["format_version"]
-            if version != FORMAT_VERSION:
-                raise ValueError(f"{path} has format {version}; this version reads {FORMAT_VERSION}: build again")
-            return cls(
-                inputs=tuple(_value(v) for v in content["inputs"]),
-                outputs=tuple(content["outputs"]),
-                layers=tuple(_layer(x) for x in content["layers"]),
-                modules={path: tuple(names) for path, names in content["modules"].items()},
-            )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a graph file ({type(error).__name__}: {error}): build again") from None
+        """Raises `ValueError` if this is not a graph file of this format version, or its tensors do not connect."""
+        content = read_json(path)
+        version = content.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format {shown(version)}; this version reads {FORMAT_VERSION}: build again")
+        with one_line(f"{path} is not a graph file"):
+            graph = FILE.validate_python(content)
+        graph._check_names(path)
+        return graph
+
+    def _check_names(self, path: Path) -> None:
+        """Every tensor is made once, and before it is used."""
+        made: set[str | None] = {None}
+        for value, layer in [*((v, None) for v in self.inputs), *((x.output, x) for x in self.layers)]:
+            for name in layer.inputs if layer else ():
+                if name not in made:
+                    raise ValueError(
+                        f"{path}: layer {shown(layer.name)} reads {shown(name)}, which no layer before it makes"
+                    )
+            if value.name in made:
+                raise ValueError(f"{path}: tensor {shown(value.name)} is made twice")
+            made.add(value.name)
+        for name in [*self.outputs, *(name for names in self.modules.values() for name in names)]:
+            if name not in made:
+                raise ValueError(f"{path}: no layer makes {shown(name)}, an output of the network or of a module")
 
     def weights(self) -> set[str]:
         """The checkpoint tensors that the graph uses."""
         return {x.attributes["weight"] for x in self.layers if "weight" in x.attributes}
 
 
-def _value(content: dict) -> Value:
-    return Value(content["name"], content["dtype"], tuple(content["shape"]))
-
-
-def _layer(content: dict) -> Layer:
-    return Layer(
-        content["name"], content["type"], tuple(content["inputs"]), _value(content["output"]), content["attributes"]
-    )
+FILE = TypeAdapter(Graph)
+"""Validates the content of a graph file; what a layer's attributes mean is checked by `rehearsal.py`."""

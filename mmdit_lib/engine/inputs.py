@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Protocol
+
 import torch
 
 from ..architecture import Architecture, Input, ModelConfig
-from ..config import TORCH_DTYPES, BuildConfig, Layout, Resolution, Sizes
-from .folder import EngineFolder
+from ..config import TORCH_DTYPES, BuildConfig, Dtype, Layout, Resolution, Sizes
+from .graph import Graph, Value
 
 Shape = tuple[int, ...]
+
+
+class Engine(Protocol):
+    """What these functions need of an `EngineFolder`."""
+
+    architecture: Architecture
+    model: ModelConfig
+    dtype: Dtype
+    layout: Layout
+    build_config: BuildConfig
 
 
 # Shapes ----------------------------------------------------------------------------------------------
@@ -38,7 +51,7 @@ def profile_shapes(
     return {x.name: [shape_of(x, model, sizes, scale) for sizes in ends] for x in architecture.inputs}
 
 
-def default_inputs(folder: EngineFolder, sizes: Sizes) -> dict[str, torch.Tensor]:
+def default_inputs(folder: Engine, sizes: Sizes) -> dict[str, torch.Tensor]:
     """The inputs that a call may leave out, as they are then."""
     scale = folder.build_config.vae_scale_factor
     optional = [x for x in folder.architecture.inputs if x.default is not None]
@@ -71,7 +84,20 @@ def check_build(model: ModelConfig, build: BuildConfig, layout: Layout) -> None:
     model.check_layout(layout)
 
 
-def check_sizes(folder: EngineFolder, sizes: Sizes) -> None:
+def check_interface(folder: Engine, graph: Graph, where: Path) -> None:
+    """Raises `ValueError` if a graph's inputs and output are not the model's. Inputs added since may be missing."""
+    declared = {
+        x.name: Value(x.name, input_dtype(x, folder.dtype), declared_shape(x, folder.model))
+        for x in folder.architecture.inputs
+    }
+    for value in graph.inputs:
+        if value != declared.get(value.name):
+            raise ValueError(f"{where}: input {value}; the model's inputs are {', '.join(map(str, declared.values()))}")
+    if graph.outputs != (folder.architecture.output.name,):
+        raise ValueError(f"{where}: output {graph.outputs}, expected {folder.architecture.output.name}")
+
+
+def check_sizes(folder: Engine, sizes: Sizes) -> None:
     """Raises `ValueError`, naming the size and the valid range, if `sizes` are outside the profile."""
     build = folder.build_config
     if not 1 <= sizes.batch <= build.max_batch_size:
@@ -96,14 +122,14 @@ def check_sizes(folder: EngineFolder, sizes: Sizes) -> None:
     check_resolution(folder.model, resolution, build.vae_scale_factor)
 
 
-def check_shapes(folder: EngineFolder, shapes: dict[str, Shape]) -> Sizes:
+def check_shapes(folder: Engine, shapes: dict[str, Shape]) -> Sizes:
     """The sizes of these input shapes. Raises `ValueError` if they are inconsistent or outside the profile."""
     sizes = sizes_from(folder, shapes)
     check_sizes(folder, sizes)
     return sizes
 
 
-def sizes_from(folder: EngineFolder, shapes: dict[str, Shape]) -> Sizes:
+def sizes_from(folder: Engine, shapes: dict[str, Shape]) -> Sizes:
     """The dynamic sizes of these input shapes. Raises `ValueError` if they contradict the table or each other."""
     scale = {"": 1, "vae_scale_factor": folder.build_config.vae_scale_factor}
     found: dict[str, dict[str, int]] = {}
@@ -127,7 +153,7 @@ def sizes_from(folder: EngineFolder, shapes: dict[str, Shape]) -> Sizes:
 
 
 def sample_inputs(
-    folder: EngineFolder,
+    folder: Engine,
     *,
     resolution: str | int | Resolution | None = None,
     text_tokens: int | None = None,

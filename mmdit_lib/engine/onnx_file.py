@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from ..architecture import Architecture
 from ..files import complete_folder, require_space, write_synced
-from .folder import EngineFolder
+from .folder import EngineFolder, graph_file
 from .graph import Graph, Layer, Value
 from .lowering import constant
+from .rehearsal import rehearse
 
 OPSET, IR_VERSION = 22, 10
 """The first opset whose convolution has bfloat16, and its file format."""
@@ -60,7 +61,9 @@ def export_onnx(
             f"{engine_dir} is for {folder.layout}, and ONNX has no collectives: build it for one rank (tp, cp, cfg 1)"
         )
     with complete_folder(Path(output_dir).expanduser(), "exported ONNX model", _is_export) as partial:
-        writer = OnnxWriter(folder.graph(0), folder.open_checkpoint(checkpoint_dir).weights())
+        graph, weights = folder.graph(0), folder.open_checkpoint(checkpoint_dir).weights()
+        rehearse(folder, graph, weights, folder.layout.at(0), folder.path / graph_file(0))
+        writer = OnnxWriter(graph, weights)
         require_space(partial, writer.nbytes)
         writer.write_weights(partial / WEIGHTS, progress)
         write_synced(partial / MODEL, writer.model(folder.architecture).SerializeToString())

@@ -10,7 +10,7 @@ from torch import fx
 
 from .backend import Inputs, Ranks, RunnerOptions
 from .cuda_graph import GraphedStep
-from .folder import EngineFolder
+from .folder import EngineFolder, graph_file
 from .graph import Graph
 from .kernel_passes import KERNELS
 from .kernels import has_triton
@@ -19,6 +19,7 @@ from .outline import outline_blocks
 from .passes import NUMERICS, SPEED, Pass
 from .precision import without_tf32
 from .profile import layer_times
+from .rehearsal import rehearse
 
 
 class PyTorchBackend:
@@ -63,12 +64,13 @@ class PyTorchBackend:
 
     @classmethod
     def open(cls, folder: EngineFolder, options: RunnerOptions, team: Ranks | None = None) -> PyTorchBackend:
-        rank = team.rank if team else 0
-        tp_rank = folder.layout.at(rank).tp_rank
-        checkpoint = folder.open_checkpoint(options.checkpoint_dir, verify=options.verify, tp_rank=tp_rank)
+        mapping = folder.layout.at(team.rank if team else 0)
+        checkpoint = folder.open_checkpoint(options.checkpoint_dir, verify=options.verify, tp_rank=mapping.tp_rank)
+        graph, weights = folder.graph(mapping.rank, verify=options.verify), checkpoint.weights(mapping.tp_rank)
+        rehearse(folder, graph, weights, mapping, folder.path / graph_file(mapping.rank))
         return cls(
-            folder.graph(rank, verify=options.verify),
-            checkpoint.weights(tp_rank),
+            graph,
+            weights,
             device=options.torch_device,
             groups=team.groups if team else None,
             compile_blocks=folder.architecture.blocks if options.compile else None,

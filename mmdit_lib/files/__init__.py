@@ -2,15 +2,17 @@
 
 from .atomic import alive, complete_file, complete_folder, require_place, require_space
 from .interrupts import INTERRUPTED, delayed_interrupts
-from .records import FileRecord, read_json, write_synced
+from .records import FileRecord, Files, parse_json, read_json, write_synced
 
 __all__ = [
     "INTERRUPTED",
     "FileRecord",
+    "Files",
     "alive",
     "complete_file",
     "complete_folder",
     "delayed_interrupts",
+    "parse_json",
     "read_json",
     "require_place",
     "require_space",

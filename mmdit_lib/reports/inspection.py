@@ -6,18 +6,18 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
 
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, rank_file
+from ..checkpoint.manifest import CONFIG_FILE, CheckpointManifest, rank_file
 from ..checkpoint.tensor_file import StoredTensor, read_header
 from ..config import Layout
 from ..engine.folder import EngineFolder, graph_file
 from ..engine.graph import Graph, Value
 from ..engine.inputs import declared_shape, profile_shapes
+from ..engine.manifest import BuildReport
 from ..files import read_json
 from .memory import Memory, memory_of
 
@@ -37,7 +37,7 @@ class EngineReport:
     layers: dict[str, int]
     """Layers of rank 0 by TensorRT's type, the most frequent first; none if TensorRT-LLM built the engine."""
     files: dict[str, int]
-    builds: list[dict[str, Any]]
+    builds: tuple[BuildReport, ...]
     """Times and memory of each rank's build; none likewise."""
     memory: Memory | None
     """What one rank takes on a GPU at the largest sizes of the profile; None likewise."""
@@ -74,7 +74,7 @@ def inspect_engine(folder: Path) -> EngineReport:
     if engine.builder == "trtllm":  # no graph file
         table = (*engine.architecture.inputs, engine.architecture.output)
         *inputs, output = (Value(x.name, engine.dtype, declared_shape(x, engine.model)) for x in table)
-        return EngineReport(engine, tuple(inputs), (output,), profile, {}, _sizes(folder), [], None)
+        return EngineReport(engine, tuple(inputs), (output,), profile, {}, _sizes(folder), (), None)
     graph = engine.graph(0)
     produced = {layer.output.name: layer.output for layer in graph.layers}
     return EngineReport(
@@ -84,7 +84,7 @@ def inspect_engine(folder: Path) -> EngineReport:
         profile=profile,
         layers=dict(Counter(layer.type for layer in graph.layers).most_common()),
         files=_sizes(folder),
-        builds=engine.config[OWN_KEY]["report"],
+        builds=engine.report,
         memory=_memory(engine, graph),
     )
 
@@ -109,7 +109,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def print_inspection(folder: str | Path, console: Console | None = None) -> None:
-    (console or Console()).print(describe(inspect(folder)))
+    (console or Console(markup=False)).print(describe(inspect(folder)))
 
 
 def describe(report: EngineReport | CheckpointReport) -> Group:
@@ -122,7 +122,7 @@ def _describe_engine(report: EngineReport) -> Group:
     about = [
         ("model", engine.model.summary()),
         ("dtype", engine.dtype),
-        ("TensorRT", engine.tensorrt or f"no plan; network defined with {engine.config[OWN_KEY]['network_made_with']}"),
+        ("TensorRT", engine.tensorrt or f"no plan; network defined with {engine.network_made_with}"),
         ("ranks", _layout(engine.layout, engine.layout.cp_method)),
         ("image", f"{build.min_resolution} to {build.max_resolution} pixels, optimized for {build.opt_resolution}"),
         ("text", f"{build.min_text_tokens} to {build.max_text_tokens} tokens"),
@@ -149,12 +149,12 @@ def _describe_engine(report: EngineReport) -> Group:
     builds = _table("build", "rank", "layers", "plan", "defined in", "built in", "peak memory")
     for build in report.builds:
         builds.add_row(
-            str(build["rank"]),
-            str(build["layers"]),
-            size(build["plan_bytes"]) if "plan_bytes" in build else "none",
-            f"{build['define_seconds']:.1f} s",
-            f"{build['seconds']:.1f} s",
-            size(build["peak_rss_bytes"]),
+            str(build.rank),
+            str(build.layers),
+            "none" if build.plan_bytes is None else size(build.plan_bytes),
+            f"{build.define_seconds:.1f} s",
+            f"{build.seconds:.1f} s",
+            size(build.peak_rss_bytes),
         )
     details = [layers, builds] if report.builds else []
     return Group(_facts(engine.path, about), tensors, *details[:1], _files(report.files), *details[1:])
@@ -162,7 +162,7 @@ def _describe_engine(report: EngineReport) -> Group:
 
 def _describe_checkpoint(report: CheckpointReport) -> Group:
     checkpoint = report.checkpoint
-    own = checkpoint.config.get(OWN_KEY, {})
+    own = checkpoint.manifest
     about = [
         ("model", checkpoint.model.summary()),
         ("dtype", checkpoint.dtype),
@@ -171,7 +171,7 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
         ("source", _source(checkpoint.config.get("model_path"), own)),
     ]
     if own:
-        about.append(("created with", ", ".join(f"{k} {v}" for k, v in own["versions"].items() if v)))
+        about.append(("created with", ", ".join(f"{k} {v}" for k, v in own.versions.items() if v)))
     config = _table("config", "field", "value")
     for name, value in checkpoint.model.model_dump().items():
         config.add_row(name, str(value))
@@ -181,10 +181,10 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
     return Group(_facts(checkpoint.path, about), config, largest, _files(report.files))
 
 
-def _source(path: str | None, own: dict) -> str:
+def _source(path: str | None, own: CheckpointManifest | None) -> str:
     """Where the weights came from; TensorRT-LLM's converter records only the path."""
-    details = [f"{key} {own[key]}" for key in ("revision", "variant", "source_dtype") if own.get(key)]
-    return ", ".join([path or "not recorded", *details])
+    found = {key: getattr(own, key, None) for key in ("revision", "variant", "source_dtype")}
+    return ", ".join([path or "not recorded", *(f"{key} {value}" for key, value in found.items() if value)])
 
 
 def _layout(layout: Layout, cp_method: str | None = None) -> str:

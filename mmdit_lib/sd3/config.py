@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ..architecture import ModelConfig, Shapes
-from ..config import Layout, either
+from ..config import Layout, either, shown
 
 SAMPLE_SIZE = 128
 """The published models' value. No tensor determines it; it only sets a pipeline's default resolution."""
@@ -17,21 +17,29 @@ HEAD_DIM = 64
 """The published models' value; without QK norm, no tensor determines it."""
 
 
+# Upper limits keep a damaged or hostile config from costing more than its weights do; the largest published model has
+# 38 layers of 38 heads, and a width of 2432.
+MAX_LAYERS = 512
+Count = Annotated[int, Field(ge=1, le=1024, strict=True)]
+Width = Annotated[int, Field(ge=1, le=1 << 16, strict=True)]
+Side = Annotated[int, Field(ge=1, le=4096, strict=True)]
+
+
 class SD3Config(ModelConfig):
     """The fields of diffusers' `SD3Transformer2DModel.config`; sizes in latent pixels, tokens or channels."""
 
-    sample_size: int = Field(gt=0)
-    patch_size: int = Field(gt=0)
-    in_channels: int = Field(gt=0)
-    out_channels: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    attention_head_dim: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    joint_attention_dim: int = Field(gt=0)
-    caption_projection_dim: int = Field(gt=0)
-    pooled_projection_dim: int = Field(gt=0)
-    pos_embed_max_size: int = Field(gt=0)
-    dual_attention_layers: tuple[int, ...]
+    sample_size: Side
+    patch_size: int = Field(ge=1, le=64, strict=True)
+    in_channels: Count
+    out_channels: Count
+    num_layers: int = Field(ge=1, le=MAX_LAYERS, strict=True)
+    attention_head_dim: Count
+    num_attention_heads: Count
+    joint_attention_dim: Width
+    caption_projection_dim: Width
+    pooled_projection_dim: Width
+    pos_embed_max_size: Side
+    dual_attention_layers: tuple[Annotated[int, Field(strict=True)], ...] = Field(max_length=MAX_LAYERS)
     qk_norm: Literal["rms_norm"] | None
 
     @model_validator(mode="after")
@@ -43,7 +51,7 @@ class SD3Config(ModelConfig):
             )
         beyond = [i for i in self.dual_attention_layers if not 0 <= i < self.num_layers]
         if beyond:
-            raise ValueError(f"dual_attention_layers {beyond} are out of range for num_layers={self.num_layers}")
+            raise ValueError(f"dual_attention_layers {shown(beyond)} are out of range for num_layers={self.num_layers}")
         return self
 
     @property
