@@ -13,6 +13,7 @@ and a second run must succeed, with the right result and nothing beside it. Afte
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import random
@@ -33,7 +34,7 @@ import tyro
 from tqdm import tqdm
 
 import mmdit_lib.__main__ as entry
-from mmdit_lib import Checkpoint, EngineFolder, convert
+from mmdit_lib import Checkpoint, EngineFolder, cli
 from mmdit_lib.checkpoint.random_weights import write_random_transformer
 from mmdit_lib.checkpoint.source import find_source
 from mmdit_lib.files.records import sha256_of
@@ -101,7 +102,7 @@ def sources(root: Path) -> dict[str, Path]:
     there = {}
     for i in (0, 1):
         model = write_random_transformer(root / f"model{i}", MODEL, "float32", seed=i)
-        there |= {f"model{i}": model, f"checkpoint{i}": convert(model, root / f"checkpoint{i}", progress=False)}
+        there |= {f"model{i}": model, f"checkpoint{i}": cli.convert(model, root / f"checkpoint{i}", progress=False)}
     return there
 
 
@@ -312,6 +313,7 @@ def main(
     print("| command | how | tries | what was then under the final name |\n|---|---|---:|---|")
     with tempfile.TemporaryDirectory(prefix="mmdit-kills-") as folder:
         there = commands(Path(folder))
+        gc.freeze()  # or a collection in each forked process would copy all memory
         for name in only:
             tries = Tries(name, Path(folder), there[name], random.Random(f"{seed} {name}"))
             for way in ways:

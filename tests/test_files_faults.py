@@ -320,6 +320,6 @@ def test_ctrl_c_while_libraries_are_imported(tmp_path):
 def test_a_few_random_kills():
     """The figures of many are in benchmarks/results/kills.md."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kills", "--count", "3"], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-m", "tests.kills", "--count", "2"], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0 and "\n0 faults\n" in done.stdout, done.stdout + done.stderr
