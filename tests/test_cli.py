@@ -56,6 +56,7 @@ def test_parity_of_another_model_ends_with_1(mmdit, tmp_path):
     assert code == 1 and "do not match" in err and err.count("\n") <= 1
 
 
+@pytest.mark.slow
 def test_bench_beside_diffusers_in_half_precision(mmdit):
     sizes = ["--resolution", "64", "--text_tokens", "77", "--repeats", "1"]
     code, out, _ = mmdit("bench", "--model_path", "tiny", *sizes)
@@ -64,6 +65,7 @@ def test_bench_beside_diffusers_in_half_precision(mmdit):
     assert code == 0 and "engine (pytorch)" in out and "relative" not in out
 
 
+@pytest.mark.slow
 def test_bench_shows_and_plots_the_time_of_every_module(mmdit, work):
     sizes = ["--resolution", "64", "--text_tokens", "77", "--repeats", "1"]
     code, out, err = mmdit("bench", "--profile", "--plot", "t.png", *sizes)

@@ -198,6 +198,7 @@ def test_an_earlier_builds_error_is_not_told_again(case, tmp_path):
     assert logger.logger().last_error() == "no error was logged"
 
 
+@pytest.mark.slow
 def test_full_disk(case, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

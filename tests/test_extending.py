@@ -53,6 +53,7 @@ def follow(step: re.Match, root: Path) -> None:
     path.write_text(f"{text[:end]}    {code}{text[end:]}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(installed() is None, reason="TensorRT is not installed")
 def test_the_operator_recipe(tmp_path):
     shutil.copytree(ROOT / "mmdit_lib", tmp_path / "mmdit_lib", ignore=shutil.ignore_patterns("weights", "__pycache__"))

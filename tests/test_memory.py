@@ -30,6 +30,7 @@ def test_as_measured_on_a_gpu():
         assert found.activations / 1e9 == pytest.approx(row["GB"]["ours"], abs=0.015)
 
 
+@pytest.mark.slow
 def test_layouts_share_weights_and_activations():
     c = case("sd3.5-medium")
     config = inspect(c.engine()).folder.build_config

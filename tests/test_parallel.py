@@ -199,6 +199,7 @@ def test_one_process_is_told_how_to_start(root):
     assert done.stderr.strip().endswith("is for tp 2, 2 ranks, and 1 rank is running: start it with mpirun -n 2")
 
 
+@pytest.mark.slow
 def test_the_command_under_mpirun(root):
     folder, picture = engine(root, "tiny", "cp2 ulysses"), root / "command.png"
     arguments = ["generate", PROMPT, "--model_path", source(root, "tiny"), "--engine_dir", folder, "--output", picture,

@@ -28,6 +28,7 @@ def test_size_and_features(pipe):
     assert config.num_attention_heads % 4 == 0 and pipe.transformer.inner_dim % 16 == 0
 
 
+@pytest.mark.slow
 def test_draws_heldout_prompts(pipe):
     scores = evaluate(pipe, heldout_prompts(4), steps=10, max_sequence_length=77)
     assert min(scores.colour, scores.shape, scores.position) >= 0.85, scores
