@@ -1,4 +1,4 @@
-"""Graph passes for a GPU without a compiler: what lies between GEMMs and attention becomes operators of `kernels.py`.
+"""Graph passes for GPUs: the operations between GEMMs and attention become operators of `kernels.py`.
 
 They follow the passes of `passes.py`, whose operators they merge further.
 """

@@ -1,4 +1,4 @@
-"""A rank's watchdog: a process that sees whether its rank is at work, and hears from those of the other ranks.
+"""A rank's watchdog: a process that monitors its rank and exchanges reports with rank 0's watchdog.
 
 rank -- pipe --> its watchdog <-- TCP --> rank 0's watchdog, which decides
 
@@ -142,7 +142,7 @@ class Watchdog:
             self.announced = message["end"]
 
     def join(self, timeout: float | None) -> None:
-        """All ranks have joined: watch over all of them. Safe to call again."""
+        """All ranks have joined: monitor all of them. Safe to call again."""
         if timeout is not None:
             self.timeout = timeout
         if self.joined:

@@ -69,7 +69,7 @@ def compare_layers(
         model_path: the checkpoint that was converted.
         engine_dir: an engine folder written by `build`.
         resolution: HEIGHTxWIDTH in pixels; by default what the engine is optimized for.
-        text_tokens: length of the text; likewise.
+        text_tokens: number of text tokens; same default.
         batch: rows; likewise.
         seed: seed of the random inputs.
         reference_dtype: diffusers' dtype; by default the engine's. Use float32 to see all rounding.
