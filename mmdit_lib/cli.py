@@ -93,8 +93,8 @@ def parity_command(
         engine_dir: an engine folder of `mmdit build`.
         checkpoint_dir: the converted checkpoint, if it is no longer at its path relative to the engine folder.
         resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
-        text_tokens: number of text tokens; same default.
-        batch: rows; same default.
+        text_tokens: number of text tokens; by default the engine's optimal one.
+        batch: rows; by default the engine's optimal batch.
         seed: seed of the random inputs.
         full: show every module, not only the worst of each block.
         plot: image file for a plot of errors by depth (under mpirun, of rank 0).
@@ -136,7 +136,7 @@ def generate_command(
     seed: int = 0,
     runner: Runner = DEFAULTS,
 ) -> None:
-    """Generate an image from a prompt with an engine. Under mpirun all ranks generate one image together.
+    """Generate an image from a prompt with an engine. Under mpirun, all ranks generate one image together.
 
     Args:
         prompt: what to draw.
@@ -184,7 +184,7 @@ def bench_command(
 ) -> None:
     """Time one denoising step of an engine and, if --model_path is given, of diffusers' transformer.
 
-    The two alternate. On a GPU diffusers' transformer is timed eagerly and with every block compiled, and peak memory
+    The two alternate. On a GPU, diffusers' transformer is timed eagerly and with every block compiled, and peak memory
     is shown.
 
     Args:

@@ -68,7 +68,7 @@ class Command:
     """Arguments of `mmdit` that write the older result; the output is appended."""
     newer: tuple[str, ...]
     load: Callable[[Path], Any]
-    """Verify a result; returns what tells the older from the newer. Raises `ValueError` if it is not whole."""
+    """Verify a result; returns what distinguishes the older from the newer. Raises `ValueError` if it is not whole."""
 
 
 def checkpoint(folder: Path) -> Any:

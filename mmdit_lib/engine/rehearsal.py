@@ -1,6 +1,6 @@
 """Rehearsal: every layer of a graph file runs once on shapes alone, before anything is allocated or generated.
 
-A graph file is data from outside. Its operators come from the fixed table of `torch_ops.py`, and this check finds what
+A graph file is untrusted data. Its operators come from the fixed table of `torch_ops.py`, and this check finds what
 an operator would not accept: missing, unknown or invalid attributes, wrong shapes, a weight that is not in the
 checkpoint, a collective over ranks of another group, a result far larger than the network's inputs and weights.
 """

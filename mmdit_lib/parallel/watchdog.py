@@ -26,7 +26,7 @@ from .verdict import Observer, Peer, Report, fault, never_started
 
 TICK = 0.5
 PAUSE = 5
-"""If this process itself has not run for so long, the machine was suspended."""
+"""If this process itself has not run for so many seconds, the machine was suspended."""
 CLEAN_UP_SECONDS = 5
 """How long MPI may take to end all ranks after one has failed or died."""
 
@@ -183,7 +183,7 @@ class Watchdog:
     def message(self, fault: str | None = None) -> dict:
         return {"report": asdict(self.report), "timeout": self.timeout, "fault": fault}
 
-    # What follows from them.
+    # Decisions.
 
     def tick(self) -> None:
         now = time.monotonic()
@@ -212,7 +212,7 @@ class Watchdog:
         if self.report.rank == 0:
             return fault({0: Peer(self.report), **peers}, self.timeout)
         if 0 in peers and self.timeout and peers[0].silent >= self.timeout:
-            return f"{fault({0: peers[0]}, self.timeout)}; so says {self.report}, at {self.report.doing}"
+            return f"{fault({0: peers[0]}, self.timeout)}; reported by {self.report} during {self.report.doing}"
         return None
 
     def check_start(self) -> None:
