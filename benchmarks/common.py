@@ -96,7 +96,7 @@ def parser(about: str, models: Iterable[str], chosen: list[str], results: str, r
 def main(
     options: argparse.Namespace, graphs: Callable, run: Callable, title: str, table: Callable[[dict], list[str]]
 ) -> None:
-    """Do what the command line asks for; `table` makes the lines of one result."""
+    """Run what the command line asks for; `table` returns the lines of one result."""
     if options.what == "table":
         found = (json.loads(path.read_text()) for path in options.results)
         print("\n".join([f"# {title}", "", *(line for result in found for line in table(result))]))

@@ -69,7 +69,7 @@ def main() -> None:
         f"{os.cpu_count()} cores ({platform.machine()}), no GPU; {installed()}, torch {torch.__version__}; "
         f"{datetime.date.today()}; load average at the end {load}.\n\n"
         "| step | seconds | peak RSS, GiB | written, GB |\n|---|---:|---:|---:|\n" + "\n".join(rows) + "\n\n"
-        "Of the build's peak, the checkpoint's pages are mapped from disk and can be dropped by the system.\n"
+        "The build's peak includes the checkpoint's pages, which are mapped from disk and which the system can drop.\n"
     )
 
 

@@ -7,9 +7,9 @@
         --plot long_run_gpu.png
 
 Records memory after each call of the pipeline (resident, in use according to glibc's malloc, and a GPU's allocated
-and reserved), fits a line to what follows the warm-up, and prints the result as Markdown. Resident is more than in
-use: malloc keeps what was freed, and with buffers of ever other sizes it keeps more and more of it in holes. With
-the environment variable, buffers of 1 MiB and more return to the system when they are freed.
+and reserved), fits a line to what follows the warm-up, and prints the result as Markdown. Resident exceeds in use:
+malloc keeps freed memory in holes, and ever more of it as buffers of new sizes come. With the environment variable,
+buffers of 1 MiB and more return to the system when they are freed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One GPU: ms per step and peak memory beside diffusers, and the graph passes one by one. Random weights.
+"""One GPU: ms per step and peak memory, compared with diffusers, and the graph passes one by one. Random weights.
 
     python -m benchmarks.single_gpu graphs --folder graphs     # needs TensorRT (tensorrt_rtx), but no GPU
     python -m benchmarks.single_gpu run --folder graphs --output single_gpu.json     # needs a GPU, but no TensorRT
@@ -49,19 +49,19 @@ PREDICTED = {
     "shared_silu": "nothing by itself; needed by the next pass",
     "merged_linears": "Q, K and V in one GEMM, all modulations in one: 1 ms",
     "hoisted": "nothing; keeps blocks equal for `torch.compile`",
-    "norm_modulate": "norm and modulation read and write once: 2 ms",
-    "gated_norm": "the sum need not be read again: 0.5 ms",
-    "qkv_attention": "no transposes, no concatenation: 9 to 12 copies of 27 MB per block fewer: 7 ms",
+    "norm_modulate": "norm and modulation read and write their tensors once: 2 ms",
+    "gated_norm": "the sum is not read again: 0.5 ms",
+    "qkv_attention": "no transposes and no concatenation, so 9 to 12 fewer copies of 27 MB per block: 7 ms",
 }
 """What each pass should gain for SD3.5-medium, from the bytes that it saves at 3 TB/s."""
 REJECTED = """
-Tried on the same day and rejected, SD3.5-medium and SD3.5-large at 1024x1024, batch 2:
+Ideas tried on the same day and rejected (SD3.5-medium and SD3.5-large, 1024x1024, batch 2):
 
 | idea | expected | measured |
 |---|---|---|
-| the text's GEMMs and the later blocks' modulations on a second CUDA stream | up to 2 and 6 ms less | 48.20 for 48.24 ms, 124.0 for 123.9 ms: the GPU draws 640 to 670 W of its 700 W either way |
-| another storage order of queries, keys and values | cuDNN prefers one | 569 to 575 us per attention in all nine orders tried |
-| `torch.compile(dynamic=True)`, so that other sizes need no compilation | no loss | 52.2 for 50.0 ms (static), and still 15 s for the first step without guidance |
+| the text's GEMMs and the later blocks' modulations on a second CUDA stream | up to 2 and 6 ms less | 48.20 instead of 48.24 ms, 124.0 instead of 123.9 ms: the GPU draws 640 to 670 W of its 700 W either way |
+| another memory layout of queries, keys and values | one that cuDNN runs faster | 569 to 575 us per attention in all nine orders tried |
+| `torch.compile(dynamic=True)`, so that other sizes need no compilation | no loss | 52.2 ms instead of 50.0 (static), and still 15 s for the first step without guidance |
 | blocks compiled ahead of time (AOTInductor) | as `dynamic=True` | correct at every size (1.7e-7 on a CPU), 92 s for the tiny model's three kinds of block; not needed with the kernels above, which compile in about a second |
 """  # noqa: E501
 KINDS = {
@@ -194,11 +194,13 @@ def table(found: dict) -> list[str]:
     """One result as Markdown."""
     lines = [
         f"{found['hardware']}, torch {found['torch']}, diffusers {found['diffusers']}, {found['date']}. Milliseconds "
-        "per denoising step of the `pytorch` backend beside diffusers' transformer: bf16, random weights, "
-        f"{TEXT_TOKENS} text tokens, run alternately in one process, medians. After the first row: "
-        f"{found['conditions'][0]}.",
+        "per denoising step of the `pytorch` backend and of diffusers' transformer: bf16, random weights, "
+        f"{TEXT_TOKENS} text tokens, run alternately in one process; median of all steps. The GPU right after the "
+        f"first case: {found['conditions'][0].rpartition('; ')[2]}.",
         "",
-        "| | " + " | ".join(WAYS) + " | ours over diffusers, eager | with CUDA graph over compiled |",
+        "The commands are at the top of `benchmarks/single_gpu.py`.",
+        "",
+        "| | " + " | ".join(WAYS) + " | diffusers / ours | diffusers compiled / ours + CUDA graph |",
         "|---" + "|---:" * (len(WAYS) + 2) + "|",
     ]
     for row in found["rows"]:
@@ -206,7 +208,7 @@ def table(found: dict) -> list[str]:
         ratios = ms["diffusers"] / ms["ours"], ms["diffusers compiled"] / ms["ours + CUDA graph"]
         cells = [f"{ms[way]:.1f}" for way in WAYS] + [f"{ratio:.2f}x" for ratio in ratios]
         lines.append(f"| {label(row)} | " + " | ".join(cells) + " |")
-    for key, title in (("first step, s", "Seconds of the first step"), ("GB", "GB of peak memory beyond the weights")):
+    for key, title in (("first step, s", "Seconds for the first step"), ("GB", "Peak memory beyond the weights, GB")):
         lines += ["", f"| {title} | " + " | ".join(WAYS) + " |", "|---" + "|---:" * len(WAYS) + "|"]
         lines += [f"| {label(row)} | " + " | ".join(str(row[key][way]) for way in WAYS) + " |" for row in found["rows"]]
     kinds = [*KINDS, "other"]
@@ -214,10 +216,10 @@ def table(found: dict) -> list[str]:
     for row in found["rows"]:
         lines.append(f"| {label(row)} | " + " | ".join(f"{row['kernels'].get(kind, 0):.2f}" for kind in kinds) + " |")
     if found["errors"]:
-        lines += ["", "| bf16, relative distance from float32, 512x512 | diffusers | ours |", "|---|---:|---:|"]
+        lines += ["", "| relative error of bf16 to float32, 512x512 | diffusers | ours |", "|---|---:|---:|"]
         lines += [f"| SD{name} | {e['diffusers']:.4f} | {e['ours']:.4f} |" for name, e in found["errors"].items()]
     for name, rungs in found["ladder"].items():
-        lines += ["", f"| SD{name}, with the passes up to | expected | ms | ms, CUDA graph |", "|---|---|---:|---:|"]
+        lines += ["", f"| SD{name}, passes up to | expected | ms | ms, CUDA graph |", "|---|---|---:|---:|"]
         for row in rungs:
             expected = PREDICTED.get(row["pass"], "")
             lines.append(f"| {row['pass']} | {expected} | {row['ms']} | {row['ms, CUDA graph']} |")

@@ -1,4 +1,4 @@
-"""Seconds from the start of a process to each image, beside diffusers, eager and compiled.
+"""Seconds from the start of a process to each image, compared with diffusers, eager and compiled.
 
     python -m benchmarks.start_up run --model_path tiny --engine_dir engine_outputs --output start_up.json
     python -m benchmarks.start_up table --results start_up.json
@@ -106,10 +106,10 @@ def table(paths: list[Path]) -> str:
         found = json.loads(path.read_text())
         lines += [
             f"{found['model']}: {found['hardware']}, torch {found['torch']}, diffusers {found['diffusers']}, "
-            f"{found['date']}; {found['steps']} steps. Seconds that each stage took. Every way "
-            "starts with empty compile caches.",
+            f"{found['date']}; {found['steps']} steps. Seconds per stage. Every row is a "
+            "new process with empty compile caches. The commands are at the top of `benchmarks/start_up.py`.",
             "",
-            "| | process start to opened | " + " | ".join(STAGES[1:]) + " |",
+            "| | process start to pipeline loaded | " + " | ".join(STAGES[1:]) + " |",
             "|---" + "|---:" * len(STAGES) + "|",
         ]
         for way, marks in found["ways"].items():

@@ -1,4 +1,4 @@
-"""Starts the `mmdit` command: Ctrl-C is answered in one line from the first moment, while libraries are imported."""
+"""Start the `mmdit` command. Ctrl-C prints one line even while libraries are being imported."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ from .files import INTERRUPTED
 
 def main() -> None:
     """Entry point."""
-    # Until the libraries are there nothing is written. A KeyboardInterrupt would be lost inside their own imports.
+    # Nothing is written before the libraries are imported. Their imports might swallow a KeyboardInterrupt.
     signal.signal(signal.SIGINT, _end)
     from . import cli
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a folder need not be printable
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be printable
     cli.main()
 
 

@@ -36,7 +36,7 @@ DEFAULTS = RunnerOptions()
 
 
 def picture_file(name: str | Path) -> Path:
-    """Raises `ValueError` if no image can be written under this name; called before the work starts."""
+    """Raises `ValueError` if no image can be written to this name; called before the work starts."""
     path = Path(name).expanduser()
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or path.is_dir():
         raise ValueError(f"{name}: give an image file name such as picture.png")
@@ -93,8 +93,8 @@ def parity_command(
         engine_dir: an engine folder of `mmdit build`.
         checkpoint_dir: the converted checkpoint, if it is no longer at its path relative to the engine folder.
         resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
-        text_tokens: length of the text; likewise.
-        batch: rows; likewise.
+        text_tokens: number of text tokens; by default the engine's optimal one.
+        batch: rows; by default the engine's optimal batch.
         seed: seed of the random inputs.
         full: show every module, not only the worst of each block.
         plot: image file for a plot of errors by depth (under mpirun, of rank 0).
@@ -136,7 +136,7 @@ def generate_command(
     seed: int = 0,
     runner: Runner = DEFAULTS,
 ) -> None:
-    """Generate an image from a prompt with an engine. Under mpirun all ranks generate one image together.
+    """Generate an image from a prompt with an engine. Under mpirun, all ranks generate one image together.
 
     Args:
         prompt: what to draw.
@@ -182,17 +182,18 @@ def bench_command(
     plot: str | Path | None = None,
     runner: Runner = DEFAULTS,
 ) -> None:
-    """Time one denoising step of an engine and, if --model_path is given, of diffusers' transformer, in turns.
+    """Time one denoising step of an engine and, if --model_path is given, of diffusers' transformer.
 
-    On a GPU diffusers' transformer is timed as it is and with every block compiled, and peak memory is shown.
+    The two alternate. On a GPU, diffusers' transformer is timed eagerly and with every block compiled, and peak memory
+    is shown.
 
     Args:
         engine_dir: an engine folder of `mmdit build`.
         model_path: the diffusers checkpoint to time in the same run, or tiny.
         resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
         batch: rows; guidance uses two per image.
-        text_tokens: length of the text.
-        repeats: timed steps in each of three turns; the median is shown.
+        text_tokens: number of text tokens.
+        repeats: timed steps in each of three rounds; the median is shown.
         profile: also time every layer, and show the sums by module (under mpirun, of rank 0).
         plot: image file for a plot of the times: of each block with --profile, otherwise of the steps.
     """
@@ -236,7 +237,7 @@ def traffic_command(
 
     Args:
         resolution: HEIGHTxWIDTH in pixels.
-        text_tokens: length of the text.
+        text_tokens: number of text tokens.
         batch: rows.
         dtype: dtype of the network.
     """

@@ -310,7 +310,7 @@ class PlanOptions(Config):
     builder_optimization_level: int | None = None
     """0 (fastest build) to 5 (fastest plan)"""
     workspace: str | None = None
-    """most scratch memory that a layer may use, for instance 512MiB or 8GiB; a number alone is in MiB"""
+    """most scratch memory that a layer may use, for instance 512MiB or 8GiB; a plain number is in MiB"""
     timing_cache: Path | None = None
     """file with the kernel timings of earlier builds; it is read if it exists, and written when the plan is built"""
     profiling_verbosity: Literal["none", "layer_names_only", "detailed"] | None = None
@@ -330,7 +330,7 @@ class PlanOptions(Config):
         found = re.fullmatch(r"([1-9]\d*) ?(MiB|GiB)?", self.workspace, re.IGNORECASE)
         if found is None:
             raise ValueError(
-                f"workspace '{self.workspace}': give 512MiB or 8GiB, for instance; a number alone is in MiB"
+                f"workspace '{self.workspace}': give a size such as 512MiB or 8GiB; a plain number is in MiB"
             )
         return int(found[1]) << (30 if (found[2] or "").lower() == "gib" else 20)
 

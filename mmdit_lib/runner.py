@@ -81,7 +81,9 @@ class MMDiTRunner:
         if missing := [x.name for x in folder.architecture.inputs if x.name not in opened.inputs]:
             raise ValueError(f"{folder.path} has no input {missing[0]}: build it again with this version")
         if unknown := set(opened.inputs) - {x.name for x in folder.architecture.inputs}:
-            raise ValueError(f"{folder.path} has an input {min(unknown)}, which {folder.architecture.name} has not")
+            raise ValueError(
+                f"{folder.path} has an input {min(unknown)}, which {folder.architecture.name} does not have"
+            )
         rank = team.rank if team else 0
         return cls(folder, opened, reason, rank=rank, check_finite=options.check_finite)
 

@@ -1,6 +1,6 @@
 """The table of faults in docs/faults.md: `python tests/fault_table.py --output docs/faults.md` (about 10 minutes).
 
-Each fault runs for itself. Measured: the time from the fault until no process of the run is left, the exit code, and
+Each fault runs separately. Measured: the time from the fault until no process of the run is left, the exit code, and
 what is shown. `test_parallel_faults.py` runs the same faults with shorter timeouts.
 """
 

@@ -68,7 +68,7 @@ class Command:
     """Arguments of `mmdit` that write the older result; the output is appended."""
     newer: tuple[str, ...]
     load: Callable[[Path], Any]
-    """Verify a result; returns what tells the older from the newer. Raises `ValueError` if it is not whole."""
+    """Verify a result; returns what distinguishes the older from the newer. Raises `ValueError` if it is not whole."""
 
 
 def checkpoint(folder: Path) -> Any:
@@ -239,7 +239,7 @@ class Tries:
         return had
 
     def stopped(self, number: signal.Signals, by_the_clock: bool) -> str:
-        """Stop one run by a signal; returns what was then under the final name, and adds to `faults`."""
+        """Stop one run by a signal; returns what was then found under the final name, and adds to `faults`."""
         had = self.prepare()
         if by_the_clock:
             moment = {"after": self.random.uniform(FIRST_MOMENT, max(self.seconds, 2 * FIRST_MOMENT))}
@@ -310,7 +310,7 @@ def main(
     """
     assert installed(), "build needs TensorRT"  # and imports it before the forks
     faults = []
-    print("| command | how | tries | what was then under the final name |\n|---|---|---:|---|")
+    print("| command | how | tries | what was then found under the final name |\n|---|---|---:|---|")
     with tempfile.TemporaryDirectory(prefix="mmdit-kills-") as folder:
         there = commands(Path(folder))
         gc.freeze()  # or a collection in each forked process would copy all memory

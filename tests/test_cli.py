@@ -117,7 +117,7 @@ def test_generate_writes_a_picture(mmdit, work):
         (["export", "--output_dir", "two_ranks"], "contains something other than an exported transformer"),
         (["onnx", "--engine_dir", "two_ranks"], "ONNX has no collectives"),
         (["build", "--builder_optimization_level", "9"], "builder_optimization_level 9: use 0 to 5"),
-        (["build", "--workspace", "lots"], "workspace 'lots': give 512MiB"),
+        (["build", "--workspace", "lots"], "workspace 'lots': give a size such as 512MiB"),
         (["build", "--builder", "trtllm", "--cp_size", "2"], "cp_size: not an option of builder trtllm"),
         (["build", "--builder", "trtllm"], "trtllm-build is not on PATH; pip install tensorrt-llm==1.2.1"),
         (["bench", "--profile", "--compile"], "compiled blocks have no layers"),

@@ -158,7 +158,9 @@ def test_what_cannot_be_exported(upstream, tmp_path):
     tensors = load_file(rank1)
     tensors["norm_out.linear.bias"] = tensors["norm_out.linear.bias"] + 1
     save_file(tensors, rank1)
-    refused(upstream, "rank1.safetensors: tensor 'norm_out.linear.bias' differs from that in rank0", "trtllm layout")
+    refused(
+        upstream, "rank1.safetensors: tensor 'norm_out.linear.bias' differs from the copy in rank0", "trtllm layout"
+    )
     rank1.write_bytes(whole[:-2])
     refused(upstream, "rank1.safetensors", "truncated")
     rank1.unlink()

@@ -254,7 +254,7 @@ def test_links_stay_links(case, tmp_path):
 
 def test_a_link_to_itself(case, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
-    case.refused("loop is a symbolic link that leads to itself", output=tmp_path / "loop")
+    case.refused("loop is a symbolic link to itself", output=tmp_path / "loop")
     case.refused("loop", output=tmp_path / "loop" / "out")
 
 

@@ -74,8 +74,8 @@ def refused(tmp_path, options: PlanOptions) -> str:
     ("options", "words"),
     [
         (dict(builder_optimization_level=6), "builder_optimization_level 6: use 0 to 5"),
-        (dict(workspace="much"), "workspace 'much': give 512MiB or 8GiB"),
-        (dict(workspace="0"), "workspace '0': give 512MiB"),
+        (dict(workspace="much"), "workspace 'much': give a size such as 512MiB or 8GiB"),
+        (dict(workspace="0"), "workspace '0': give a size such as 512MiB"),
         (
             dict(timing_cache=Path("missing/file")),
             "timing_cache missing/file: give a file name in a folder that exists",

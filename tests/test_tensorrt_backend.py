@@ -79,7 +79,7 @@ def test_trust_is_about_plans_only(case, engine):
 
 def test_an_input_that_the_model_does_not_have(engine, plan):
     plan.tensors = {"workspace": ("int64", (4,)), **plan.tensors}
-    with pytest.raises(ValueError, match="has an input workspace, which SD3Transformer2DModel has not"):
+    with pytest.raises(ValueError, match="has an input workspace, which SD3Transformer2DModel does not have"):
         MMDiTRunner.from_engine(engine, **BY_TENSORRT)
 
 

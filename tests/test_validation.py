@@ -124,18 +124,18 @@ def test_engine_configs(root, keys, value, words):
 def test_an_engine_of_another_model(root):
     edit(root / "engine" / "config.json", "pretrained_config", "sample_size", value=16)
     engine = EngineFolder.open(root / "engine")
-    refused(engine.open_checkpoint, "has another model or dtype than the one that")
+    refused(engine.open_checkpoint, "has a different model or dtype from the checkpoint that")
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[" * 10**5 + "]" * 10**5, "nested more than 32 deep"),
-        ("[" * 40 + "]" * 40, "nested more than 32 deep"),
+        ("[" * 10**5 + "]" * 10**5, "nested more than 32 levels deep"),
+        ("[" * 40 + "]" * 40, "nested more than 32 levels deep"),
         ('{"a": 1, "a": 2}', "a key occurs twice"),
         ('{"a": Infinity}', "Infinity is not JSON"),
         ('{"a": ' + "9" * 5000 + "}", "cannot be read as JSON"),
-        ('{"a": "' + "x" * (1 << 25) + '"}', "at most 33554432 are read"),
+        ('{"a": "' + "x" * (1 << 25) + '"}', "the limit is 33554432"),
         ("\ufeff{}", "cannot be read as JSON"),
         (b"\xff\xfe{}", "cannot be read as JSON"),
     ],
@@ -168,7 +168,7 @@ BIAS = "proj_out.bias"
         (lambda h: h[BIAS].update(shape=[HUGE, 0]), f"{BIAS}.shape.1: Input should be greater than or equal to"),
         (lambda h: h[BIAS].update(shape=[HUGE]), f"'{BIAS}' has 256 bytes for F32 of shape [{HUGE}]"),
         (lambda h: h[BIAS].update(shape=[64.0]), f"{BIAS}.shape.0: Input should be a valid integer, found 64.0"),
-        (lambda h: h[BIAS].update(dtype="F33"), f"'{BIAS}' has dtype 'F33', which safetensors does not have"),
+        (lambda h: h[BIAS].update(dtype="F33"), f"'{BIAS}' has dtype 'F33', which is not a safetensors dtype"),
         (lambda h: h[BIAS].update(data_offsets=[0]), f"{BIAS}.data_offsets.1: Field required"),
         (lambda h: h[BIAS].update(data_offsets=[0, 256]), "gaps are not allowed"),
         (lambda h: h.update({BIAS: 7}), f"{BIAS}: Input should be"),
@@ -231,7 +231,7 @@ HOSTILE = "x=__import__('pathlib').Path('hacked').touch(), b"
     [
         # torch.fx writes names of inputs and of keyword arguments into the code that it generates and runs.
         (lambda c: layer(c, "ELEMENTWISE")["attributes"].update({HOSTILE: 1}), "attributes.x=__import__"),
-        (lambda c: c["inputs"][0].update(name=HOSTILE), "reads 'hidden_states', which no layer before it makes"),
+        (lambda c: c["inputs"][0].update(name=HOSTILE), "reads 'hidden_states', which no earlier layer produces"),
         (lambda c: c["inputs"].append({"name": HOSTILE, "dtype": "float32", "shape": [1]}), "the model's inputs are"),
         (attributes("ELEMENTWISE", op="SUM", extra=1), "TypeError: elementwise() got an unexpected"),
         (lambda c: layer(c, "REDUCE").update(attributes={}), "TypeError: reduce() missing 3 required"),
@@ -241,10 +241,10 @@ HOSTILE = "x=__import__('pathlib').Path('hacked').touch(), b"
         (attributes("CONSTANT", weight="no.such"), "KeyError: 'no.such'"),
         (attributes("CONSTANT", weight=BIAS, shape=[HUGE]), "of type 'CONSTANT': RuntimeError: "),
         (attributes("CONCATENATION", axis="0"), "of type 'CONCATENATION': "),
-        (lambda c: c["layers"].append(layer(c, "UNARY")), "is made twice"),
-        (lambda c: c["layers"].pop(), "no layer makes"),
+        (lambda c: c["layers"].append(layer(c, "UNARY")), "is produced twice"),
+        (lambda c: c["layers"].pop(), "no layer produces"),
         (lambda c: c.update(outputs=["proj_out"]), "output ('proj_out',), expected output"),
-        (lambda c: layer(c, "MATRIX_MULTIPLY")["output"].update(shape=[-1, 7]), "declared is"),
+        (lambda c: layer(c, "MATRIX_MULTIPLY")["output"].update(shape=[-1, 7]), "but the file declares"),
         (lambda c: layer(c, "UNARY")["output"].update(dtype="float8"), "dtype: Input should be 'float32'"),
         (lambda c: c.update(layers={}), "is not a graph file: layers: Input should be"),
     ],

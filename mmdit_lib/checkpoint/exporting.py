@@ -88,8 +88,8 @@ class RankFiles:
             for path, part in zip(self._paths[1:], parts[1:], strict=True):
                 if not _same_bits(part.read_into(self._part), full):
                     raise ValueError(
-                        f"{path}: tensor '{name}' differs from that in {self._paths[0].name}, but every tp rank of "
-                        f"the {self._sharding.name} layout holds the same"
+                        f"{path}: tensor '{name}' differs from the copy in {self._paths[0].name}, but in the "
+                        f"{self._sharding.name} layout every tp rank holds the same tensor"
                     )
             return full
         shape = self._shapes[name]

@@ -57,7 +57,9 @@ class PretrainedConfig(FileConfig):
         algorithm = self.quantization and self.quantization.quant_algo
         if self.dtype not in DTYPES or algorithm:
             found = f"quant_algo {algorithm}" if algorithm else f"dtype {self.dtype}"
-            raise ValueError(f"{where} is quantized or has another dtype ({found}); supported are {', '.join(DTYPES)}")
+            raise ValueError(
+                f"{where} is quantized or has an unsupported dtype ({found}); supported are {', '.join(DTYPES)}"
+            )
 
 
 class CheckpointManifest(FileConfig):

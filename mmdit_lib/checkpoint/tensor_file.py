@@ -130,7 +130,7 @@ def _parse_header(text: bytes, path: Path) -> dict[str, HeaderEntry]:
 def _stored(path: Path, data: int, name: str, entry: HeaderEntry) -> StoredTensor:
     first, last = entry.data_offsets
     if entry.dtype not in BITS:
-        raise ValueError(f"{path}: tensor '{name}' has dtype {shown(entry.dtype)}, which safetensors does not have")
+        raise ValueError(f"{path}: tensor '{name}' has dtype {shown(entry.dtype)}, which is not a safetensors dtype")
     if 8 * (last - first) != BITS[entry.dtype] * math.prod(entry.shape):
         raise ValueError(
             f"{path}: tensor '{name}' has {last - first} bytes for {entry.dtype} of shape {list(entry.shape)}"

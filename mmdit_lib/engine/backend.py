@@ -28,7 +28,7 @@ class RunnerOptions:
     compile: bool = False
     """pytorch backend: compile with `torch.compile`; on a GPU the built-in Triton kernels are faster"""
     cuda_graph: bool = False
-    """replay each step as a CUDA graph; the graphs of the 8 sets of input shapes that were used last are kept"""
+    """replay each step as a CUDA graph; graphs are kept for the 8 most recently used sets of input shapes"""
     check_finite: bool = True
     """check every input and output for NaN and infinity"""
     verify: bool = True
@@ -36,7 +36,7 @@ class RunnerOptions:
     trust: bool = False
     """tensorrt backend: run a plan even if its checksum is missing or differs; a plan is code"""
     heartbeat_timeout: float | None = None
-    """multiple ranks: seconds after which a frozen or unreachable rank ends all; 0: never; by default 25"""
+    """multiple ranks: end all of them if one is frozen or unreachable for so many seconds; 0: never; by default 25"""
 
     @property
     def torch_device(self) -> torch.device:

@@ -102,7 +102,9 @@ def load_timing_cache(config, path: Path) -> None:
     """Start from the timings in `path`, or from none if it does not exist."""
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
-        raise ValueError(f"timing_cache {path} is not one of {installed()} for this machine; give another file name")
+        raise ValueError(
+            f"timing_cache {path} is not a timing cache of {installed()} for this machine; give another file name"
+        )
 
 
 def save_timing_cache(config, path: Path) -> None:

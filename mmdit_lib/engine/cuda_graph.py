@@ -12,7 +12,7 @@ import torch
 from .backend import Inputs
 
 KEPT_GRAPHS = 8
-"""Sets of input shapes whose graphs are kept. Guidance on and off at four image sizes fit."""
+"""Sets of input shapes whose graphs are kept: enough for guidance on and off at four image sizes."""
 
 
 class Captured(NamedTuple):
@@ -30,7 +30,7 @@ class GraphedStep:
 
     Args:
         step: named inputs on one CUDA device -> output; it must do the same work in every call.
-        limit: of the graphs, this many that were used last are kept.
+        limit: how many graphs are kept; the least recently used is dropped.
         forget: called with the input buffers of a graph that is dropped.
     """
 

@@ -67,7 +67,7 @@ class EngineFolder:
     network_made_with: str | None = None
     """Package and version that defined the network."""
     report: tuple[BuildReport, ...] = ()
-    """What each rank's build took; none if TensorRT-LLM built the folder."""
+    """Time and memory of each rank's build; empty if TensorRT-LLM built the folder."""
 
     @classmethod
     def open(cls, folder: str | Path) -> EngineFolder:
@@ -140,7 +140,9 @@ class EngineFolder:
             )
         checkpoint = Checkpoint.open(found)
         if (checkpoint.model, checkpoint.dtype) != (self.model, self.dtype):
-            raise ValueError(f"{found} has another model or dtype than the one that {self.path} was built from")
+            raise ValueError(
+                f"{found} has a different model or dtype from the checkpoint that {self.path} was built from"
+            )
         # TensorRT-LLM's checkpoints have no checksums; those recorded by the build are compared.
         for name, built_from in self.checkpoint.files.items():
             if checkpoint.files.get(name, built_from) != built_from:

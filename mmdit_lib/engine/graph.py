@@ -17,7 +17,7 @@ from ..config import TORCH_DTYPES, Text, one_line, shown
 from ..files import read_json
 
 FORMAT_VERSION = 1
-# Inputs and attributes become names in the Python code that torch.fx generates: nothing else may get there.
+# Names of inputs and attributes go into the Python code that torch.fx generates: allow only identifiers.
 Identifier = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
 
 
@@ -86,20 +86,20 @@ class Graph:
         return graph
 
     def _check_names(self, path: Path) -> None:
-        """Every tensor is made once, and before it is used."""
+        """Every tensor is produced once, before it is used."""
         made: set[str | None] = {None}
         for value, layer in [*((v, None) for v in self.inputs), *((x.output, x) for x in self.layers)]:
             for name in layer.inputs if layer else ():
                 if name not in made:
                     raise ValueError(
-                        f"{path}: layer {shown(layer.name)} reads {shown(name)}, which no layer before it makes"
+                        f"{path}: layer {shown(layer.name)} reads {shown(name)}, which no earlier layer produces"
                     )
             if value.name in made:
-                raise ValueError(f"{path}: tensor {shown(value.name)} is made twice")
+                raise ValueError(f"{path}: tensor {shown(value.name)} is produced twice")
             made.add(value.name)
         for name in [*self.outputs, *(name for names in self.modules.values() for name in names)]:
             if name not in made:
-                raise ValueError(f"{path}: no layer makes {shown(name)}, an output of the network or of a module")
+                raise ValueError(f"{path}: no layer produces {shown(name)}, an output of the network or of a module")
 
     def weights(self) -> set[str]:
         """The checkpoint tensors that the graph uses."""

@@ -1,4 +1,4 @@
-"""Graph passes for a GPU without a compiler: what lies between GEMMs and attention becomes operators of `kernels.py`.
+"""Graph passes for GPUs: the operations between GEMMs and attention become operators of `kernels.py`.
 
 They follow the passes of `passes.py`, whose operators they merge further.
 """
@@ -54,7 +54,7 @@ def _both(gate: Layer, norm: Layer) -> Layers:
 
 
 class Head(NamedTuple):
-    """Where the queries, keys or values of one stream come from: a slice of a merged linear layer, maybe normed."""
+    """Where the queries, keys or values of one stream come from: a slice of a merged LINEAR, maybe with a norm."""
 
     merged: str
     start: int
@@ -66,7 +66,7 @@ class Head(NamedTuple):
 
 @fusion(Op("ATTENTION", ("q", "k", "v")))
 def qkv_attention(layer: Layer, index: Index, q: str, k: str, v: str) -> Layer | None:
-    """Queries, keys and values sliced from merged LINEAR layers, normed, joined over streams -> QKV_ATTENTION."""
+    """Queries, keys and values sliced from merged LINEAR layers, normalized, joined over streams -> QKV_ATTENTION."""
     found = [[_head(name, index) for name in _streams(joined, index)] for joined in (q, k, v)]
     if any(head is None for heads in found for head in heads) or len({len(heads) for heads in found}) > 1:
         return None
@@ -105,7 +105,7 @@ def _head(name: str, index: Index) -> Head | None:
 
 
 def _is_whole(q: Head, k: Head, v: Head, index: Index) -> bool:
-    """Whether the three are a merged linear layer's thirds, with both queries and keys normed or neither."""
+    """Whether the three are a merged linear layer's thirds, with a norm on both queries and keys or on neither."""
     width = q.width
     layout = [(q.merged, i * width, width) for i in range(3)]
     whole = index.made_by[q.merged].output.shape[-1] == 3 * width

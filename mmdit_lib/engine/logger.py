@@ -1,4 +1,4 @@
-"""What TensorRT calls back: its log, forwarded to Python's `logging`, its build progress, and times of layers."""
+"""TensorRT's callbacks: its log, forwarded to Python's `logging`, build progress, and layer times."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class CheckpointReference(FileConfig):
 
 
 class BuildReport(FileConfig):
-    """What one rank's build took."""
+    """Time and memory of one rank's build."""
 
     rank: Count
     layers: Count

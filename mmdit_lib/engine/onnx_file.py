@@ -39,8 +39,8 @@ def export_onnx(
 ) -> Path:
     """Write the network of an engine folder as ONNX: `model.onnx`, and its weights in `model.onnx.data`.
 
-    Names, dtypes and dynamic sizes are those of the network that TensorRT builds. Attention becomes a matrix
-    multiply, a softmax and a matrix multiply.
+    Names, dtypes and dynamic sizes are those of the network that TensorRT builds. Attention becomes two
+    matrix multiplies with a softmax between them.
 
     Args:
         engine_dir: an engine folder of `build`, for one rank.

@@ -157,7 +157,7 @@ NORMALIZED = product("x", Op("UNARY", (ROOT,), {"op": "RECIP"}))
 
 @fusion(product(NORMALIZED, "weight"), product(Op("CAST", (NORMALIZED,)), "weight"))
 def rms_norm(layer: Layer, index: Index, x: str, eps: str, weight: str) -> Layer | None:
-    """x / sqrt(mean(x^2) + eps) * weight -> RMS_NORM, which casts x and the quotient by itself."""
+    """x / sqrt(mean(x^2) + eps) * weight -> RMS_NORM, which casts x and the quotient itself."""
     number = index.number(eps)
     if number is None or not index.constant(weight):
         return None

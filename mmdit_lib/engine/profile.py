@@ -39,7 +39,7 @@ def layer_times(
     names = {node.meta["tensor"] for node in module.graph.nodes if node.op == "call_function"}
     microseconds: Counter[str] = Counter()
     for event in profiler.events():
-        # On a GPU a range appears once more, as an event of the device that spans its kernels and the gaps between.
+        # On a GPU, a range appears a second time, as a device event that spans its kernels and the gaps between.
         if event.name in names and event.device_type == DeviceType.CPU:
             microseconds[event.name] += event.device_time_total if cuda else event.cpu_time_total
     return {name: total / 1000 / repeats for name, total in microseconds.items()}

@@ -1,8 +1,8 @@
 """Rehearsal: every layer of a graph file runs once on shapes alone, before anything is allocated or generated.
 
-A graph file is data from outside. Its operators come from the fixed table of `torch_ops.py`, and this check finds what
-an operator would not accept: missing, unknown or odd attributes, wrong shapes, a weight that the checkpoint does not
-have, a collective over foreign ranks, a result far larger than the network's inputs and weights.
+A graph file is untrusted data. Its operators come from the fixed table of `torch_ops.py`, and this check finds what
+an operator would not accept: missing, unknown or invalid attributes, wrong shapes, a weight that is not in the
+checkpoint, a collective over ranks of another group, a result far larger than the network's inputs and weights.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _run(
 
 
 def _signature(value: Result | None) -> object:
-    """What of an input an operator's result depends on."""
+    """All that the shape of an operator's result depends on in this input."""
     return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
 
 
@@ -91,7 +91,7 @@ def _collective(x: torch.Tensor, *, operation: str, group: list[int], mapping: R
     if tuple(group) not in mapping.groups:
         raise ValueError(f"rank {mapping.rank} has no group {shown(group)}")
     if operation not in ("ALL_REDUCE", "ALL_GATHER", "ALL_TO_ALL"):
-        raise ValueError(f"no collective {shown(operation)}")
+        raise ValueError(f"unknown collective {shown(operation)}")
     if operation == "ALL_TO_ALL" and x.shape[0] % len(group):
         raise ValueError(f"{x.shape[0]} rows cannot be scattered over {len(group)} ranks")
     gathered = operation == "ALL_GATHER"
@@ -103,13 +103,13 @@ def _compare(layer: Layer, result: Result, limit: int) -> None:
     declared = layer.output
     if isinstance(result, tuple):
         if not all(type(size) is int for size in result):
-            raise ValueError(f"sizes {shown(result)}")
+            raise ValueError(f"gives {shown(result)}, but sizes must be integers")
         shape, dtype = (len(result),), "int64"
     else:
         shape, dtype = tuple(result.shape), str(result.dtype).removeprefix("torch.")
     if dtype != declared.dtype or len(shape) != len(declared.shape):
-        raise ValueError(f"gives {dtype} {list(shape)}, declared is {declared}")
+        raise ValueError(f"gives {dtype} {list(shape)}, but the file declares {declared}")
     if any(size not in (-1, found) for size, found in zip(declared.shape, shape, strict=True)):
-        raise ValueError(f"gives {dtype} {list(shape)}, declared is {declared}")
+        raise ValueError(f"gives {dtype} {list(shape)}, but the file declares {declared}")
     if math.prod(shape) > limit:
         raise ValueError(f"gives {list(shape)}, more than {GROWTH} times the inputs and weights together")

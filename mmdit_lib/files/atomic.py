@@ -6,8 +6,8 @@ While `out` is written, these are beside it:
     .out.partial     what is complete so far
     .out.replaced    the older output, between the two renames of `_swap`
 
-The system releases the lock of a process that is killed, and the next writer cleans up what it left.
-On a file system without locks, two writers are noticed at the end, and both fail.
+The system releases the lock of a killed process, and the next writer cleans up what it left behind.
+On a file system without locks, two simultaneous writers are detected at the end, and both fail.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ def require_space(folder: Path, nbytes: int) -> None:
 
 
 def _real(path: Path) -> Path:
-    """`path` without symbolic links. Raises `ValueError` for one that leads to itself."""
+    """`path` without symbolic links. Raises `ValueError` for a loop."""
     real = Path(os.path.realpath(path))
     if real.is_symlink():
-        raise ValueError(f"{path} is a symbolic link that leads to itself")
+        raise ValueError(f"{path} is a symbolic link to itself")
     return real
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment when nothing can be left undone."""
+"""Delaying Ctrl-C past steps that must not be interrupted halfway."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = "interrupted; no incomplete output is left"
-"""What the command answers."""
+"""The command's message after Ctrl-C."""
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises a one-line `ValueError` for anything else."""
     try:
         if (size := path.stat().st_size) > MAX_JSON:
-            raise ValueError(f"it has {size} bytes, and at most {MAX_JSON} are read")
+            raise ValueError(f"it has {size} bytes; the limit is {MAX_JSON}")
         values = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
@@ -90,12 +90,12 @@ def parse_json(text: bytes) -> Any:
     try:
         values = json.loads(text.decode(), object_pairs_hook=_object, parse_constant=_refuse)
     except RecursionError:
-        raise ValueError(f"it is nested more than {MAX_NESTING} deep") from None
+        raise ValueError(f"it is nested more than {MAX_NESTING} levels deep") from None
     level, depth = [values], 0
     while level := [x for x in level if isinstance(x, (dict, list))]:
         depth += 1
         if depth > MAX_NESTING:
-            raise ValueError(f"it is nested more than {MAX_NESTING} deep")
+            raise ValueError(f"it is nested more than {MAX_NESTING} levels deep")
         level = [x for container in level for x in (container.values() if isinstance(container, dict) else container)]
     return values
 

@@ -169,7 +169,7 @@ class Ranks:
 
 
 def watch_cluster(heartbeat: float) -> None:
-    """Called on every rank, so that the watchdogs are on duty before a team is formed."""
+    """Called on every rank, so that the watchdogs run before a team is formed."""
     watch(start_mpi().COMM_WORLD, START_SECONDS, heartbeat)
 
 

@@ -85,7 +85,7 @@ def end_all(error: BaseException) -> None:
     if rank and isinstance(error, (ValueError, SystemExit)):
         time.sleep(2)  # an error that all ranks raise is printed once, by rank 0
     if from_collective(error):
-        time.sleep(2)  # its cause is a rank that has died, and MPI ends this one in the meantime
+        time.sleep(2)  # caused by a rank that has died; MPI ends this one while it waits
     announce("failed")
     if isinstance(error, SystemExit):
         text = "" if isinstance(error.code, int) else str(error.code)

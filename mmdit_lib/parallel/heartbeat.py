@@ -1,6 +1,6 @@
-"""This rank's side of the heartbeat: it starts its watchdog and says what it is doing.
+"""This rank's side of the heartbeat: start its watchdog and report what the rank is doing.
 
-Each rank has a watchdog, a small process of its own (`watchdog.py`). A thread could not do its work: it stops
+Each rank has a watchdog, a small process of its own (`watchdog.py`). A thread could not do this: it stops
 with a stopped process, and it waits while a long C call holds the GIL.
 """
 
@@ -100,7 +100,7 @@ def announce(end: str) -> None:
 
 
 def watch(world, seconds: float, timeout: float | None = None) -> None:
-    """Wait until every rank has called this as often as this one, and let the watchdogs watch over all of them.
+    """Wait until every rank has called this as often as this one, and let the watchdogs monitor all of them.
 
     Args:
         world: MPI's communicator of all ranks.

@@ -33,7 +33,7 @@ def launched_locally() -> bool:
 
 
 def launched_job(variables: Mapping[str, str] = os.environ) -> str | None:
-    """What the ranks of one mpirun, and no others, have in common; None if the launcher does not say."""
+    """An id that exactly the ranks of one mpirun share; None if the launcher gives none."""
     return variables.get(JOB_VARIABLE)
 
 

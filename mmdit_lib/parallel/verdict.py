@@ -42,7 +42,7 @@ class Report:
     """`STOPPED` or `HUNG`; empty if the process can run."""
     stuck_seconds: float = 0
     end: End = ""
-    """How it ended: left normally, failed with an error that it shows itself, or died without a word."""
+    """How it ended: left normally, failed with an error that it shows itself, or died without a message."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
@@ -96,7 +96,7 @@ def overdue(reports: list[Report], timeout: float) -> str | None:
 
 
 class Observer:
-    """Sees from outside whether a process can run, also if it is stopped or holds the GIL."""
+    """Checks from outside whether a process can run, even if it is stopped or holds the GIL."""
 
     def __init__(self, pid: int):
         self.process = psutil.Process(pid)
@@ -129,7 +129,7 @@ class Observer:
         return stuck, now - self._since if stuck else 0
 
     def end(self) -> None:
-        """Kill the rank. mpirun should end then; while it waits for a host out of reach it does not, and is ended."""
+        """Kill the rank. mpirun should end then; while it waits for an unreachable host it does not, and is killed."""
         kill(family(self.process))
         if self._parent.name() not in LAUNCHERS:
             return

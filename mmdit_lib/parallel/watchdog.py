@@ -1,4 +1,4 @@
-"""A rank's watchdog: a process that sees whether its rank is at work, and hears from those of the other ranks.
+"""A rank's watchdog: a process that monitors its rank and exchanges reports with rank 0's watchdog.
 
 rank -- pipe --> its watchdog <-- TCP --> rank 0's watchdog, which decides
 
@@ -26,7 +26,7 @@ from .verdict import Observer, Peer, Report, fault, never_started
 
 TICK = 0.5
 PAUSE = 5
-"""If this process itself has not run for so long, the machine was suspended."""
+"""If this process itself has not run for so many seconds, the machine was suspended."""
 CLEAN_UP_SECONDS = 5
 """How long MPI may take to end all ranks after one has failed or died."""
 
@@ -142,7 +142,7 @@ class Watchdog:
             self.announced = message["end"]
 
     def join(self, timeout: float | None) -> None:
-        """All ranks have joined: watch over all of them. Safe to call again."""
+        """All ranks have joined: monitor all of them. Safe to call again."""
         if timeout is not None:
             self.timeout = timeout
         if self.joined:
@@ -183,7 +183,7 @@ class Watchdog:
     def message(self, fault: str | None = None) -> dict:
         return {"report": asdict(self.report), "timeout": self.timeout, "fault": fault}
 
-    # What follows from them.
+    # Decisions.
 
     def tick(self) -> None:
         now = time.monotonic()
@@ -212,7 +212,7 @@ class Watchdog:
         if self.report.rank == 0:
             return fault({0: Peer(self.report), **peers}, self.timeout)
         if 0 in peers and self.timeout and peers[0].silent >= self.timeout:
-            return f"{fault({0: peers[0]}, self.timeout)}; so says {self.report}, at {self.report.doing}"
+            return f"{fault({0: peers[0]}, self.timeout)}; reported by {self.report} during {self.report.doing}"
         return None
 
     def check_start(self) -> None:

@@ -39,7 +39,7 @@ def step_times(step: Callable[[], object], device: torch.device, repeats: int, w
 def alternately(
     steps: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, rounds: int = 3
 ) -> dict[str, float]:
-    """The median of each step's milliseconds, in `rounds` turns of `repeats` calls: a GPU's clock changes with time."""
+    """Median milliseconds of each step, in `rounds` alternating rounds of `repeats` calls, as a GPU's clock changes."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

@@ -61,7 +61,7 @@ def python() -> Check:
 
 def pytorch() -> Check:
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"
-    gives = "the pytorch backend; tensors and streams of both"
+    gives = "the pytorch backend; tensors and CUDA streams of both backends"
     return Check("torch", f"{torch.__version__}, {build}", gives, "pip install torch", True)
 
 

@@ -35,12 +35,12 @@ class EngineReport:
     profile: dict[str, list[tuple[int, ...]]]
     """The min, opt and max shape of every input."""
     layers: dict[str, int]
-    """Layers of rank 0 by TensorRT's type, the most frequent first; none if TensorRT-LLM built the engine."""
+    """Layers of rank 0 by TensorRT's type, the most frequent first; empty if TensorRT-LLM built the engine."""
     files: dict[str, int]
     builds: tuple[BuildReport, ...]
-    """Times and memory of each rank's build; none likewise."""
+    """Time and memory of each rank's build; empty if TensorRT-LLM built the engine."""
     memory: Memory | None
-    """What one rank takes on a GPU at the largest sizes of the profile; None likewise."""
+    """GPU memory of one rank at the largest sizes of the profile; None if TensorRT-LLM built the engine."""
 
 
 @dataclass(frozen=True)

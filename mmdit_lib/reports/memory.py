@@ -1,7 +1,7 @@
 """GPU memory that one rank of an engine needs in the `pytorch` backend, from its graph, without weights or a GPU.
 
-The graph runs on `meta` tensors, which have shapes but no data; the largest sum of the tensors that are alive at the
-same time is what its activations take.
+The graph runs on `meta` tensors, which have shapes but no data; activations take as much memory as the
+largest set of tensors that are alive at the same time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Memory:
 
     weights: int
     activations: int
-    """The peak beyond the weights, without what CUDA, cuBLAS and cuDNN take for themselves."""
+    """The peak beyond the weights, not counting what CUDA, cuBLAS and cuDNN reserve."""
 
 
 def memory_of(
@@ -49,7 +49,7 @@ def memory_of(
 
 
 class Peak(fx.Interpreter):
-    """Runs a lowered graph on shapes alone; `nbytes` is the most that is alive at once."""
+    """Runs a lowered graph on shapes alone; `nbytes` is the peak of the tensors that are alive."""
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module)
@@ -60,7 +60,7 @@ class Peak(fx.Interpreter):
         value = super().run_node(node)
         alive = [x for x in (*self.env.values(), value) if isinstance(x, torch.Tensor)]
         storages = {address(x): x.untyped_storage().nbytes() for x in alive if address(x) not in self.constants}
-        # Queries, keys and values, as they go into the attention; of a single stream the values are not copied.
+        # Attention copies queries, keys and values; with a single stream, the values stay where they are.
         copied = (3 if len(node.args) > 3 else 2) * value.nbytes if node.target is qkv_attention else 0
         self.nbytes = max(self.nbytes, sum(storages.values()) + copied)
         return value

@@ -69,8 +69,8 @@ def compare_layers(
         model_path: the checkpoint that was converted.
         engine_dir: an engine folder written by `build`.
         resolution: HEIGHTxWIDTH in pixels; by default what the engine is optimized for.
-        text_tokens: length of the text; likewise.
-        batch: rows; likewise.
+        text_tokens: number of text tokens; by default the engine's optimal one.
+        batch: rows; by default the engine's optimal batch.
         seed: seed of the random inputs.
         reference_dtype: diffusers' dtype; by default the engine's. Use float32 to see all rounding.
         tolerance: largest accepted relative error; by default `TOLERANCES` of the coarser dtype.
