@@ -1,6 +1,6 @@
 """Memory of one process that generates many images: changing sizes, batches, text lengths and step counts.
 
-    MALLOC_MMAP_THRESHOLD_=1048576 python -m benchmarks.long_run --pictures 500 --output long_run.json
+    python -m benchmarks.long_run --pictures 500 --output long_run.json
 
     # On a GPU, without TensorRT, with an engine folder of `mmdit build --no-plan --max_batch_size 4`:
     python -m benchmarks.long_run --engine_dir engine_outputs --compile --cuda_graph --output long_run_gpu.json \\
@@ -8,15 +8,13 @@
 
 Records memory after each call of the pipeline (resident, in use according to glibc's malloc, and a GPU's allocated
 and reserved), fits a line to what follows the warm-up, and prints the result as Markdown. Resident exceeds in use:
-malloc keeps freed memory in holes, and ever more of it as buffers of new sizes come. With the environment variable,
-buffers of 1 MiB and more return to the system when they are freed.
+malloc keeps freed memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-import os
 import platform
 import random
 import tempfile
@@ -166,7 +164,6 @@ def main(options: Options) -> None:
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "malloc's threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_", "dynamic"),
         **{name: value for name, value in asdict(options).items() if name in ("compile", "cuda_graph", "warm_up")},
     }
     rows = []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdit_lib import MMDiTRunner
 from mmdit_lib.checkpoint import convert
-from mmdit_lib.engine import tensorrt_backend
+from mmdit_lib.engine import host_memory, tensorrt_backend
 from mmdit_lib.engine.backend import BackendName, RunnerOptions
 from mmdit_lib.engine.backends import BACKENDS
 from mmdit_lib.engine.build import build
@@ -225,3 +225,20 @@ def test_weights_stay_mapped_from_disk(case):
     addresses = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
     ours = {node.meta["weight"]: getattr(module, node.target) for node in module.graph.nodes if node.meta.get("weight")}
     assert all(tensor.untyped_storage().data_ptr() in addresses for tensor in ours.values())
+
+
+def test_freed_memory_is_returned_when_sizes_change(case, monkeypatch):
+    calls = []
+    monkeypatch.setattr("mmdit_lib.engine.pytorch_backend.return_freed_memory", lambda: calls.append(1))
+    runner = case.open()
+    for patches, count in (((8, 8), 1), ((8, 8), 1), ((4, 6), 2), ((8, 8), 3)):
+        runner.run(case.inputs(patches=patches))
+        assert len(calls) == count
+
+
+def test_returning_freed_memory_needs_glibc(monkeypatch):
+    host_memory.return_freed_memory()
+    host_memory._malloc_trim.cache_clear()
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # a C library without malloc_trim
+    host_memory.return_freed_memory()
+    host_memory._malloc_trim.cache_clear()

@@ -12,6 +12,7 @@ from .backend import Inputs, Ranks, RunnerOptions
 from .cuda_graph import GraphedStep
 from .folder import EngineFolder, graph_file
 from .graph import Graph
+from .host_memory import return_freed_memory
 from .kernel_passes import KERNELS
 from .kernels import has_triton
 from .lowering import lower, placed_weights
@@ -54,6 +55,7 @@ class PyTorchBackend:
         if passes is None:
             passes = default_passes(self.device, compiled=compile_blocks is not None)
         self._weights, self._groups, self._passes = weights, groups, passes
+        self._last_shapes: dict[str, torch.Size] = {}
         self.module = lower(graph, weights, device=self.device, groups=groups, passes=passes)
         self._module = outline_blocks(self.module, compile_blocks, torch.compile) if compile_blocks else self.module
         self._step = GraphedStep(self._run) if cuda_graph else self._run
@@ -79,6 +81,10 @@ class PyTorchBackend:
 
     @torch.inference_mode()
     def __call__(self, inputs: Inputs) -> torch.Tensor:
+        shapes = {name: value.shape for name, value in inputs.items()}
+        if self.device.type == "cpu" and shapes != self._last_shapes:
+            return_freed_memory()
+            self._last_shapes = shapes
         return self._step(inputs)
 
     def _run(self, inputs: Inputs) -> torch.Tensor:
