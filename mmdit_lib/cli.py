@@ -202,6 +202,8 @@ def bench_command(
     from .reports.profile import by_module, profile_step, profile_table
     from .runner import MMDiTRunner
 
+    if repeats < 1:
+        raise ValueError(f"repeats {repeats}: give 1 or more")
     plot = picture_file(plot) if plot else None
     check_ranks(engine_dir)
     opened = MMDiTRunner.from_engine(engine_dir, runner)
@@ -226,7 +228,8 @@ def bench_command(
             console.print(profile_table(layers, blocks, f"layers of one step, {opened.backend.name} backend"))
         if plot:
             figure = time_bars(times) if layers is None else time_by_block(by_module(layers, blocks))
-            figure.savefig(plot, dpi=120)
+            with complete_file(plot) as partial:
+                figure.savefig(partial, dpi=120)
             console.print(f"plot: {plot}")
 
 
@@ -328,6 +331,7 @@ def parsed(function: Callable, prog: str, arguments: list[str]) -> Callable[[], 
 
 def usage_fault(box: str) -> str:
     """The message in tyro's box of several sections, as one line, with the option that was probably meant."""
+    box = re.sub(r"\x1b\[[\d;]*m", "", box)  # colors, on a terminal
     rows = [row.strip("│| ") for row in box.strip().splitlines()[1:-1]]
     sections = [" ".join(group) for rule, group in groupby(rows, lambda row: set(row) <= set("─-")) if not rule]
     fault = next((text for text in sections if text.startswith("Unrecognized")), sections[0])

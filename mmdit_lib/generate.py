@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,10 +60,12 @@ def generate(
         call_options: for the pipeline's call, for instance `num_inference_steps`.
 
     Raises:
-        ValueError: before anything is loaded, if size or steps are invalid; then as `load_pipeline`.
+        ValueError: before anything is loaded, if size, steps or guidance are invalid; then as `load_pipeline`.
     """
     if call_options.get("num_inference_steps", 1) < 1:
         raise ValueError(f"num_inference_steps {call_options['num_inference_steps']}: give 1 or more")
+    if not math.isfinite(call_options.get("guidance_scale", 1)):
+        raise ValueError(f"guidance_scale {call_options['guidance_scale']}: give a finite number")
     folder = EngineFolder.open(engine_dir)
     size = Resolution.read(resolution or folder.build_config.opt_resolution)
     check_sizes(folder, folder.build_config.sizes(1)[1]._replace(height=size.height, width=size.width))

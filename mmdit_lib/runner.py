@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -67,6 +68,8 @@ class MMDiTRunner:
             ValueError: if the folder is damaged or incomplete, or the backend cannot run here.
         """
         options = with_changes(options or RunnerOptions(), changes)
+        if not 0 <= (options.heartbeat_timeout or 0) < math.inf:
+            raise ValueError(f"heartbeat_timeout {options.heartbeat_timeout}: give seconds, or 0 for never")
         folder = EngineFolder.open(engine_dir)
         team = None
         if folder.layout.world_size > 1:

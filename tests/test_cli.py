@@ -102,6 +102,8 @@ def test_generate_writes_a_picture(mmdit, work):
         (["generate", "x", "--output", "nowhere/p.png"], "folder nowhere does not exist"),
         (["generate", "x", "--output", "picture"], "such as picture.png"),
         (["generate", "x", "--num_inference_steps", "0"], "num_inference_steps 0: give 1 or more"),
+        (["generate", "x", "--guidance_scale", "nan"], "guidance_scale nan: give a finite number"),
+        (["generate", "x", "--heartbeat_timeout", "-1"], "heartbeat_timeout -1.0: give seconds, or 0 for never"),
         (["generate", "x", "--resolution", "512"], "outside the engine's 32 to 192 pixels"),
         (["generate", "x", "--engine_dir", "missing"], "missing is not an engine folder"),
         (["generate", "x", "--engine_dir", "two_ranks"], "start it with mpirun -n 2"),
@@ -121,6 +123,7 @@ def test_generate_writes_a_picture(mmdit, work):
         (["build", "--builder", "trtllm", "--cp_size", "2"], "cp_size: not an option of builder trtllm"),
         (["build", "--builder", "trtllm"], "trtllm-build is not on PATH; pip install tensorrt-llm==1.2.1"),
         (["bench", "--profile", "--compile"], "compiled blocks have no layers"),
+        (["bench", "--repeats", "0"], "repeats 0: give 1 or more"),
         (["bench", "--plot", "no/e.png"], "folder no does not exist"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
@@ -159,6 +162,13 @@ def test_a_mistake_is_one_line(mmdit, work, monkeypatch, arguments, words):
 def test_a_mistake_of_usage_is_one_line_with_exit_code_2(mmdit, arguments, words):
     code, out, err = mmdit(*arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("mmdit: ") and words in err, err
+
+
+def test_a_mistake_of_usage_on_a_terminal_is_the_same_line(mmdit, monkeypatch):
+    mistakes = ["convert", "--modl_path", "tiny"], ["generate", "x", "--heartbeat_timeout", "soon"]
+    plain = [mmdit(*mistake) for mistake in mistakes]
+    monkeypatch.setattr("tyro._fmtlib._FORCE_ANSI", True)  # as on a terminal, where tyro prints in color
+    assert [mmdit(*mistake) for mistake in mistakes] == plain
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"]])

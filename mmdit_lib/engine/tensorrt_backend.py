@@ -142,9 +142,6 @@ class TensorRTBackend:
             raise RuntimeError(f"TensorRT failed to run the plan: {logger().last_error()}")
         return buffers[self.output].clone()
 
-    def _shapes(self, inputs: Inputs) -> tuple:
-        return tuple(tuple(inputs[name].shape) for name in self.inputs)
-
     def _forget(self, inputs: Inputs) -> None:
         """Drop the context and the buffers of a CUDA graph that is no longer kept."""
         shapes = self._shapes(inputs)
@@ -160,7 +157,7 @@ class TensorRTBackend:
 def refusal(built_with: str | None, device: torch.device | str = "cuda") -> str | None:
     """Why a plan built with `built_with` cannot run in this process on `device`; None if it may work."""
     if built_with is None:
-        return "the engine folder contains no plan (it was built with --no-plan)"
+        return "the engine folder contains no plan: it was built with --no-plan"
     by_trtllm = built_with.startswith(TRTLLM)
     here = trtllm.installed() if by_trtllm else installed()
     if here is None and by_trtllm:

@@ -1,6 +1,6 @@
 """Files on disk: written atomically, and recorded with checksums."""
 
-from .atomic import alive, complete_file, complete_folder, require_place, require_space
+from .atomic import complete_file, complete_folder, require_place, require_space
 from .interrupts import INTERRUPTED, delayed_interrupts
 from .records import FileRecord, Files, parse_json, read_json, write_synced
 
@@ -8,7 +8,6 @@ __all__ = [
     "INTERRUPTED",
     "FileRecord",
     "Files",
-    "alive",
     "complete_file",
     "complete_folder",
     "delayed_interrupts",

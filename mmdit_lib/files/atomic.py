@@ -197,14 +197,3 @@ def _swap(partial: Path, folder: Path) -> None:
         os.rename(replaced, folder)
         raise
     os.rename(replaced, partial)
-
-
-def alive(pid: int) -> bool:
-    """Whether another process on this machine has this id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    return pid != os.getpid()

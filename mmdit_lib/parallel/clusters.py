@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..files import alive
 from .faults import START_SECONDS, start_mpi
 from .heartbeat import HEARTBEAT_SECONDS, watch
 from .launch import FAULT_FILE, RANK_VARIABLES, mpi_environment
@@ -223,6 +222,7 @@ def stop_clusters(*, mine_too: bool = False) -> list[str]:
         mine_too: also end the clusters of this process.
     """
     import ipyparallel
+    import psutil
 
     with suppress(Exception):  # no profile yet: nothing to stop
         found = ipyparallel.ClusterManager().load_clusters(profile=PROFILE)
@@ -230,7 +230,7 @@ def stop_clusters(*, mine_too: bool = False) -> list[str]:
         for cluster in list(found.values()):
             owner = cluster.cluster_id.split("-")[0]
             own = owner == str(os.getpid())
-            if (own and not mine_too) or (not own and owner.isdigit() and alive(int(owner))):
+            if (own and not mine_too) or (not own and owner.isdigit() and psutil.pid_exists(int(owner))):
                 continue
             with suppress(Exception):
                 cluster.stop_cluster_sync()
