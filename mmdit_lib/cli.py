@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import logging
 import os
 import re
 import sys
@@ -24,7 +25,7 @@ from .engine.backend import RunnerOptions
 from .engine.build import build
 from .engine.folder import EngineFolder
 from .engine.onnx_file import export_onnx
-from .files import INTERRUPTED, complete_file
+from .files import INTERRUPTED, complete_file, picture_file
 from .parallel import check_launch, guard, launched_rank, launched_size
 from .tiny.demo import demo
 
@@ -33,18 +34,6 @@ console = Console(highlight=False, markup=False)  # a path may look like markup
 Runner = Annotated[RunnerOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
 """`RunnerOptions` as command-line options without a prefix."""
 DEFAULTS = RunnerOptions()
-
-
-def picture_file(name: str | Path) -> Path:
-    """Raises `ValueError` if no image can be written to this name; called before the work starts."""
-    path = Path(name).expanduser()
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or path.is_dir():
-        raise ValueError(f"{name}: give an image file name such as picture.png")
-    if not path.parent.is_dir():
-        raise ValueError(f"{name}: folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}: no permission to write in {path.parent}")
-    return path
 
 
 def check_ranks(engine_dir: str | Path) -> None:
@@ -281,6 +270,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     # Silences transformers' advice on image processors, which nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler: when it starts and stops
+    logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(not_about_the_hub)
     with guard():
         try:
             yield
@@ -292,6 +282,11 @@ def one_line_errors(program: str) -> Iterator[None]:
         except KeyboardInterrupt:
             print(f"{program}: {INTERRUPTED}", file=sys.stderr)
             sys.exit(130)
+
+
+def not_about_the_hub(record: logging.LogRecord) -> bool:
+    """False for diffusers' two lines on a hub out of reach: without a cached copy its error says the same."""
+    return not record.getMessage().startswith("Couldn't connect to the Hub")
 
 
 TYRO = (tyro.conf.OmitArgPrefixes,)

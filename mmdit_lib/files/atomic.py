@@ -103,6 +103,18 @@ def require_place(folder: Path, kind: str, is_kind: Callable[[Path], bool]) -> N
         raise ValueError(f"{folder} contains something other than {article} {kind}; nothing there is overwritten")
 
 
+def picture_file(name: str | Path) -> Path:
+    """Raises `ValueError` if no image can be written to this name; called before the work starts."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or path.is_dir():
+        raise ValueError(f"{name}: give an image file name such as picture.png")
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}: folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}: no permission to write in {path.parent}")
+    return path
+
+
 def require_space(folder: Path, nbytes: int) -> None:
     """Raises `ValueError` unless `nbytes` fit on the disk of `folder`, which exists."""
     free = shutil.disk_usage(folder).free
