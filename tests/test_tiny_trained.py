@@ -7,6 +7,8 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import save_file
 
 from mmdit_lib import Checkpoint, build, convert, load_pipeline, tiny
+from mmdit_lib.files import FileRecord
+from mmdit_lib.files.records import to_json
 from training.captions import heldout_prompts
 from training.evaluation import draw, evaluate
 
@@ -64,7 +66,7 @@ def test_a_broken_conversion_shows(tmp_path):
     }
     save_file(swapped, checkpoint / "rank0.safetensors")
     config = json.loads((checkpoint / "config.json").read_text())
-    del config["mmdit_lib"]["files"]  # they would reveal the change
+    config["mmdit_lib"]["files"] = to_json({"rank0.safetensors": FileRecord.of(checkpoint / "rank0.safetensors")})
     (checkpoint / "config.json").write_text(json.dumps(config))
 
     broken = scores("broken")  # opens, builds and runs: only the pictures are wrong

@@ -1,5 +1,6 @@
 """Two hosts with a rank each: network namespaces of this machine, gloo and MPI over their addresses."""
 
+import re
 import sys
 
 import pytest
@@ -70,6 +71,7 @@ def test_another_engine_folder_on_one_host_is_refused(engine, hosts, tmp_path):
 @pytest.mark.parametrize("cause", ["cut", "vanish"])
 def test_a_host_out_of_reach_is_named(cause, engine, tmp_path):
     found = run_hosts(cause, engine, tmp_path, SECONDS)
-    assert f"rank 1 on hostb is unreachable: nothing heard from it for {SECONDS} s; last activity: step" in found.text
+    named = rf"rank 1 on hostb is unreachable: nothing heard from it for {SECONDS} s; last activity: (step|loading)"
+    assert re.search(named, found.text)  # that it had begun a step may not have arrived in time
     assert found.code != 0 and found.left == 0
     assert found.seconds < 30 - HEARTBEAT_SECONDS + SECONDS
