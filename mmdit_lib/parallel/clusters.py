@@ -126,6 +126,7 @@ class Ranks:
             self.stop()
             raise
         for rank, call in enumerate(calls):
+            call.wait_for_output(timeout=5)  # it may arrive after the result
             for line in call.stdout.rstrip().splitlines():
                 print(f"[rank {rank}] {line}")
         return results
