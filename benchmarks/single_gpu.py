@@ -57,6 +57,8 @@ PREDICTED = {
 REJECTED = """
 Ideas tried on the same day and rejected (SD3.5-medium and SD3.5-large, 1024x1024, batch 2):
 
+The code of these was not kept, so no command repeats their numbers; they came from single runs on an H100.
+
 | idea | expected | measured |
 |---|---|---|
 | the text's GEMMs and the later blocks' modulations on a second CUDA stream | up to 2 and 6 ms less | 48.20 instead of 48.24 ms, 124.0 instead of 123.9 ms: the GPU draws 640 to 670 W of its 700 W either way |
@@ -69,7 +71,6 @@ KINDS = {
     "heads": ("_heads",),
 }  # fmt: skip
 """Parts of the names of CUDA kernels, by kind."""
-Step = Callable[..., torch.Tensor]
 
 
 def write_graphs(options: Namespace) -> None:
@@ -223,7 +224,7 @@ def table(found: dict) -> list[str]:
         for row in rungs:
             expected = PREDICTED.get(row["pass"], "")
             lines.append(f"| {row['pass']} | {expected} | {row['ms']} | {row['ms, CUDA graph']} |")
-    return [*lines, REJECTED]
+    return [*lines, *found.get("notes", []), REJECTED]
 
 
 def label(row: dict) -> str:

@@ -116,6 +116,7 @@ def table(paths: list[Path]) -> str:
             times = [marks[stage] for stage in STAGES] if "fault" not in marks else []
             spent = [f"{b - a:.1f}" for a, b in zip([0.0, *times], times, strict=False)]
             lines.append(f"| {way} | " + " | ".join(spent or ["-"] * len(STAGES)) + " |")
+        lines += ["", *found.get("notes", [])]
         lines.append("")
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from ..config import TORCH_DTYPES, RankMapping, shown
 from .graph import Graph, Layer
 from .inputs import Engine, Shape, profile_shapes, shape_of
 from .lowering import constant, operator_of
+from .torch_ops import without_ranks
 
 GROWTH = 256
 """No tensor may have more elements than this many times the inputs and weights together."""
@@ -94,8 +95,7 @@ def _collective(x: torch.Tensor, *, operation: str, group: list[int], mapping: R
         raise ValueError(f"unknown collective {shown(operation)}")
     if operation == "ALL_TO_ALL" and x.shape[0] % len(group):
         raise ValueError(f"{x.shape[0]} rows cannot be scattered over {len(group)} ranks")
-    gathered = operation == "ALL_GATHER"
-    return x.new_empty((x.shape[0] * len(group), *x.shape[1:])) if gathered else torch.empty_like(x)
+    return without_ranks(x, operation, len(group))
 
 
 def _compare(layer: Layer, result: Result, limit: int) -> None:

@@ -123,6 +123,12 @@ def dist_collective(x, *, operation, group, size):
     return collective.wait_tensor(y)
 
 
+def without_ranks(x: torch.Tensor, operation: str, size: int) -> torch.Tensor:
+    """A tensor shaped like the result of a collective over `size` ranks, for a run on shapes alone."""
+    rows = x.shape[0] * (size if operation == "ALL_GATHER" else 1)
+    return x.new_empty(rows, *x.shape[1:])
+
+
 # Operators inserted by the fusions in `lowering.py`.
 
 

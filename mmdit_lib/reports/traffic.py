@@ -21,7 +21,7 @@ from ..engine.dry_graph import dry_graph
 from ..engine.graph import Graph
 from ..engine.inputs import check_build, input_dtype, shape_of
 from ..engine.lowering import lower
-from ..engine.torch_ops import dist_collective
+from ..engine.torch_ops import dist_collective, without_ranks
 from ..models import KNOWN_MODELS, architecture_of
 
 
@@ -93,15 +93,6 @@ def group_names(graph: Graph) -> dict[tuple[int, ...], str]:
     return {group: json.dumps(group) for group in groups}
 
 
-def meta_collective(target, args: tuple, kwargs: dict) -> torch.Tensor | None:
-    """The result of a collective on a `meta` tensor; None for any other function."""
-    if target is not dist_collective:
-        return None
-    (x,) = args
-    rows = x.shape[0] * (kwargs["size"] if kwargs["operation"] == "ALL_GATHER" else 1)
-    return x.new_empty(rows, *x.shape[1:])
-
-
 class Recorder(fx.Interpreter):
     """Runs a lowered graph on shapes alone and records its collectives."""
 
@@ -118,7 +109,7 @@ class Recorder(fx.Interpreter):
                 self.known[key] = super().call_function(target, args, kwargs)
             return self.known[key]
         self.found[Collective(kwargs["operation"], tuple(json.loads(kwargs["group"])), args[0].nbytes)] += 1
-        return meta_collective(target, args, kwargs)
+        return without_ranks(args[0], kwargs["operation"], kwargs["size"])
 
 
 def shape_and_dtype(x):
