@@ -255,6 +255,7 @@ def test_graph_files(root, change, words, monkeypatch):
     for verify in (True, False):
         options = dict(backend="pytorch", device="cpu", verify=verify)
         refused(lambda options=options: MMDiTRunner.from_engine(root / "engine", **options), graph_file(0), words)
+    refused(lambda: inspect(root / "engine"), graph_file(0), words)
     assert not (root / "hacked").exists()
 
 

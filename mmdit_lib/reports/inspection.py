@@ -18,8 +18,10 @@ from ..engine.folder import EngineFolder, graph_file
 from ..engine.graph import Graph, Value
 from ..engine.inputs import declared_shape, profile_shapes
 from ..engine.manifest import BuildReport
+from ..engine.rehearsal import rehearse
 from ..files import read_json
 from .memory import Memory, memory_of
+from .traffic import meta_weights
 
 LARGEST = 8
 """How many of a checkpoint's largest tensors are listed."""
@@ -93,6 +95,8 @@ def _memory(engine: EngineFolder, graph: Graph) -> Memory:
     build = engine.build_config
     *_, largest = build.sizes(engine.layout.cfg_size)
     layout, scale = engine.layout, build.vae_scale_factor
+    weights = meta_weights(engine.architecture, engine.model, layout, engine.dtype)
+    rehearse(engine, graph, weights, layout.at(0), engine.path / graph_file(0))
     return memory_of(graph, engine.architecture, engine.model, layout, engine.dtype, largest, scale)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..architecture import Architecture, ModelConfig
-from ..config import TORCH_DTYPES, Dtype, Layout, Sizes
+from ..config import Dtype, Layout, Sizes
 from ..engine.graph import Graph
 from ..engine.inputs import input_dtype, shape_of
 from ..engine.kernel_passes import KERNELS
@@ -20,7 +20,7 @@ from ..engine.kernels import qkv_attention
 from ..engine.lowering import lower
 from ..engine.passes import NUMERICS, SPEED
 from ..engine.torch_ops import dist_collective, without_ranks
-from .traffic import group_names
+from .traffic import group_names, meta_weights, on_meta
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,14 @@ class Memory:
 def memory_of(
     graph: Graph, architecture: Architecture, model: ModelConfig, layout: Layout, dtype: Dtype, sizes: Sizes, scale: int
 ) -> Memory:
-    """Memory of rank 0 for one step at these sizes; `scale` is image pixels per latent pixel."""
+    """Memory of rank 0 for one step at these sizes; `scale` is image pixels per latent pixel.
 
-    def empty(shape: tuple[int, ...], name: str) -> torch.Tensor:
-        return torch.empty(shape, dtype=TORCH_DTYPES[name], device="meta")
-
-    weights = {name: empty(shape, dtype) for name, shape in architecture.local_parameters(model, layout).items()}
+    The graph must be sound: it is lowered without the checks of `engine/rehearsal.py`.
+    """
+    weights = meta_weights(architecture, model, layout, dtype)
     passes = NUMERICS + SPEED + KERNELS
     module = lower(graph, weights, device="meta", groups=group_names(graph), passes=passes)
-    inputs = [empty(shape_of(x, model, sizes, scale), input_dtype(x, dtype)) for x in architecture.inputs]
+    inputs = [on_meta(shape_of(x, model, sizes, scale), input_dtype(x, dtype)) for x in architecture.inputs]
     peak = Peak(module)
     peak.run(*inputs)
     return Memory(sum(weight.nbytes for weight in weights.values()), peak.nbytes)

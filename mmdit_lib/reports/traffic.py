@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import fx
 
-from ..architecture import ModelConfig
+from ..architecture import Architecture, ModelConfig
 from ..config import TORCH_DTYPES, BuildConfig, Dtype, Layout, Resolution, Sizes
 from ..engine.dry_graph import dry_graph
 from ..engine.graph import Graph
@@ -73,18 +73,25 @@ def count_traffic(
     architecture = architecture_of(model)
     config = BuildConfig.one_size(resolution, batch, text_tokens)
     graph = dry_graph(model, layout.at(0), config, dtype)
-
-    def empty(shape: tuple[int, ...], name: str) -> torch.Tensor:
-        return torch.empty(shape, dtype=TORCH_DTYPES[name], device="meta")
-
-    weights = {name: empty(shape, dtype) for name, shape in architecture.local_parameters(model, layout).items()}
+    weights = meta_weights(architecture, model, layout, dtype)
     sizes = Sizes(batch, resolution.height, resolution.width, text_tokens)
     inputs = [
-        empty(shape_of(x, model, sizes, config.vae_scale_factor), input_dtype(x, dtype)) for x in architecture.inputs
+        on_meta(shape_of(x, model, sizes, config.vae_scale_factor), input_dtype(x, dtype)) for x in architecture.inputs
     ]
     counter = Recorder(lower(graph, weights, device="meta", groups=group_names(graph)))
     counter.run(*inputs)
     return counter.found
+
+
+def on_meta(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
+
+
+def meta_weights(
+    architecture: Architecture, model: ModelConfig, layout: Layout, dtype: Dtype
+) -> dict[str, torch.Tensor]:
+    """One rank's weights without data."""
+    return {name: on_meta(shape, dtype) for name, shape in architecture.local_parameters(model, layout).items()}
 
 
 def group_names(graph: Graph) -> dict[tuple[int, ...], str]:
