@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,7 +18,11 @@ from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.sd3 import SD3, SD3Config
 
 BATCH, TEXT_TOKENS = 2, 333
-WAYS = ("eager", "compiled", "compiled + CUDA graph")
+KINDS = {
+    "attention": ("sdpa", "flash", "fmha"), "GEMM": ("nvjet", "gemm", "cutlass"), "norm, modulation, gate": ("_row",),
+    "heads": ("_heads",), "collectives": ("nccl", "_barrier", "symm"),
+}  # fmt: skip
+"""Parts of the names of CUDA kernels, by kind."""
 
 
 def write_graph(path: Path, model: SD3Config, mapping: RankMapping, resolution: Resolution, dtype: str) -> None:
@@ -58,6 +63,18 @@ def diffusers_transformer(model: SD3Config, weights: dict[str, torch.Tensor]) ->
 def compile_blocks(reference: torch.nn.Module) -> None:
     for block in reference.transformer_blocks:
         block.compile(fullgraph=True)
+
+
+def kernel_times(step: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of a step's CUDA kernels on this GPU, by kind."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    spent: Counter = Counter()
+    for event in profile.key_averages():
+        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "other")
+        spent[kind] += event.device_time_total / 1000
+    return {kind: round(ms, 2) for kind, ms in spent.items() if ms}
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

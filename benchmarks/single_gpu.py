@@ -13,8 +13,6 @@ import gc
 import json
 import time
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -66,11 +64,6 @@ The code of these was not kept, so no command repeats their numbers; they came f
 | `torch.compile(dynamic=True)`, so that other sizes need no compilation | no loss | 52.2 ms instead of 50.0 (static), and still 15 s for the first step without guidance |
 | blocks compiled ahead of time (AOTInductor) | as `dynamic=True` | correct at every size (1.7e-7 on a CPU), 92 s for the tiny model's three kinds of block; not needed with the kernels above, which compile in about a second |
 """  # noqa: E501
-KINDS = {
-    "attention": ("sdpa", "flash", "fmha"), "GEMM": ("nvjet", "gemm", "cutlass"), "norm, modulation, gate": ("_row",),
-    "heads": ("_heads",),
-}  # fmt: skip
-"""Parts of the names of CUDA kernels, by kind."""
 
 
 def write_graphs(options: Namespace) -> None:
@@ -119,7 +112,7 @@ class Bench:
             result["GB"][way] = round(held / 1e9, 2)
         result["difference"] = relative_error(steps["ours"](), steps["diffusers"]())
         result["ms"] = {way: round(ms, 2) for way, ms in alternately(steps, self.device, self.repeats).items()}
-        result["kernels"] = kernels(steps["ours + CUDA graph"])
+        result["kernels"] = common.kernel_times(steps["ours + CUDA graph"])
         return result
 
     @torch.inference_mode()
@@ -145,18 +138,6 @@ class Bench:
             del step, ways
             common.free()
         return rungs
-
-
-def kernels(step: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of a step's CUDA kernels by kind."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    spent: Counter = Counter()
-    for event in profile.key_averages():
-        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "other")
-        spent[kind] += event.device_time_total / 1000
-    return {kind: round(ms, 2) for kind, ms in spent.items() if ms}
 
 
 def run(options: Namespace) -> None:
@@ -212,7 +193,7 @@ def table(found: dict) -> list[str]:
     for key, title in (("first step, s", "Seconds for the first step"), ("GB", "Peak memory beyond the weights, GB")):
         lines += ["", f"| {title} | " + " | ".join(WAYS) + " |", "|---" + "|---:" * len(WAYS) + "|"]
         lines += [f"| {label(row)} | " + " | ".join(str(row[key][way]) for way in WAYS) + " |" for row in found["rows"]]
-    kinds = [*KINDS, "other"]
+    kinds = [*common.KINDS, "other"]
     lines += ["", "| ms of ours, by kind of kernel | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
     for row in found["rows"]:
         lines.append(f"| {label(row)} | " + " | ".join(f"{row['kernels'].get(kind, 0):.2f}" for kind in kinds) + " |")

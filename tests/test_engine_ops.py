@@ -180,7 +180,10 @@ CASES = [
     ],
 ]
 
-NEEDS_PROCESSES = {"DIST_COLLECTIVE"}
+NEEDS_PROCESSES = {
+    "DIST_COLLECTIVE", "GATHERED_ATTENTION", "REDUCED_GATED_NORM", "REDUCED_GATED_SUM", "ULYSSES_ATTENTION",
+}  # fmt: skip
+"""test_parallel.py compares them with diffusers."""
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -14,6 +14,7 @@ from mmdit_lib.engine import kernels
 from mmdit_lib.engine.kernel_passes import KERNELS, qkv_attention
 from mmdit_lib.engine.passes import NUMERICS, SPEED, apply
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend, default_passes
+from mmdit_lib.engine.rank_passes import RANKS
 
 PASSES = NUMERICS + SPEED + KERNELS
 
@@ -62,7 +63,7 @@ def test_they_are_for_gpus_without_a_compiler(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("mmdit_lib.engine.pytorch_backend.has_triton", lambda: True)
     assert default_passes(cpu, compiled=False) == NUMERICS
-    assert default_passes(cuda, compiled=False) == PASSES
+    assert default_passes(cuda, compiled=False) == PASSES + RANKS
     assert default_passes(cuda, compiled=True) == NUMERICS + SPEED
     monkeypatch.setattr("mmdit_lib.engine.pytorch_backend.has_triton", lambda: False)
     assert default_passes(cuda, compiled=False) == NUMERICS + SPEED

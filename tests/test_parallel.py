@@ -165,7 +165,7 @@ class TestRanks:
         for layout in LAYOUTS[world]:
             worst = max(max(found) for name, found in errors.items() if name.endswith(f" {layout}"))
             print(f"{layout}: {worst:.1e}")
-        assert all(len(found) == len(CASES) and max(found) <= BOUND for found in errors.values()), errors
+        assert all(len(found) == 2 * len(CASES) and max(found) <= BOUND for found in errors.values()), errors
 
     def test_refused_on_every_rank_before_any_collective(self, results, world):
         number = results["another number"]

@@ -5,6 +5,7 @@ They follow the passes of `passes.py`, whose operators they merge further.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -67,7 +68,16 @@ class Head(NamedTuple):
 @fusion(Op("ATTENTION", ("q", "k", "v")))
 def qkv_attention(layer: Layer, index: Index, q: str, k: str, v: str) -> Layer | None:
     """Queries, keys and values sliced from merged LINEAR layers, normalized, joined over streams -> QKV_ATTENTION."""
-    found = [[_head(name, index) for name in _streams(joined, index)] for joined in (q, k, v)]
+    found = merged_heads((q, k, v), layer, index)
+    if found is None:
+        return None
+    streams, options = found
+    return fused(layer, "QKV_ATTENTION", *(name for stream in streams for name in stream), **options)
+
+
+def merged_heads(qkv: Sequence[str], attention: Layer, index: Index) -> tuple[list[tuple], dict] | None:
+    """The inputs of each stream and the options of a `kernels.qkv_attention` of these queries, keys and values."""
+    found = [[_head(name, index) for name in index.parts(joined, 2)] for joined in qkv]
     if any(head is None for heads in found for head in heads) or len({len(heads) for heads in found}) > 1:
         return None
     streams = list(zip(*found, strict=True))
@@ -75,14 +85,9 @@ def qkv_attention(layer: Layer, index: Index, q: str, k: str, v: str) -> Layer |
     heads = {head.heads for heads in found for head in heads}
     if len(eps) > 1 or len(heads) > 1 or not all(_is_whole(*stream, index) for stream in streams):
         return None
-    inputs = [name for q, k, _ in streams for name in (q.merged, q.weight, k.weight)]
-    options = {"heads": heads.pop(), "eps": eps.pop() if eps else 0.0, "scale": layer.attributes.get("scale", 1.0)}
-    return fused(layer, "QKV_ATTENTION", *inputs, **options)
-
-
-def _streams(name: str, index: Index) -> tuple[str, ...]:
-    joined = index.find(name, "CONCATENATION")
-    return joined.inputs if joined and joined.attributes["axis"] == 2 else (name,)
+    scale = attention.attributes.get("scale", 1.0)
+    options = {"heads": heads.pop(), "eps": eps.pop() if eps else 0.0, "scale": scale}
+    return [(q.merged, q.weight, k.weight) for q, k, _ in streams], options
 
 
 PART = Op("SLICE", ("merged",), {"axes": [2]})

@@ -53,7 +53,7 @@ def lower(
             node.meta["source"] = layer.attributes
         else:
             attributes = dict(layer.attributes)
-            if layer.type == "DIST_COLLECTIVE":
+            if "group" in attributes:
                 ranks = tuple(attributes["group"])
                 attributes |= {"group": (groups or {})[ranks], "size": len(ranks)}
             node = target.call_function(operator_of(layer), tuple(values[i] for i in layer.inputs), attributes)

@@ -39,6 +39,11 @@ class Index:
         layer = self.made_by.get(name)
         return layer if layer and layer.type == layer_type else None
 
+    def parts(self, name: str, axis: int) -> tuple[str, ...]:
+        """What is joined along `axis` into `name`; `name` alone if it is not joined."""
+        joined = self.find(name, "CONCATENATION")
+        return joined.inputs if joined and joined.attributes["axis"] == axis else (name,)
+
     def constant(self, *names: str | None) -> bool:
         """Whether all of these tensors are constants."""
         return all(self.find(name, "CONSTANT") for name in names)

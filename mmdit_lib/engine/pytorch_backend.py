@@ -20,6 +20,7 @@ from .outline import outline_blocks
 from .passes import NUMERICS, SPEED, Pass
 from .precision import without_tf32
 from .profile import layer_times
+from .rank_passes import RANKS
 from .rehearsal import rehearse
 
 
@@ -126,7 +127,7 @@ def default_passes(device: torch.device, *, compiled: bool) -> tuple[Pass, ...]:
     """On a GPU the passes for speed too; without `torch.compile`, Triton kernels do the fusing."""
     if device.type != "cuda":
         return NUMERICS
-    return NUMERICS + SPEED if compiled or not has_triton() else NUMERICS + SPEED + KERNELS
+    return NUMERICS + SPEED if compiled or not has_triton() else NUMERICS + SPEED + KERNELS + RANKS
 
 
 class Recorder(fx.Interpreter):

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from ..config import TORCH_DTYPES, RankMapping, shown
+from .collectives import without_ranks
 from .graph import Graph, Layer
 from .inputs import Engine, Shape, profile_shapes, shape_of
 from .lowering import constant, operator_of
-from .torch_ops import without_ranks
 
 GROWTH = 256
 """No tensor may have more elements than this many times the inputs and weights together."""
@@ -84,6 +84,8 @@ def _result(layer: Layer, inputs: list, weights: Mapping[str, torch.Tensor], map
         return constant(layer, weights).to("meta")
     if layer.type == "DIST_COLLECTIVE":
         return _collective(*inputs, **layer.attributes, mapping=mapping)
+    if "group" in layer.attributes:
+        raise ValueError("only a collective has a group")
     return operator_of(layer)(*inputs, **layer.attributes)
 
 

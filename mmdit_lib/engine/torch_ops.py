@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from ..config import TORCH_DTYPES
-from . import kernels
+from . import kernels, rank_kernels
+from .collectives import dist_collective
 
 
 def activation(x, *, kind, alpha=0.0, beta=0.0):
@@ -109,26 +110,6 @@ def unary(x, *, op):
     return UNARY[op](x)
 
 
-def dist_collective(x, *, operation, group, size):
-    """`group` is the name of a `torch.distributed` process group, `size` its number of ranks."""
-    collective = torch.ops._c10d_functional
-    x = x.contiguous()
-    if operation == "ALL_REDUCE":
-        y = collective.all_reduce(x, "sum", group)
-    elif operation == "ALL_GATHER":
-        y = collective.all_gather_into_tensor(x, size, group)
-    else:
-        rows = [x.shape[0] // size] * size
-        y = collective.all_to_all_single(x, rows, rows, group)
-    return collective.wait_tensor(y)
-
-
-def without_ranks(x: torch.Tensor, operation: str, size: int) -> torch.Tensor:
-    """A tensor shaped like the result of a collective over `size` ranks, for a run on shapes alone."""
-    rows = x.shape[0] * (size if operation == "ALL_GATHER" else 1)
-    return x.new_empty(rows, *x.shape[1:])
-
-
 # Operators inserted by the fusions in `lowering.py`.
 
 
@@ -176,6 +157,7 @@ OPS: dict[str, Callable] = {
     "ELEMENTWISE": elementwise,
     "GATED_NORM": kernels.gated_norm,
     "GATED_SUM": kernels.gated_sum,
+    "GATHERED_ATTENTION": rank_kernels.gathered_attention,
     "LINEAR": linear,
     "LINEAR_GELU": linear_gelu,
     "MATRIX_MULTIPLY": matrix_multiply,
@@ -184,12 +166,15 @@ OPS: dict[str, Callable] = {
     "NORM_MODULATE": kernels.norm_modulate,
     "QKV_ATTENTION": kernels.qkv_attention,
     "REDUCE": reduce,
+    "REDUCED_GATED_NORM": rank_kernels.reduced_gated_norm,
+    "REDUCED_GATED_SUM": rank_kernels.reduced_gated_sum,
     "RMS_NORM": rms_norm,
     "SELECT": select,
     "SHUFFLE": shuffle,
     "SILU": silu,
     "SLICE": slice_,
     "SOFTMAX": softmax,
+    "ULYSSES_ATTENTION": rank_kernels.ulysses_attention,
     "UNARY": unary,
 }
 

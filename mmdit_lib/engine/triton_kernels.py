@@ -11,10 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
+from .symmetric import Exchange, Slot
+
+
+@triton.jit
+def _memory(addresses, rank, like):
+    """Where a slot begins on `rank`, as a pointer to elements of the dtype of `like`."""
+    return tl.multiple_of(tl.load(addresses + rank).to(tl.pointer_type(like.dtype.element_ty)), 16)
+
 
 @triton.jit(do_not_specialize=["tokens"])
-def _row(x, gate, y, scale, shift, total, normed, tokens, width, y_batch, y_token, gate_batch, scale_batch, shift_batch,
-         eps, GATE: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _row(x, gate, y, bias, scale, shift, total, normed, tokens, width, y_batch, y_token, gate_batch, scale_batch,
+         shift_batch, eps, GATE: tl.constexpr, RANKS: tl.constexpr, NORM: tl.constexpr,
+         BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     columns = tl.arange(0, BLOCK)
@@ -22,7 +31,14 @@ def _row(x, gate, y, scale, shift, total, normed, tokens, width, y_batch, y_toke
     value = tl.load(x + row * width + columns, inside, 0.0).to(tl.float32)
     if GATE:
         g = tl.load(gate + batch * gate_batch + columns, inside, 0.0).to(tl.float32)
-        value += g * tl.load(y + batch * y_batch + token * y_token + columns, inside, 0.0).to(tl.float32)
+        at = batch * y_batch + token * y_token + columns
+        if RANKS == 0:
+            value += g * tl.load(y + at, inside, 0.0).to(tl.float32)
+        else:  # y is where the parts of it are, whose sum all ranks take in the same order
+            part = tl.load(bias + columns, inside, 0.0).to(tl.float32)
+            for rank in tl.static_range(RANKS):
+                part += tl.load(_memory(y, rank, x) + at, inside, 0.0).to(tl.float32)
+            value += g * part
         value = value.to(total.dtype.element_ty)
         tl.store(total + row * width + columns, value, inside)
         value = value.to(tl.float32)
@@ -74,14 +90,46 @@ def gated_norm(x, gate, y, scale, shift, eps: float) -> torch.Tensor:
     return out
 
 
-def _launch(x, gate, y, scale, shift, total, out, eps: float, *, gated: bool, normed: bool) -> None:
+def _launch(x, gate, y, scale, shift, total, out, eps: float, *, gated: bool, normed: bool, ranks=None) -> None:
+    """`ranks`: addresses of y's parts on the ranks, and the bias; y then only gives the strides."""
     batch, tokens, width = x.shape
     assert y.stride(2) == gate.stride(2) == scale.stride(2) == shift.stride(2) == 1
     strides = [t.stride(0) if t.shape[0] > 1 else 0 for t in (gate, scale, shift)]
+    addresses, bias = ranks or (y, x)
     _row[(batch * tokens,)](
-        x, gate, y, scale, shift, total, out, tokens, width, y.stride(0), y.stride(1), *strides, eps,
-        GATE=gated, NORM=normed, BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
+        x, gate, addresses, bias, scale, shift, total, out, tokens, width, y.stride(0), y.stride(1), *strides, eps,
+        GATE=gated, RANKS=len(addresses) if ranks else 0, NORM=normed, BLOCK=triton.next_power_of_2(width),
+        num_warps=4 if width <= 2048 else 8,
     )  # fmt: skip
+
+
+def reduced_gated_sum(x, gate, h, weight, bias, others: Exchange, first: bool) -> torch.Tensor:
+    x = x.contiguous()
+    total = torch.empty_like(x)
+    y, addresses = _partial(h, weight, others, first)
+    _launch(x, gate, y, x, x, total, x, 0.0, gated=True, normed=False, ranks=(addresses, bias.contiguous()))
+    return total
+
+
+def reduced_gated_norm(x, gate, h, weight, bias, scale, shift, eps: float, others: Exchange, first: bool):
+    x = x.contiguous()
+    out = torch.empty(2, *x.shape, dtype=x.dtype, device=x.device)
+    y, addresses = _partial(h, weight, others, first)
+    ranks = addresses, bias.contiguous()
+    _launch(x, gate, y, scale, shift, out[0], out[1], eps, gated=True, normed=True, ranks=ranks)
+    return out
+
+
+def _partial(h: torch.Tensor, weight: torch.Tensor, others: Exchange, first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's h weight^T [B, S, D] in memory that the others read, and where it is on each rank."""
+    weight = weight.reshape(weight.shape[-2:])
+    swap = not h.is_contiguous() and h.transpose(0, 1).is_contiguous()  # tokens first: no copy
+    rows = h.transpose(0, 1) if swap else h
+    slot = others.slot(h.shape[0] * h.shape[1] * len(weight) * h.element_size(), first=first)
+    y = slot.view(h.dtype, rows.shape[0], rows.shape[1], len(weight))
+    torch.mm(rows.reshape(-1, rows.shape[-1]), weight.t(), out=y.view(-1, len(weight)))
+    slot.barrier()
+    return y.transpose(0, 1) if swap else y, slot.addresses
 
 
 def split_heads(parts: Sequence[tuple], heads: int, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -106,3 +154,108 @@ def split_heads(parts: Sequence[tuple], heads: int, eps: float) -> tuple[torch.T
     if copied == 2:
         found.append(first[..., 2 * heads * size :].unflatten(-1, (heads, size)).transpose(1, 2))
     return tuple(found)
+
+
+@triton.jit(do_not_specialize=["tokens", "batches", "first", "start", "limit", "plane"])
+def _send_heads(qkv, norm_q, norm_k, q, addresses, tokens, batches, first, start, limit, plane, eps,
+                RANKS: tl.constexpr, SCATTER: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
+                NORM: tl.constexpr, HEADS_2: tl.constexpr, SIZE_2: tl.constexpr):  # fmt: skip
+    """One token of one stream, for all ranks: its keys and values, or with SCATTER each rank's heads of all three.
+
+    It is row `first + token` of this rank's tokens and row `start + token` of all; from `limit` on, rows are padding.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // tokens, row % tokens
+    head, channel = tl.arange(0, HEADS_2)[:, None], tl.arange(0, SIZE_2)[None, :]
+    inside = (head < HEADS) & (channel < SIZE)
+    at = head * SIZE + channel
+    real = start + token < limit
+    for part in tl.static_range(3):
+        x = tl.load(qkv + row * 3 * HEADS * SIZE + part * HEADS * SIZE + at, inside, 0.0)
+        if NORM and part < 2:
+            weight = norm_q if part == 0 else norm_k
+            w = tl.load(weight + channel, channel < SIZE, 0.0).to(tl.float32)
+            x = x.to(tl.float32)
+            x = x / tl.sqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None] * w
+        if SCATTER:
+            SHARE: tl.constexpr = HEADS // RANKS
+            there = part * plane + ((start + token) * batches + batch) * SHARE * SIZE + at
+            for rank in tl.static_range(RANKS):
+                mine = inside & (head // SHARE == rank) & real
+                tl.store(_memory(addresses, rank, qkv) + there - rank * SHARE * SIZE, x, mine)
+        elif part == 0:
+            tl.store(q + ((first + token) * batches + batch) * HEADS * SIZE + at, x, inside)
+        else:
+            there = (part - 1) * plane + ((start + token) * batches + batch) * HEADS * SIZE + at
+            for rank in tl.static_range(RANKS):
+                tl.store(_memory(addresses, rank, qkv) + there, x, inside & real)
+
+
+def gather_heads(parts, lengths: Sequence[int], heads: int, eps: float, others: Exchange, first: bool):
+    """This rank's queries, and all keys and values, [B, heads, tokens, head_size], stored with the tokens first."""
+    qkv = parts[0][0]
+    batch, size, total = len(qkv), qkv.shape[-1] // (3 * heads), sum(lengths)
+    q = qkv.new_empty(sum(x.shape[1] for x, _, _ in parts), batch, heads, size)
+    slot = others.slot(2 * total * batch * heads * size * q.element_size(), first=first)
+    _send(parts, lengths, q, slot, heads, eps, others, scatter=False)
+    k, v = slot.view(q.dtype, 2, total, batch, heads, size)
+    return tuple(x.permute(1, 2, 0, 3) for x in (q, k, v))
+
+
+def scatter_heads(parts, lengths: Sequence[int], heads: int, ranks: int, eps: float, others: Exchange, first: bool):
+    """All queries, keys and values of this rank's heads, [B, heads / ranks, tokens, head_size]."""
+    qkv = parts[0][0]
+    batch, size, total = len(qkv), qkv.shape[-1] // (3 * heads), sum(lengths)
+    slot = others.slot(3 * total * batch * heads // ranks * size * qkv.element_size(), first=first)
+    _send(parts, lengths, qkv, slot, heads, eps, others, scatter=True)
+    return tuple(x.permute(1, 2, 0, 3) for x in slot.view(qkv.dtype, 3, total, batch, heads // ranks, size))
+
+
+def _send(parts, lengths, q, slot: Slot, heads: int, eps: float, others: Exchange, *, scatter: bool) -> None:
+    ranks, batch, size = len(slot.addresses), len(parts[0][0]), parts[0][0].shape[-1] // (3 * heads)
+    plane = sum(lengths) * batch * heads * size // (ranks if scatter else 1)
+    first = start = 0
+    for (qkv, norm_q, norm_k), length in zip(parts, lengths, strict=True):
+        qkv, tokens = qkv.contiguous(), qkv.shape[1]
+        _send_heads[(batch * tokens,)](
+            qkv, qkv if norm_q is None else norm_q, qkv if norm_k is None else norm_k, q, slot.addresses, tokens, batch,
+            first, start + others.rank * tokens, start + length, plane, eps, RANKS=ranks, SCATTER=scatter, HEADS=heads,
+            SIZE=size, NORM=norm_q is not None, HEADS_2=triton.next_power_of_2(heads),
+            SIZE_2=triton.next_power_of_2(size), num_warps=4,
+        )  # fmt: skip
+        first, start = first + tokens, start + length
+    slot.barrier()
+
+
+@triton.jit(do_not_specialize=["tokens", "batches", "first", "start"])
+def _return_rows(whole, addresses, tokens, batches, first, start, by_batch, by_head, by_token, here,
+                 SHARE: tl.constexpr, RANKS: tl.constexpr, SIZE: tl.constexpr, SHARE_2: tl.constexpr,
+                 SIZE_2: tl.constexpr):  # fmt: skip
+    """One token of one stream, computed here for some heads, to the rank that has the token."""
+    row = tl.program_id(0).to(tl.int64)
+    token, batch = row // batches, row % batches
+    head, channel = tl.arange(0, SHARE_2)[:, None], tl.arange(0, SIZE_2)[None, :]
+    inside = (head < SHARE) & (channel < SIZE)
+    x = tl.load(whole + batch * by_batch + head * by_head + (start + token) * by_token + channel, inside, 0.0)
+    owner, there = token // tokens, first + token % tokens
+    to = _memory(addresses, owner, whole) + ((there * batches + batch) * RANKS + here) * SHARE * SIZE
+    tl.store(to + head * SIZE + channel, x, inside)
+
+
+def return_heads(whole: torch.Tensor, parts, lengths: Sequence[int], heads: int, others: Exchange) -> torch.Tensor:
+    """[B, heads / ranks, all tokens, head_size] on each rank -> [B, heads, this rank's tokens, head_size]."""
+    batch, share, _, size = whole.shape
+    assert whole.stride(3) == 1
+    rows = sum(qkv.shape[1] for qkv, _, _ in parts)
+    slot = others.slot(rows * batch * heads * size * whole.element_size(), first=False)
+    first = start = 0
+    for (qkv, _, _), length in zip(parts, lengths, strict=True):
+        _return_rows[(batch * length,)](
+            whole, slot.addresses, qkv.shape[1], batch, first, start, *whole.stride()[:3], others.rank, SHARE=share,
+            RANKS=heads // share, SIZE=size, SHARE_2=triton.next_power_of_2(share),
+            SIZE_2=triton.next_power_of_2(size), num_warps=2,
+        )  # fmt: skip
+        first, start = first + qkv.shape[1], start + length
+    slot.barrier()
+    # A copy, because it may be read after a later exchange has overwritten the slot.
+    return slot.view(whole.dtype, rows, batch, heads, size).clone().permute(1, 2, 0, 3)

@@ -13,13 +13,13 @@ from torch import fx
 
 from ..architecture import Architecture, ModelConfig
 from ..config import Dtype, Layout, Sizes
+from ..engine.collectives import dist_collective, without_ranks
 from ..engine.graph import Graph
 from ..engine.inputs import input_dtype, shape_of
 from ..engine.kernel_passes import KERNELS
 from ..engine.kernels import qkv_attention
 from ..engine.lowering import lower
 from ..engine.passes import NUMERICS, SPEED
-from ..engine.torch_ops import dist_collective, without_ranks
 from .traffic import group_names, meta_weights, on_meta
 
 

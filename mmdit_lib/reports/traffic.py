@@ -17,11 +17,11 @@ from torch import fx
 
 from ..architecture import Architecture, ModelConfig
 from ..config import TORCH_DTYPES, BuildConfig, Dtype, Layout, Resolution, Sizes
+from ..engine.collectives import dist_collective, without_ranks
 from ..engine.dry_graph import dry_graph
 from ..engine.graph import Graph
 from ..engine.inputs import check_build, input_dtype, shape_of
 from ..engine.lowering import lower
-from ..engine.torch_ops import dist_collective, without_ranks
 from ..models import KNOWN_MODELS, architecture_of
 
 

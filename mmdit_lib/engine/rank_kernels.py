@@ -1,0 +1,115 @@
+"""Fused operators that communicate: attention under context parallelism, and the sums of tensor parallelism.
+
+On one machine's GPUs the Triton kernel that makes a value writes it into the other ranks' memory, or reads theirs (see
+`symmetric.py`); elsewhere the same formula runs with a collective of `torch.distributed`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import kernels
+from .collectives import dist_collective
+from .symmetric import exchange
+
+
+def gathered_attention(*streams, heads: int, eps: float, scale: float, group: str, size: int, first: bool = False):
+    """`qkv_attention` of this rank's queries over the keys and values of all ranks.
+
+    Args:
+        streams: for each stream as in `qkv_attention`, with this rank's tokens, and the stream's length, a tuple of
+            one int. Rank r has the tokens from r S on; rows past the length are padding.
+        group: name of the process group of `size` ranks.
+        first: whether this is the step's first exchange in its group.
+
+    Returns:
+        [B, heads, this rank's tokens of all streams, head_size].
+    """
+    parts, lengths = _parts(streams)
+    x = parts[0][0]
+    if x.is_meta:
+        return _like_attention(parts, heads)
+    if kernels.on_gpu(x) and (others := exchange(x, group)):
+        from . import triton_kernels
+
+        q, k, v = triton_kernels.gather_heads(parts, lengths, heads, eps, others, first)
+    else:
+        q, k, v = kernels.split_heads(*(tensor for part in parts for tensor in part), heads=heads, eps=eps)
+        everyone = dist_collective(torch.cat([k, v], -1)[None], operation="ALL_GATHER", group=group, size=size)
+        k, v = _whole(everyone, parts, lengths).chunk(2, -1)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def ulysses_attention(*streams, heads: int, eps: float, scale: float, group: str, size: int, first: bool = False):
+    """As `gathered_attention`; here each rank computes the attention of some heads over all tokens."""
+    parts, lengths = _parts(streams)
+    x = parts[0][0]
+    if x.is_meta:
+        return _like_attention(parts, heads)
+    others = exchange(x, group) if kernels.on_gpu(x) else None
+    if others:
+        from . import triton_kernels
+
+        q, k, v = triton_kernels.scatter_heads(parts, lengths, heads, size, eps, others, first)
+        whole = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return triton_kernels.return_heads(whole, parts, lengths, heads, others)
+    qkv = torch.cat(kernels.split_heads(*(tensor for part in parts for tensor in part), heads=heads, eps=eps), -1)
+    by_peer = qkv.unflatten(1, (size, -1)).transpose(0, 1)
+    everyone = dist_collective(by_peer, operation="ALL_TO_ALL", group=group, size=size)
+    whole = F.scaled_dot_product_attention(*_whole(everyone, parts, lengths).chunk(3, -1), scale=scale)
+    pieces = []
+    for (qkv, *_), length, piece in zip(parts, lengths, whole.split(lengths, 2), strict=True):
+        tokens = qkv.shape[1]
+        pieces.append(F.pad(piece, (0, 0, 0, tokens * size - length)).unflatten(2, (size, tokens)))
+    by_peer = torch.cat(pieces, 3).permute(2, 0, 1, 3, 4)
+    mine = dist_collective(by_peer, operation="ALL_TO_ALL", group=group, size=size)
+    return mine.transpose(0, 1).flatten(1, 2)
+
+
+def reduced_gated_sum(x, gate, h, weight, bias, *, group: str, size: int, first: bool = False) -> torch.Tensor:
+    """x + gate y, where y is the sum over the ranks of h weight^T, plus bias."""
+    if others := _pair(x, group, size):
+        from . import triton_kernels
+
+        return triton_kernels.reduced_gated_sum(x, gate, h, weight, bias, others, first)
+    return kernels.gated_sum(x, gate, _reduced(h, weight, bias, group, size))
+
+
+def reduced_gated_norm(
+    x, gate, h, weight, bias, scale, shift, *, eps: float, group: str, size: int, first: bool = False
+) -> torch.Tensor:
+    """`gated_norm` of the same y."""
+    if others := _pair(x, group, size):
+        from . import triton_kernels
+
+        return triton_kernels.reduced_gated_norm(x, gate, h, weight, bias, scale, shift, eps, others, first)
+    return kernels.gated_norm(x, gate, _reduced(h, weight, bias, group, size), scale, shift, eps=eps)
+
+
+def _pair(x: torch.Tensor, group: str, size: int):
+    """Each of two ranks reads the other's part once; with more ranks, an all-reduce moves less."""
+    return exchange(x, group) if size == 2 and kernels.on_gpu(x) else None
+
+
+def _reduced(h, weight, bias, group: str, size: int) -> torch.Tensor:
+    partial = F.linear(h, weight.reshape(weight.shape[-2:]))
+    if not h.is_meta:
+        partial = dist_collective(partial, operation="ALL_REDUCE", group=group, size=size)
+    return partial + bias
+
+
+def _parts(streams) -> tuple[list[tuple], list[int]]:
+    parts = [streams[i : i + 3] for i in range(0, len(streams), 4)]
+    return parts, [length for (length,) in streams[3::4]]
+
+
+def _like_attention(parts: list[tuple], heads: int) -> torch.Tensor:
+    x = parts[0][0]
+    return x.new_empty(sum(p[0].shape[1] for p in parts), len(x), heads, x.shape[-1] // 3 // heads).permute(1, 2, 0, 3)
+
+
+def _whole(everyone: torch.Tensor, parts: list[tuple], lengths: list[int]) -> torch.Tensor:
+    """[ranks, B, heads, tokens of all streams, c] -> [B, heads, all tokens, c], without padding."""
+    pieces = everyone.permute(1, 2, 0, 3, 4).split([qkv.shape[1] for qkv, *_ in parts], 3)
+    return torch.cat([p.flatten(2, 3)[:, :, :n] for p, n in zip(pieces, lengths, strict=True)], 2)
