@@ -31,7 +31,7 @@ from mmdit_lib.engine.folder import graph_file
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.precision import without_tf32
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
-from mmdit_lib.reports.bench import step_times
+from mmdit_lib.reports.bench import peak_bytes, step_times
 from mmdit_lib.sd3 import KNOWN_MODELS, SD3
 
 from . import common
@@ -198,6 +198,7 @@ class Bench:
             row["error_to_1_gpu"] = relative_error(output, alone)
         self.time(row, "eager", partial(eager, inputs))
         if self.device.type == "cuda":
+            row["GB"] = round(self.ranks.slowest(peak_bytes(partial(eager, inputs))) / 1e9, 3)
             self.graphed(row, eager, inputs, output)
         row["seconds"] = time.monotonic() - begin
         self.save(row)
@@ -280,7 +281,9 @@ def table(result: dict) -> list[str]:
             f"{result['date']}. One step of the `pytorch` backend, {result['conditions']}; median of "
             f"{result['repeats']}, the slowest rank.",
             "",
-            "| | " + " | ".join(f"ms, {way} | speed-up" for way in WAYS) + " | error to 1 GPU | error to float32 |",
+            "| | "
+            + " | ".join(f"ms, {way} | speed-up" for way in WAYS)
+            + " | GB | error to 1 GPU | error to float32 |",
             "|---" + "|---:" * (2 * len(WAYS) + 2) + "|",
         ]
         for row in rows:
@@ -288,8 +291,16 @@ def table(result: dict) -> list[str]:
             for way in WAYS:
                 ms, base = row.get(f"ms {way}"), alone.get(f"ms {way}")
                 cells += [f"{ms:.1f}", f"{base / ms:.2f}"] if ms and base else ["-", "-"]
+            cells.append(f"{row['GB']:.2f}" if "GB" in row else "-")
             cells += [f"{row[key]:.2e}" if key in row else "-" for key in ("error_to_1_gpu", "error_to_float32")]
             lines.append(f"| {row['layout']} | " + " | ".join(cells) + " |")
+        kinds = [kind for kind in [*common.KINDS, "other"] if any(kind in row.get("profile", {}) for row in rows)]
+        lines += ["", "| ms of one rank, by kind of kernel | " + " | ".join(kinds) + " | sum |"]
+        lines.append("|---" + "|---:" * (len(kinds) + 1) + "|")
+        for row in rows:
+            if spent := row.get("profile"):
+                cells = [f"{spent.get(kind, 0):.2f}" for kind in kinds] + [f"{sum(spent.values()):.2f}"]
+                lines.append(f"| {row['layout']} | " + " | ".join(cells) + " |")
         lines.append("")
     return lines
 

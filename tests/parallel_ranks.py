@@ -21,13 +21,15 @@ ALL_PASSES = NUMERICS + SPEED + KERNELS + RANKS
 
 def parity(task: dict) -> list[float]:
     """The relative error of every case against diffusers' output, of the worst rank; then the same with the
-    operators of a GPU, whose collectives run over gloo here."""
-    runner = MMDiTRunner.from_engine(task["engine"], backend="pytorch", device="cpu", verify=False)
+    operators of a GPU, whose collectives run over gloo on a CPU."""
+    device = task.get("device", "cpu")
+    runner = MMDiTRunner.from_engine(task["engine"], backend="pytorch", device=device, verify=False)
     cases = torch.load(task["cases"], weights_only=True)
-    errors = [relative_error(runner.run(inputs), expected) for inputs, expected in cases]
+    errors = [relative_error(runner.run(inputs).cpu(), expected) for inputs, expected in cases]
     plain = runner.backend
-    runner.backend = PyTorchBackend(plain.graph, plain._weights, groups=plain._groups, passes=ALL_PASSES)
-    errors += [relative_error(runner.run(inputs), expected) for inputs, expected in cases]
+    options = dict(device=runner.device, groups=plain._groups, passes=ALL_PASSES, cuda_graph=device == "cuda")
+    runner.backend = PyTorchBackend(plain.graph, plain._weights, **options)
+    errors += [relative_error(runner.run(inputs).cpu(), expected) for inputs, expected in cases]
     return [max(of_ranks) for of_ranks in zip(*WORLD.allgather(errors), strict=True)]
 
 

@@ -45,3 +45,9 @@ def test_layouts_share_weights_and_activations():
     assert one.weights == sum(p.numel() * 4 for p in c.reference.parameters()) + 48 * 48 * 64 * 4  # and the table
     assert 0.5 < tp.weights / one.weights < 1 and cp.weights == cfg.weights == one.weights
     assert max(tp.activations, cp.activations, cfg.activations) < one.activations
+    # Keys and values of all tokens; the sums that one linear layer's halves contribute to. Twice each.
+    rows, columns = (side // 16 for side in (config.max_resolution.height, config.max_resolution.width))
+    image, text, token = rows * columns, config.max_text_tokens, 4 * c.config.hidden_size * 4
+    assert one.exchange == cfg.exchange == 0
+    assert cp.exchange == 2 * (image + text) * 2 * token
+    assert tp.exchange == 2 * max(image, text) * token

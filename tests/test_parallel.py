@@ -188,6 +188,26 @@ class TestRanks:
             assert difference.max() <= 1 and (difference > 0).mean() < 1e-2, (difference.max(), (difference > 0).mean())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_reach_each_others_memory(root):
+    """The Triton kernels of `engine/symmetric.py`; in float32 as on a CPU."""
+    tasks = {
+        f"{model} {layout}": {
+            "kind": "parity", "engine": str(engine(root, model, layout)), "cases": str(cases(root, model)),
+            "device": "cuda",
+        }
+        for model in MODELS
+        for layout in LAYOUTS[2]
+    }  # fmt: skip
+    (root / "two_gpus.json").write_text(json.dumps(tasks))
+    script = Path(__file__).parent / "parallel_ranks.py"
+    done = mpirun(2, script, root / "two_gpus.json", root / "two_gpus_results.json", timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    errors = json.loads((root / "two_gpus_results.json").read_text())
+    assert all(len(found) == 2 * len(CASES) and max(found) <= BOUND for found in errors.values()), errors
+
+
 @pytest.mark.slow
 def test_one_process_is_told_how_to_start(root):
     folder = engine(root, "tiny", "tp2")

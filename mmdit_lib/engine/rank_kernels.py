@@ -113,3 +113,14 @@ def _whole(everyone: torch.Tensor, parts: list[tuple], lengths: list[int]) -> to
     """[ranks, B, heads, tokens of all streams, c] -> [B, heads, all tokens, c], without padding."""
     pieces = everyone.permute(1, 2, 0, 3, 4).split([qkv.shape[1] for qkv, *_ in parts], 3)
     return torch.cat([p.flatten(2, 3)[:, :, :n] for p, n in zip(pieces, lengths, strict=True)], 2)
+
+
+def slot_bytes(function, arguments: tuple, options: dict) -> int:
+    """The memory that one of these operators exchanges with other ranks through."""
+    if function in (reduced_gated_sum, reduced_gated_norm):
+        return arguments[0].nbytes if options["size"] == 2 else 0
+    if function not in (gathered_attention, ulysses_attention):
+        return 0
+    parts, lengths = _parts(arguments)
+    qkv = parts[0][0][:, 0].nbytes  # of one token of each image
+    return sum(lengths) * (qkv * 2 // 3 if function is gathered_attention else qkv // options["size"])

@@ -158,8 +158,8 @@ def split_heads(parts: Sequence[tuple], heads: int, eps: float) -> tuple[torch.T
 
 @triton.jit(do_not_specialize=["tokens", "batches", "first", "start", "limit", "plane"])
 def _send_heads(qkv, norm_q, norm_k, q, addresses, tokens, batches, first, start, limit, plane, eps,
-                RANKS: tl.constexpr, SCATTER: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
-                NORM: tl.constexpr, HEADS_2: tl.constexpr, SIZE_2: tl.constexpr):  # fmt: skip
+                RANKS: tl.constexpr, SCATTER: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr,
+                SIZE: tl.constexpr, NORM: tl.constexpr, HEADS_2: tl.constexpr, SIZE_2: tl.constexpr):  # fmt: skip
     """One token of one stream, for all ranks: its keys and values, or with SCATTER each rank's heads of all three.
 
     It is row `first + token` of this rank's tokens and row `start + token` of all; from `limit` on, rows are padding.
@@ -218,9 +218,9 @@ def _send(parts, lengths, q, slot: Slot, heads: int, eps: float, others: Exchang
         qkv, tokens = qkv.contiguous(), qkv.shape[1]
         _send_heads[(batch * tokens,)](
             qkv, qkv if norm_q is None else norm_q, qkv if norm_k is None else norm_k, q, slot.addresses, tokens, batch,
-            first, start + others.rank * tokens, start + length, plane, eps, RANKS=ranks, SCATTER=scatter, SHARE=heads // ranks, HEADS=heads,
-            SIZE=size, NORM=norm_q is not None, HEADS_2=triton.next_power_of_2(heads),
-            SIZE_2=triton.next_power_of_2(size), num_warps=4,
+            first, start + others.rank * tokens, start + length, plane, eps, RANKS=ranks, SCATTER=scatter,
+            SHARE=heads // ranks, HEADS=heads, SIZE=size, NORM=norm_q is not None,
+            HEADS_2=triton.next_power_of_2(heads), SIZE_2=triton.next_power_of_2(size), num_warps=4,
         )  # fmt: skip
         first, start = first + tokens, start + length
     slot.barrier()

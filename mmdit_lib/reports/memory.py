@@ -13,13 +13,15 @@ from torch import fx
 
 from ..architecture import Architecture, ModelConfig
 from ..config import Dtype, Layout, Sizes
+from ..engine import kernels
 from ..engine.collectives import dist_collective, without_ranks
 from ..engine.graph import Graph
 from ..engine.inputs import input_dtype, shape_of
 from ..engine.kernel_passes import KERNELS
-from ..engine.kernels import qkv_attention
 from ..engine.lowering import lower
 from ..engine.passes import NUMERICS, SPEED
+from ..engine.rank_kernels import gathered_attention, slot_bytes, ulysses_attention
+from ..engine.rank_passes import RANKS
 from .traffic import group_names, meta_weights, on_meta
 
 
@@ -30,6 +32,8 @@ class Memory:
     weights: int
     activations: int
     """The peak beyond the weights, not counting what CUDA, cuBLAS and cuDNN reserve."""
+    exchange: int
+    """The two slots that the ranks of one machine exchange through."""
 
 
 def memory_of(
@@ -40,12 +44,12 @@ def memory_of(
     The graph must be sound: it is lowered without the checks of `engine/rehearsal.py`.
     """
     weights = meta_weights(architecture, model, layout, dtype)
-    passes = NUMERICS + SPEED + KERNELS
+    passes = NUMERICS + SPEED + KERNELS + RANKS
     module = lower(graph, weights, device="meta", groups=group_names(graph), passes=passes)
     inputs = [on_meta(shape_of(x, model, sizes, scale), input_dtype(x, dtype)) for x in architecture.inputs]
     peak = Peak(module)
     peak.run(*inputs)
-    return Memory(sum(weight.nbytes for weight in weights.values()), peak.nbytes)
+    return Memory(sum(weight.nbytes for weight in weights.values()), peak.nbytes, 2 * peak.slot)
 
 
 class Peak(fx.Interpreter):
@@ -53,7 +57,7 @@ class Peak(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module)
-        self.nbytes = 0
+        self.nbytes = self.slot = 0
         self.constants = {address(buffer) for buffer in module.buffers()}
 
     def run_node(self, node: fx.Node):
@@ -61,11 +65,14 @@ class Peak(fx.Interpreter):
         alive = [x for x in (*self.env.values(), value) if isinstance(x, torch.Tensor)]
         storages = {address(x): x.untyped_storage().nbytes() for x in alive if address(x) not in self.constants}
         # Attention copies queries, keys and values; with a single stream, the values stay where they are.
-        copied = (3 if len(node.args) > 3 else 2) * value.nbytes if node.target is qkv_attention else 0
+        copied = (3 if len(node.args) > 3 else 2) * value.nbytes if node.target is kernels.qkv_attention else 0
+        # Across ranks, keys and values are in the slot; of some heads, it holds everything until the copy.
+        copied += value.nbytes if node.target in (gathered_attention, ulysses_attention) else 0
         self.nbytes = max(self.nbytes, sum(storages.values()) + copied)
         return value
 
     def call_function(self, target, args, kwargs):
+        self.slot = max(self.slot, slot_bytes(target, args, kwargs))
         if target is dist_collective:
             return without_ranks(args[0], kwargs["operation"], kwargs["size"])
         return super().call_function(target, args, kwargs)
