@@ -284,13 +284,13 @@ def table(result: dict) -> list[str]:
             "| | "
             + " | ".join(f"ms, {way} | speed-up" for way in WAYS)
             + " | GB | error to 1 GPU | error to float32 |",
-            "|---" + "|---:" * (2 * len(WAYS) + 2) + "|",
+            "|---" + "|---:" * (2 * len(WAYS) + 3) + "|",
         ]
         for row in rows:
             cells = []
             for way in WAYS:
                 ms, base = row.get(f"ms {way}"), alone.get(f"ms {way}")
-                cells += [f"{ms:.1f}", f"{base / ms:.2f}"] if ms and base else ["-", "-"]
+                cells += [f"{ms:.1f}" if ms else "-", f"{base / ms:.2f}" if ms and base else "-"]
             cells.append(f"{row['GB']:.2f}" if "GB" in row else "-")
             cells += [f"{row[key]:.2e}" if key in row else "-" for key in ("error_to_1_gpu", "error_to_float32")]
             lines.append(f"| {row['layout']} | " + " | ".join(cells) + " |")

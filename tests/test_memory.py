@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 from helpers import case
 
+from benchmarks.parallel import LAYOUTS
 from benchmarks.single_gpu import PROFILE, TEXT_TOKENS
-from mmdit_lib.config import Layout, Sizes
+from mmdit_lib.config import BuildConfig, Layout, Resolution, Sizes
 from mmdit_lib.engine.dry_graph import dry_graph
 from mmdit_lib.reports.inspection import inspect
 from mmdit_lib.reports.memory import memory_of
 from mmdit_lib.sd3 import KNOWN_MODELS, SD3
 
-MEASURED = json.loads((Path(__file__).parents[1] / "benchmarks/results/single_gpu_h100.json").read_text())["rows"]
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+MEASURED = json.loads((RESULTS / "single_gpu_h100.json").read_text())["rows"]
+MEASURED_ON_TWO = json.loads((RESULTS / "parallel_h100x2_medium.json").read_text())["rows"]
 
 
 @pytest.mark.slow
@@ -28,6 +31,18 @@ def test_as_measured_on_a_gpu():
         found = memory_of(graph, SD3, model, Layout(), "bfloat16", sizes, 8)
         assert found.weights / 1e9 == pytest.approx(4.94, abs=0.005)  # the size of its published file
         assert found.activations / 1e9 == pytest.approx(row["GB"]["ours"], abs=0.015)
+
+
+@pytest.mark.slow
+def test_as_measured_on_two_gpus():
+    """Every rank's peak; the memory they exchange through is not torch's, so it is not part of it."""
+    rows = {row["layout"]: row["GB"] for row in MEASURED_ON_TWO if "GB" in row}
+    assert rows.keys() == LAYOUTS.keys()
+    model, sizes = KNOWN_MODELS["stable-diffusion-3.5-medium"], Sizes(2, 1024, 1024, TEXT_TOKENS)
+    build = BuildConfig.one_size(Resolution.read(1024), 2, TEXT_TOKENS)
+    for name, layout in LAYOUTS.items():
+        found = memory_of(dry_graph(model, layout.at(0), build, "bfloat16"), SD3, model, layout, "bfloat16", sizes, 8)
+        assert found.activations / 1e9 == pytest.approx(rows[name], abs=0.005), name
 
 
 @pytest.mark.slow

@@ -87,11 +87,18 @@ def _exchanged(index: Index, whole: str, received: Op) -> tuple[tuple[str, ...],
     if not all(streams) or len({stream["everyone"] for stream in streams}) > 1:
         return None
     everyone = index.made_by[streams[0]["everyone"]]
-    found = received.match(everyone, index)
+    found = received.match(everyone, index) or (received is GATHERED and _copies(everyone, index))
     if not found:
         return None
     group = index.made_by[everyone.inputs[0]].attributes["group"]
     return index.parts(found["sent"], 3), tuple(stream["length"] for stream in streams), group
+
+
+def _copies(everyone: Layer, index: Index) -> dict | None:
+    """In a group of some of the ranks, an all-gather is an all-to-all of copies."""
+    found = transposed(collective("ALL_TO_ALL", "copies"), 1, 2, 0, 3, 4).match(everyone, index)
+    parts = set(index.parts(found["copies"], 0)) if found else ()
+    return reshaped("sent").match(index.made_by.get(*parts), index) if len(parts) == 1 else None
 
 
 def _fused_attention(kind: str, layer: Layer, attention: Layer, index: Index, qkv, lengths, group) -> Layer | None:
