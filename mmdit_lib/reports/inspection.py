@@ -74,7 +74,7 @@ def inspect_engine(folder: Path) -> EngineReport:
     engine = EngineFolder.open(folder)
     profile = profile_shapes(engine.architecture, engine.model, engine.build_config, engine.layout.cfg_size)
     if engine.builder == "trtllm":  # no graph file
-        table = (*engine.architecture.inputs, engine.architecture.output)
+        table = (*engine.inputs, engine.architecture.output)
         *inputs, output = (Value(x.name, engine.dtype, declared_shape(x, engine.model)) for x in table)
         return EngineReport(engine, tuple(inputs), (output,), profile, {}, _sizes(folder), (), None)
     graph = engine.graph(0)
@@ -94,10 +94,10 @@ def inspect_engine(folder: Path) -> EngineReport:
 def _memory(engine: EngineFolder, graph: Graph) -> Memory:
     build = engine.build_config
     *_, largest = build.sizes(engine.layout.cfg_size)
-    layout, scale = engine.layout, build.vae_scale_factor
+    layout = engine.layout
     weights = meta_weights(engine.architecture, engine.model, layout, engine.dtype)
     rehearse(engine, graph, weights, layout.at(0), engine.path / graph_file(0))
-    return memory_of(graph, engine.architecture, engine.model, layout, engine.dtype, largest, scale)
+    return memory_of(graph, engine.architecture, engine.model, layout, engine.dtype, largest, build)
 
 
 def inspect_checkpoint(folder: Path) -> CheckpointReport:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..architecture import Architecture, ModelConfig
-from ..config import Dtype, Layout, Sizes
+from ..config import BuildConfig, Dtype, Layout, Sizes
 from ..engine.graph import Graph
 from ..engine.inputs import input_dtype, shape_of
 from ..engine.kernel_passes import KERNELS
@@ -33,16 +33,25 @@ class Memory:
 
 
 def memory_of(
-    graph: Graph, architecture: Architecture, model: ModelConfig, layout: Layout, dtype: Dtype, sizes: Sizes, scale: int
+    graph: Graph,
+    architecture: Architecture,
+    model: ModelConfig,
+    layout: Layout,
+    dtype: Dtype,
+    sizes: Sizes,
+    build: BuildConfig,
 ) -> Memory:
-    """Memory of rank 0 for one step at these sizes; `scale` is image pixels per latent pixel.
+    """Memory of rank 0 for one step at these sizes.
 
     The graph must be sound: it is lowered without the checks of `engine/rehearsal.py`.
     """
     weights = meta_weights(architecture, model, layout, dtype)
     passes = NUMERICS + SPEED + KERNELS
     module = lower(graph, weights, device="meta", groups=group_names(graph), passes=passes)
-    inputs = [on_meta(shape_of(x, model, sizes, scale), input_dtype(x, dtype)) for x in architecture.inputs]
+    inputs = [
+        on_meta(shape_of(x, model, sizes, build.vae_scale_factor), input_dtype(x, dtype))
+        for x in architecture.inputs_of(model, build)
+    ]
     peak = Peak(module)
     peak.run(*inputs)
     return Memory(sum(weight.nbytes for weight in weights.values()), peak.nbytes)

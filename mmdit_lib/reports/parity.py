@@ -116,7 +116,7 @@ def compare(
         tolerance = max(TOLERANCES[folder.dtype], TOLERANCES[reference_dtype])
     ours = runner.intermediates(inputs)
     with without_tf32():
-        theirs, left_out = architecture.reference.outputs(reference, inputs)
+        theirs, left_out = architecture.reference.outputs(reference, inputs, folder.model, folder.build_config)
     modules = {**runner.backend.modules, architecture.output.name: (architecture.output.name,)}
 
     rows = []
@@ -128,7 +128,7 @@ def compare(
     for path in modules.keys() - theirs.keys():
         rows.append({"module": path, "output": 0, "status": "missing", "note": "diffusers ran no such module"})
     if reference_dtype == folder.dtype == "float32" and any(row["status"] == "mismatch" for row in rows):
-        exact, _ = architecture.reference.outputs(reference.double(), inputs)
+        exact, _ = architecture.reference.outputs(reference.double(), inputs, folder.model, folder.build_config)
         reference.float()
         for row in rows:
             path, number = row["module"], row["output"]
