@@ -78,7 +78,7 @@ class Input:
     shape: tuple[str, ...]
     dtype: str | None = None
     uniform: float | None = None
-    default: float | None = None
+    default: float | bool | None = None
 
     @property
     def batch_dim(self) -> int | None:

@@ -40,8 +40,8 @@ DTYPES = {
 """The data types that a network can compute in."""
 STORED_DTYPES = DTYPES
 """What a checkpoint's tensor can be stored in."""
-TORCH_DTYPES = {name: names.torch for name, names in STORED_DTYPES.items()} | {"int64": torch.int64}
-"""torch dtypes by name; int64 is for sizes and offsets inside a network."""
+TORCH_DTYPES = {name: names.torch for name, names in STORED_DTYPES.items()} | {"int64": torch.int64, "bool": torch.bool}
+"""torch dtypes by name; int64 is for sizes and offsets inside a network, bool for conditions."""
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -22,7 +22,7 @@ from .rehearsal import rehearse
 
 OPSET, IR_VERSION = 22, 10
 """The first opset whose convolution has bfloat16, and its file format."""
-TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
+TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "bool": "BOOL"}
 """Members of `onnx.TensorProto`, by our names of data types."""
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 ALIGNMENT = 4096
@@ -247,6 +247,7 @@ NODES: dict[str, Callable] = {
     "MATRIX_MULTIPLY": matrix_multiply,
     "NORMALIZATION": normalization,
     "REDUCE": reduce,
+    "SELECT": lambda o, condition, a, b: o.node("Where", condition, a, b),
     "SHAPE": lambda o, x: o.node("Shape", x),
     "SHUFFLE": shuffle,
     "SLICE": slice_,

@@ -75,6 +75,10 @@ def reduce(x, *, op, axes, keep_dims):
     return x.mean([i for i in range(x.dim()) if axes >> i & 1], keepdim=True)
 
 
+def select(condition, a, b):
+    return torch.where(condition, a, b)
+
+
 def shuffle(x, shape=None, *, first_transpose, reshape_dims, second_transpose, zero_is_placeholder):
     assert second_transpose is None and zero_is_placeholder
     if first_transpose:
@@ -162,7 +166,7 @@ def modulate(x, scale, shift):
     return torch.addcmul(shift, x, scale + 1)
 
 
-def select(x, *, index):
+def item(x, *, index):
     return x[index]
 
 
@@ -176,6 +180,7 @@ OPS: dict[str, Callable] = {
     "ELEMENTWISE": elementwise,
     "GATED_NORM": kernels.gated_norm,
     "GATED_SUM": kernels.gated_sum,
+    "ITEM": item,
     "LINEAR": linear,
     "LINEAR_GELU": linear_gelu,
     "MATRIX_MULTIPLY": matrix_multiply,

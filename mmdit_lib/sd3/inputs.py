@@ -18,8 +18,8 @@ INPUTS = (
 )
 OUTPUT = Input("output", ("batch", "out_channels", *LATENT))
 
-KEPT_LAYERS = Input("kept_layers", ("num_layers",), default=1.0)
-"""1 for a block that runs, 0 for one that is skipped."""
+KEPT_LAYERS = Input("kept_layers", ("num_layers",), dtype="bool", default=True)
+"""False for a block that is skipped."""
 RESIDUALS = "block_controlnet_hidden_states"
 """diffusers' argument; its tensors are inputs of their own, `block_controlnet_hidden_states_0` and so on. Stacked into
 one input, all of them would be copied; and if a call gives none, one tensor of zeros serves all."""

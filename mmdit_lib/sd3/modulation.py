@@ -63,13 +63,9 @@ class AdaLayerNormZero(AdaLayerNorm):
     def __init__(self, dim: int, dual: bool = False):
         super().__init__(dim, 9 if dual else 6)
 
-    def forward(self, x, temb, keep=None) -> Norm1:
-        """`keep` [1, 1, 1] multiplies the gates: 0 makes the block the identity, exactly."""
+    def forward(self, x, temb) -> Norm1:
         vectors = self.vectors(temb)
-        branches = [Modulation(*vectors[i : i + 3]) for i in range(0, self.count, 3)]
-        if keep is not None:
-            branches = [branch._replace(gate=branch.gate * keep) for branch in branches]
-        attn, mlp, *attn2 = branches
+        attn, mlp, *attn2 = (Modulation(*vectors[i : i + 3]) for i in range(0, self.count, 3))
         x = self.norm(x)
         first, *second = (Branch(branch.modulate(x), branch.gate) for branch in (attn, *attn2))
         return Norm1(first, mlp, *second)

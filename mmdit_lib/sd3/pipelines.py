@@ -63,7 +63,7 @@ def to_inputs(arguments: dict[str, Any], config: SD3Config, build: BuildConfig) 
 
 
 def kept_layers(skipped: Any, config: SD3Config, build: BuildConfig) -> dict[str, torch.Tensor]:
-    """1 for each block, 0 for those in `skipped`."""
+    """True for each block that is not in `skipped`."""
     skipped = [] if skipped is None else as_list("skip_layers", skipped)
     if not skipped:
         return {}
@@ -76,7 +76,7 @@ def kept_layers(skipped: Any, config: SD3Config, build: BuildConfig) -> dict[str
         raise ValueError(f"{named}: the model's blocks are 0 to {config.num_layers - 1}")
     if len(set(skipped)) < len(skipped):
         raise ValueError(f"{named}: give each block once")
-    return {KEPT_LAYERS.name: torch.ones(config.num_layers).index_fill(0, torch.tensor(skipped), 0.0)}
+    return {KEPT_LAYERS.name: torch.tensor([i not in skipped for i in range(config.num_layers)])}
 
 
 def residual_tensors(residuals: Any, config: SD3Config, build: BuildConfig) -> dict[str, torch.Tensor]:

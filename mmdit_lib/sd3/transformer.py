@@ -41,13 +41,10 @@ class JointTransformerBlock(Module):
             self.norm2_context = LayerNorm()
             self.ff_context = FeedForward(dim)
 
-    def forward(self, x, c, temb, keep=None, *, image: Stream, text: Stream):
-        """x [B, N, D], c [B, T, D], temb [B, D] -> (c, x); c is None after the last block.
-
-        `keep` [1, 1, 1] is 0 to skip the block: every branch ends in a gate.
-        """
-        norm = self.norm1(x, temb, keep)
-        norm_c = self.norm1_context(c, temb) if self.context_pre_only else self.norm1_context(c, temb, keep)
+    def forward(self, x, c, temb, *, image: Stream, text: Stream):
+        """x [B, N, D], c [B, T, D], temb [B, D] -> (c, x); c is None after the last block."""
+        norm = self.norm1(x, temb)
+        norm_c = self.norm1_context(c, temb)
         c_in = norm_c if self.context_pre_only else norm_c.attn.x
 
         x_attn, c_attn = self.attn(norm.attn.x, c_in, streams=[image, text])
@@ -92,7 +89,7 @@ class MMDiT(Module):
         """latents [B, C, H, W], text [B, T, J], pooled [B, P], timestep [B] float32 -> [B, C, H, W].
 
         Args:
-            kept_layers: [blocks], 0 for a block that is skipped, otherwise 1.
+            kept_layers: bool [blocks], false for a block that is skipped: its result is replaced by its input.
             residuals: a ControlNet's output [B, N, D] to add after each block, or None.
             max_patches: rows and columns of the largest image, in patches.
         """
@@ -106,8 +103,8 @@ class MMDiT(Module):
         temb = self.time_text_embed(split_batch(timestep), split_batch(pooled_projections))
         local = {residual: image.split(split_batch(residual)) for residual in residuals if residual is not None}
         for i, (block, residual) in enumerate(zip_longest(self.transformer_blocks, residuals)):
-            keep = None if kept_layers is None else F.reshape(F.narrow(kept_layers, 0, i, 1), (1, 1, 1))
-            c, x = block(x, c, temb, keep, image=image, text=text)
+            after = block(x, c, temb, image=image, text=text)
+            c, x = after if kept_layers is None else kept(F.narrow(kept_layers, 0, i, 1), after, (c, x))
             if residual is not None:
                 x = x + local[residual]
         patches = self.proj_out(self.norm_out(x, temb))
@@ -118,6 +115,12 @@ class MMDiT(Module):
         p, channels = self.config.patch_size, self.config.out_channels
         x = F.reshape(x, (F.size(x, 0), rows, columns, p, p, channels))
         return F.reshape(F.transpose(x, 0, 5, 1, 3, 2, 4), (F.size(x, 0), channels, rows * p, columns * p))
+
+
+def kept(keep: Tensor, after: tuple[Tensor | None, Tensor], before: tuple[Tensor, Tensor]):
+    """A block's results, or its inputs if `keep` [1] is false. (The last block returns no text.)"""
+    keep = F.reshape(keep, (1, 1, 1))
+    return tuple(new if new is None else F.select(keep, new, old) for new, old in zip(after, before, strict=True))
 
 
 def define(config: SD3Config, inputs: dict[str, Tensor], build: BuildConfig) -> Tensor:
