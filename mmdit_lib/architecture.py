@@ -152,6 +152,9 @@ class Pipelines(Protocol):
         Raises `ValueError` naming an argument that is invalid, or that the engine does not support.
         """
 
+    def check_call(self, options: Mapping[str, Any], config: ModelConfig, build: BuildConfig) -> None:
+        """Raises `ValueError` naming an option of the pipeline's call that the engine does not support."""
+
     def encode(self, pipe, prompt, *, generator, latents, options: dict, encoding: dict) -> dict[str, torch.Tensor]:
         """Run the text encoders and draw the initial noise; returns arguments for the pipeline's call."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -142,8 +143,10 @@ def _describe_engine(report: EngineReport) -> Group:
     if given := engine.plan_options.given():
         about.append(("plan options", ", ".join(f"{name} {value}" for name, value in given.items())))
     tensors = _table("inputs and outputs", "name", "dtype", "shape", "min", "opt", "max")
-    for value in report.inputs:
-        tensors.add_row(value.name, value.dtype, _shape(value.shape), *map(_shape, report.profile[value.name]))
+    for (stem, dtype, shape), group in groupby(report.inputs, key=_kind):
+        first, *others = [value.name for value in group]
+        name = f"{first} to {others[-1].removeprefix(stem)}" if others else first
+        tensors.add_row(name, dtype, _shape(shape), *map(_shape, report.profile[first]))
     for value in report.outputs:
         tensors.add_row(value.name, value.dtype, _shape(value.shape), "", "", "")
     layers = _table(f"layers of {graph_file(0)}", "type", "count")
@@ -183,6 +186,11 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
     for name, tensor in report.largest():
         largest.add_row(name, _shape(tensor.shape), size(tensor.nbytes))
     return Group(_facts(checkpoint.path, about), config, largest, _files(report.files))
+
+
+def _kind(value: Value) -> tuple[str, str, tuple[int, ...]]:
+    """Equal for inputs that differ only in the number at the end of their names."""
+    return value.name.rstrip("0123456789"), value.dtype, value.shape
 
 
 def _source(path: str | None, own: CheckpointManifest | None) -> str:

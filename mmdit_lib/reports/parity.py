@@ -6,6 +6,7 @@ tensors that each module returned, so values are matched by name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -281,7 +282,8 @@ def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
 
 def _title(table: pd.DataFrame) -> str:
     about = table.attrs
-    sizes = ", ".join("x".join(map(str, shape)) for shape in about["inputs"].values())
+    shapes = Counter("x".join(map(str, shape)) for shape in about["inputs"].values())
+    sizes = ", ".join(shape if count == 1 else f"{count} of {shape}" for shape, count in shapes.items())
     return f"errors of the {about['dtype']} engine against diffusers in {about['reference_dtype']}; inputs {sizes}"
 
 

@@ -62,12 +62,14 @@ def to_inputs(arguments: dict[str, Any], config: SD3Config, build: BuildConfig) 
     return kept_layers(skipped, config, build) | residual_tensors(residuals, config, build)
 
 
-def kept_layers(skipped: Any, config: SD3Config, build: BuildConfig) -> dict[str, torch.Tensor]:
-    """True for each block that is not in `skipped`."""
-    skipped = [] if skipped is None else as_list("skip_layers", skipped)
+def kept_layers(
+    skipped: Any, config: SD3Config, build: BuildConfig, name: str = "skip_layers"
+) -> dict[str, torch.Tensor]:
+    """True for each block that is not in `skipped`, which the argument `name` gave."""
+    skipped = [] if skipped is None else as_list(name, skipped)
     if not skipped:
         return {}
-    named = f"skip_layers={shown(skipped)}"
+    named = f"{name}={shown(skipped)}"
     if not build.skip_layers:
         raise ValueError(f"{named}: the engine always runs every layer; build with --skip_layers")
     if any(isinstance(i, bool) or not isinstance(i, Integral) for i in skipped):
@@ -86,10 +88,8 @@ def residual_tensors(residuals: Any, config: SD3Config, build: BuildConfig) -> d
     residuals, built = as_list(RESIDUALS, residuals), build.controlnet_residuals
     if len(residuals) != built:
         takes = f"takes {built}" if built else "has no ControlNet inputs"
-        raise ValueError(
-            f"{RESIDUALS}: {len(residuals)} residuals, but the engine {takes}; "
-            f"build with --controlnet_residuals {len(residuals)}"
-        )
+        remedy = f"build with --controlnet_residuals {len(residuals)}" if residuals else "give None for no residuals"
+        raise ValueError(f"{RESIDUALS}: {len(residuals)} residuals, but the engine {takes}; {remedy}")
     if not all(isinstance(x, torch.Tensor) for x in residuals):
         raise ValueError(f"{RESIDUALS}: give a list of tensors")
     given = {residual_name(i): residual for i, residual in enumerate(residuals)}
@@ -115,6 +115,11 @@ def check_arguments(arguments: dict[str, Any]) -> None:
                 continue
             what = "LoRA scale" if key == "scale" else "argument"
             raise ValueError(f"{name}['{key}']: the engine does not support this {what}")
+
+
+def check_call(options: Mapping[str, Any], config: SD3Config, build: BuildConfig) -> None:
+    """Raises `ValueError` naming an option of the pipeline's call that the engine does not support."""
+    kept_layers(options.get("skip_guidance_layers"), config, build, "skip_guidance_layers")
 
 
 @torch.inference_mode()
