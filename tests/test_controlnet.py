@@ -127,7 +127,7 @@ def test_half_precision_is_no_further_from_float32_than_diffusers(dtype):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ([(2, 64, 64)], f"{NAME}: 1 residuals, but the engine takes 3; build with --controlnet_residuals 1"),
+        ([(2, 64, 64)], f"{NAME}: 1 residual, but the engine takes 3; build with --controlnet_residuals 1"),
         ([(2, 64, 64)] * 4, f"{NAME}: 4 residuals, but the engine takes 3; build with --controlnet_residuals 4"),
         ([(2, 64, 64), (2, 63, 64)], rf"{NAME}_1 must have shape \(2, 64, 64\) for this image, not \(2, 63, 64\)"),
         ([(2, 64, 64), (2, 64, 65)], f"{NAME}_1: expected hidden_size 64, got 65"),
@@ -405,3 +405,16 @@ def test_the_pipeline_on_two_ranks(model, tmp_path):
     found = np.asarray(Image.open(tmp_path / "picture.png"), dtype=int)
     expected = paint(StableDiffusion3ControlNetPipeline(**plain.components, controlnet=net), control_image=image)
     assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.slow
+def test_every_rank_has_a_plan(tmp_path):
+    config = model_config(heads=12, head_dim=4, num_layers=2, dual_attention_layers=(0,))
+    random_transformer(config).save_pretrained(tmp_path / "source")
+    layouts = {name: options for of_world in LAYOUTS.values() for name, options in of_world.items()}
+    for name in ("cp2 ulysses", "tp2 x cp2", "cfg2 x cp2"):
+        converting, building = layouts[name]
+        output = tmp_path / name.replace(" ", "_")
+        checkpoint = convert(tmp_path / "source", f"{output}_checkpoint", progress=False, **converting)
+        found = EngineFolder.open(build(checkpoint, output, **PROFILE, **building))
+        assert {plan_file(rank) for rank in range(found.layout.world_size)} <= found.files.keys(), name
