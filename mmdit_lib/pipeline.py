@@ -39,12 +39,12 @@ def load_pipeline(
         pipeline_class: by default the model's text-to-image pipeline; img2img, inpainting and, with
             `controlnet=...`, the ControlNet pipelines work too.
         device: device of all components; by default CUDA if available.
-        dtype: dtype of the other components; by default the engine's on a GPU and float32 on a CPU, where half
-            precision is slower.
+        dtype: dtype of the other components; by default the engine's on a GPU or with a ControlNet, otherwise float32
+            on a CPU, where half precision is slower.
         runner_options: how to open the engine: a `RunnerOptions`, or a mapping with some of its fields.
         encode_on_rank_0: over MPI, load the text encoders on rank 0 only, for `sample`.
         options: passed to `from_pretrained`; a component that the pipeline's folder lacks (`controlnet`) is passed to
-            the pipeline class.
+            the pipeline class, on the same device and in the same dtype as the others.
 
     Raises:
         ValueError: if a component is given without a pipeline class for it, the engine folder is damaged, or the
@@ -52,7 +52,7 @@ def load_pipeline(
         OSError: from diffusers, if `model` cannot be found or downloaded.
     """
     special = EngineFolder.open(engine_dir).architecture.pipelines
-    added = {name: options.pop(name) for name in special.ADDED_COMPONENTS if name in options}
+    added = {name: options.pop(name) for name in special.ADDED_COMPONENTS if options.get(name)}
     if added and pipeline_class is None:
         raise ValueError(f"{next(iter(added))}: give the pipeline_class that takes it")
     if not isinstance(runner_options, RunnerOptions):
@@ -60,15 +60,21 @@ def load_pipeline(
     if device is not None:
         runner_options = with_changes(runner_options, {"device": device})
     runner = MMDiTRunner.from_engine(engine_dir, runner_options)
-    dtype = dtype or (runner.dtype if runner.device.type == "cuda" else torch.float32)
+    # Pipelines prepare images for added components in the transformer's dtype.
+    dtype = dtype or (runner.dtype if runner.device.type == "cuda" or added else torch.float32)
     left_out = ["transformer", *(special.TEXT_ENCODERS if encode_on_rank_0 and runner.rank else ())]
     options = {"use_safetensors": True, **dict.fromkeys(left_out), **dtype_option(dtype), **options}
     default_class = special.default_class()
     with doing("loading the pipeline"):
         first_class = default_class if added else pipeline_class or default_class
         pipe = install(first_class.from_pretrained(resolve_model(model), **options).to(runner.device), runner)
-        # These components may need the transformer when the pipeline is created.
-        return pipeline_class(**pipe.components, **added).to(runner.device) if added else pipe
+        if not added:
+            return pipe
+        for component in added.values():
+            for module in component if isinstance(component, (list, tuple)) else [component]:
+                module.to(dtype)
+        # With the transformer, which these components may read when the pipeline is created.
+        return pipeline_class(**pipe.components, **added).to(runner.device)
 
 
 def install(pipe, runner: MMDiTRunner):
@@ -81,8 +87,9 @@ def install(pipe, runner: MMDiTRunner):
 def sample(pipe, prompt: str | list[str], *, generator: torch.Generator | None = None, **options) -> list[Image.Image]:
     """Run a pipeline on all ranks; every rank calls this and gets the same images.
 
-    Text encoders and VAE run on rank 0 only, which broadcasts the text embeddings (a few MB) and the noise,
-    so all ranks start from the same latents.
+    Text encoders and the VAE's decoder run on rank 0 only, which broadcasts the text embeddings (a few MB) and the
+    noise, so all ranks start from the same latents. Control images are encoded on every rank, with the same random
+    numbers.
 
     Args:
         pipe: from `load_pipeline`; with `encode_on_rank_0=True` only rank 0 loads the text encoders (T5-XXL: 9.5 GB).

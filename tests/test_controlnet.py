@@ -307,9 +307,20 @@ def test_pipelines(model, engine, kind, nets, options):
     assert np.abs(a - paint(plain)).max() > 1, "the ControlNet changes the picture"
 
 
+def test_every_component_has_the_engines_dtype(model, tmp_path):
+    """The pipeline prepares the control image in the transformer's dtype, so VAE and ControlNet need the same."""
+    checkpoint = convert(model, tmp_path / "checkpoint", dtype="bfloat16", progress=False)
+    engine = build(checkpoint, tmp_path / "engine", controlnet_residuals=2, plan=False, progress=False)
+    net = control_net(StableDiffusion3Pipeline.from_pretrained(model))
+    kind = StableDiffusion3ControlNetPipeline
+    pipe = load_pipeline(model, engine, pipeline_class=kind, controlnet=net, device="cpu")
+    assert {pipe.controlnet.dtype, pipe.vae.dtype, pipe.transformer.dtype} == {torch.bfloat16}
+    assert paint(pipe, control_image=picture(1)).std() > 5
+
+
 def test_a_component_needs_its_pipeline(model, engine):
     with pytest.raises(ValueError, match=r"^controlnet: give the pipeline_class that takes it$"):
-        load_pipeline(model, engine, controlnet=None)
+        load_pipeline(model, engine, controlnet=object())
 
 
 def test_the_runner_has_what_a_pipeline_reads(model, engine):
