@@ -87,14 +87,14 @@ def residual_tensors(residuals: Any, config: SD3Config, build: BuildConfig) -> d
         return {}
     residuals, built = as_list(RESIDUALS, residuals), build.controlnet_residuals
     if len(residuals) != built:
-        plural = f"{len(residuals)} residual{'s' * (len(residuals) != 1)}"
+        given = f"{len(residuals)} residual{'s' * (len(residuals) != 1)}"
         takes = f"takes {built}" if built else "has no ControlNet inputs"
         remedy = f"build with --controlnet_residuals {len(residuals)}" if residuals else "give None for no residuals"
-        raise ValueError(f"{RESIDUALS}: {plural}, but the engine {takes}; {remedy}")
+        raise ValueError(f"{RESIDUALS}: {given}, but the engine {takes}; {remedy}")
     if not all(isinstance(x, torch.Tensor) for x in residuals):
         raise ValueError(f"{RESIDUALS}: give a list of tensors")
-    given = {residual_name(i): residual for i, residual in enumerate(residuals)}
-    return {name: given[name] for name in residual_inputs(config, build) if name}
+    named = {residual_name(i): residual for i, residual in enumerate(residuals)}
+    return {name: named[name] for name in residual_inputs(config, build) if name}
 
 
 def as_list(name: str, values: Any) -> list:
