@@ -66,19 +66,24 @@ class Input:
     """An input or output of an engine.
 
     Attributes:
-        shape: one size per dimension: a name, or a name divided by another ('height/vae_scale_factor'). Names are
-            those of `config.Sizes` (dynamic) and of the model config's fields (static).
+        shape: one size per dimension: a name, a name divided by others ('height/vae_scale_factor'), or a product of
+            these ('height/patch_size*width/patch_size'). Names are those of `config.Sizes` (dynamic) and of the
+            model config's attributes (static).
         dtype: None for the network's dtype.
-        uniform: random inputs are uniform in [0, `uniform`); unit normal if None.
-        default: every element of an input that a call leaves out, and of samples: diffusers' transformer has no
-            such argument. None: a call must give it.
+        uniform: samples are uniform in [0, `uniform`). None: they are the default or, without one, unit normal.
+        default: every element of an input that a call leaves out. None: a call must give it.
     """
 
     name: str
     shape: tuple[str, ...]
     dtype: str | None = None
     uniform: float | None = None
-    default: float | None = None
+    default: float | bool | None = None
+
+    @property
+    def batch_dim(self) -> int | None:
+        """The dimension of the batch, if there is one."""
+        return self.shape.index("batch") if "batch" in self.shape else None
 
 
 class SingleFile(NamedTuple):
@@ -107,8 +112,15 @@ class Reference(Protocol):
     ) -> torch.nn.Module:
         """Load from `path`: a folder, a hub id or, with `config`, a single file."""
 
+    def arguments(self, inputs: Mapping[str, torch.Tensor], config: ModelConfig, build: BuildConfig) -> dict[str, Any]:
+        """The arguments of diffusers' transformer for an engine's inputs, without those that it does not have."""
+
     def outputs(
-        self, reference: torch.nn.Module, inputs: dict[str, torch.Tensor]
+        self,
+        reference: torch.nn.Module,
+        inputs: Mapping[str, torch.Tensor],
+        config: ModelConfig,
+        build: BuildConfig,
     ) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
         """Every module's outputs by our path, in the order in which modules finish; the reason for each omission.
 
@@ -123,13 +135,25 @@ class Pipelines(Protocol):
     """Names of the pipeline's text encoder components."""
     ENCODER_OPTIONS: tuple[str, ...]
     """Options of the pipeline's call that go to its text encoders."""
+    ARGUMENTS: tuple[str, ...]
+    """Names of the arguments of diffusers' transformer, in its order."""
+    ADDED_COMPONENTS: tuple[str, ...]
+    """Components that a pipeline's folder lacks: a user gives them to a pipeline class that takes them."""
+    ATTRIBUTES: Mapping[str, Callable[[ModelConfig, Mapping[str, torch.Tensor]], Any]]
+    """What pipelines read from diffusers' transformer besides its config, from config and checkpoint tensors."""
 
     def default_class(self) -> type: ...
     def adapt(self, pipe, config: ModelConfig) -> None:
         """Set what a pipeline loaded without a transformer would otherwise read from its config."""
 
-    def check_arguments(self, arguments: dict[str, Any]) -> None:
-        """Raises `ValueError` naming a transformer argument that an engine does not support."""
+    def to_inputs(self, arguments: dict[str, Any], config: ModelConfig, build: BuildConfig) -> dict[str, torch.Tensor]:
+        """The optional inputs for those arguments of diffusers' transformer that are no inputs themselves.
+
+        Raises `ValueError` naming an argument that is invalid, or that the engine does not support.
+        """
+
+    def check_call(self, options: Mapping[str, Any], config: ModelConfig, build: BuildConfig) -> None:
+        """Raises `ValueError` naming an option of the pipeline's call that the engine does not support."""
 
     def encode(self, pipe, prompt, *, generator, latents, options: dict, encoding: dict) -> dict[str, torch.Tensor]:
         """Run the text encoders and draw the initial noise; returns arguments for the pipeline's call."""
@@ -148,7 +172,8 @@ class Architecture:
         known_models: configs of published models, by the last part of their hub id.
         module: the root of its module tree.
         define: adds the full network: config, inputs by name, build options -> output.
-        inputs: the network's inputs, in the order of the transformer's arguments.
+        inputs: the inputs of every network, in the order of the transformer's arguments.
+        optional_inputs: the inputs that build options add to them.
         output: the network's output.
         shardings: tensor-parallel tables by layout.
         keys: maps tensor and module names.
@@ -165,6 +190,7 @@ class Architecture:
     module: Callable[[ModelConfig], Module]
     define: Callable[[ModelConfig, dict[str, Tensor], BuildConfig], Tensor]
     inputs: tuple[Input, ...]
+    optional_inputs: Callable[[ModelConfig, BuildConfig], tuple[Input, ...]]
     output: Input
     shardings: Mapping[TpLayout, Sharding]
     keys: Keys
@@ -175,9 +201,9 @@ class Architecture:
     blocks: str
     vae_scale_factor: int
 
-    def given(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inputs that diffusers' transformer has too."""
-        return {x.name: inputs[x.name] for x in self.inputs if x.default is None}
+    def inputs_of(self, config: ModelConfig, build: BuildConfig) -> tuple[Input, ...]:
+        """All inputs of a build's network."""
+        return (*self.inputs, *self.optional_inputs(config, build))
 
     def parameters(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Name and full shape of every checkpoint tensor, in the order of definition."""

@@ -122,6 +122,7 @@ def generate_command(
     resolution: str | None = None,
     num_inference_steps: int = 28,
     guidance_scale: float = 7.0,
+    skip_guidance_layers: tuple[int, ...] = (),
     seed: int = 0,
     runner: Runner = DEFAULTS,
 ) -> None:
@@ -136,6 +137,7 @@ def generate_command(
         resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
         num_inference_steps: denoising steps.
         guidance_scale: scale of classifier-free guidance; 1 turns it off.
+        skip_guidance_layers: blocks that skip-layer guidance skips, for instance 7 8 9; build with --skip_layers.
         seed: seed of the noise.
     """
     from .generate import generate
@@ -150,6 +152,7 @@ def generate_command(
         resolution=resolution,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        skip_guidance_layers=list(skip_guidance_layers) or None,
         seed=seed,
         runner_options=runner,
     )

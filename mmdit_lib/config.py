@@ -40,8 +40,8 @@ DTYPES = {
 """The data types that a network can compute in."""
 STORED_DTYPES = DTYPES
 """What a checkpoint's tensor can be stored in."""
-TORCH_DTYPES = {name: names.torch for name, names in STORED_DTYPES.items()} | {"int64": torch.int64}
-"""torch dtypes by name; int64 is for sizes and offsets inside a network."""
+TORCH_DTYPES = {name: names.torch for name, names in STORED_DTYPES.items()} | {"int64": torch.int64, "bool": torch.bool}
+"""torch dtypes by name; int64 is for sizes and offsets inside a network, bool for conditions."""
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -57,6 +57,7 @@ MAX_PIXELS = 1 << 16
 """Of an image's side."""
 MAX_TEXT_TOKENS = 1 << 16
 MAX_BATCH = 1 << 16
+MAX_RESIDUALS = 512
 """These limits only keep a damaged or hostile file from asking for unbounded work; no real value comes near them."""
 
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
@@ -256,7 +257,7 @@ class Sizes(NamedTuple):
 
 
 class BuildConfig(Config):
-    """The optimization profile of a build. Batch sizes are in rows, as in `Sizes`."""
+    """The optimization profile of a build, and what else a call can give. Batch sizes are in rows, as in `Sizes`."""
 
     max_batch_size: int = Field(ge=1, le=MAX_BATCH, strict=True)
     min_resolution: Resolution
@@ -268,6 +269,10 @@ class BuildConfig(Config):
     max_text_tokens: int = Field(589, le=MAX_TEXT_TOKENS, strict=True)
     vae_scale_factor: VaeScaleFactor = 8
     """Image pixels per latent pixel."""
+    skip_layers: bool = Field(False, strict=True)
+    """Whether a call can skip blocks, for skip-layer guidance."""
+    controlnet_residuals: int = Field(0, ge=0, le=MAX_RESIDUALS, strict=True)
+    """How many residuals the ControlNet has, one for each of its blocks; 0: the engine takes none."""
 
     @model_validator(mode="after")
     def _ordered(self):

@@ -57,7 +57,7 @@ def generate(
         seed: seed of the noise, which is drawn on the CPU so that it is the same on every device.
         device: by default CUDA if available.
         runner_options: how to open the engine, as for `load_pipeline`.
-        call_options: for the pipeline's call, for instance `num_inference_steps`.
+        call_options: for the pipeline's call, for instance `num_inference_steps` or `skip_guidance_layers`.
 
     Raises:
         ValueError: before anything is loaded, if size, steps or guidance are invalid; then as `load_pipeline`.
@@ -69,6 +69,7 @@ def generate(
     folder = EngineFolder.open(engine_dir)
     size = Resolution.read(resolution or folder.build_config.opt_resolution)
     check_sizes(folder, folder.build_config.sizes(1)[1]._replace(height=size.height, width=size.width))
+    folder.architecture.pipelines.check_call(call_options, folder.model, folder.build_config)
     call_options |= {"height": size.height, "width": size.width, "generator": torch.Generator().manual_seed(seed)}
     parallel = folder.layout.world_size > 1
     pipe = load_pipeline(model, engine_dir, device=device, runner_options=runner_options, encode_on_rank_0=parallel)

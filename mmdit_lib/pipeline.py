@@ -13,6 +13,7 @@ from PIL import Image
 from .checkpoint.hub import resolve_model
 from .config import dtype_option
 from .engine.backend import RunnerOptions
+from .engine.folder import EngineFolder
 from .parallel.faults import start_mpi
 from .parallel.heartbeat import doing
 from .parallel.messages import broadcast, check_equal
@@ -35,30 +36,45 @@ def load_pipeline(
     Args:
         model: pipeline folder, hub id or tiny, for the text encoders, the VAE and the scheduler.
         engine_dir: an engine folder written by `build`.
-        pipeline_class: by default the model's text-to-image pipeline; img2img and inpainting work too.
+        pipeline_class: by default the model's text-to-image pipeline; img2img, inpainting and, with
+            `controlnet=...`, the ControlNet pipelines work too.
         device: device of all components; by default CUDA if available.
-        dtype: dtype of the other components; by default the engine's on a GPU and float32 on a CPU, where half
-            precision is slower.
+        dtype: dtype of the other components; by default the engine's on a GPU or with a ControlNet, otherwise float32
+            on a CPU, where half precision is slower.
         runner_options: how to open the engine: a `RunnerOptions`, or a mapping with some of its fields.
         encode_on_rank_0: over MPI, load the text encoders on rank 0 only, for `sample`.
-        options: passed to `from_pretrained`.
+        options: passed to `from_pretrained`; a component that the pipeline's folder lacks (`controlnet`) is passed to
+            the pipeline class, on the same device and in the same dtype as the others.
 
     Raises:
-        ValueError: if the engine folder is damaged, or the backend cannot run here.
+        ValueError: if a component is given without a pipeline class for it, the engine folder is damaged, or the
+            backend cannot run here.
         OSError: from diffusers, if `model` cannot be found or downloaded.
     """
+    special = EngineFolder.open(engine_dir).architecture.pipelines
+    added = {name: options.pop(name) for name in special.ADDED_COMPONENTS if options.get(name)}
+    if added and pipeline_class is None:
+        raise ValueError(f"{next(iter(added))}: give the pipeline_class that takes it")
     if not isinstance(runner_options, RunnerOptions):
         runner_options = with_changes(RunnerOptions(), runner_options or {})
     if device is not None:
         runner_options = with_changes(runner_options, {"device": device})
     runner = MMDiTRunner.from_engine(engine_dir, runner_options)
-    special = runner.folder.architecture.pipelines
-    dtype = dtype or (runner.dtype if runner.device.type == "cuda" else torch.float32)
+    # Pipelines prepare images for added components in the transformer's dtype.
+    dtype = dtype or (runner.dtype if runner.device.type == "cuda" or added else torch.float32)
     left_out = ["transformer", *(special.TEXT_ENCODERS if encode_on_rank_0 and runner.rank else ())]
     options = {"use_safetensors": True, **dict.fromkeys(left_out), **dtype_option(dtype), **options}
+    default_class = special.default_class()
     with doing("loading the pipeline"):
-        pipe = (pipeline_class or special.default_class()).from_pretrained(resolve_model(model), **options)
-    return install(pipe.to(runner.device), runner)
+        first_class = default_class if added else pipeline_class or default_class
+        pipe = install(first_class.from_pretrained(resolve_model(model), **options).to(runner.device), runner)
+        if not added:
+            return pipe
+        for component in added.values():
+            for module in component if isinstance(component, (list, tuple)) else [component]:
+                module.to(dtype)
+        # With the transformer, which these components may read when the pipeline is created.
+        return pipeline_class(**pipe.components, **added).to(runner.device)
 
 
 def install(pipe, runner: MMDiTRunner):
@@ -71,8 +87,9 @@ def install(pipe, runner: MMDiTRunner):
 def sample(pipe, prompt: str | list[str], *, generator: torch.Generator | None = None, **options) -> list[Image.Image]:
     """Run a pipeline on all ranks; every rank calls this and gets the same images.
 
-    Text encoders and VAE run on rank 0 only, which broadcasts the text embeddings (a few MB) and the noise,
-    so all ranks start from the same latents.
+    Text encoders and the VAE's decoder run on rank 0 only, which broadcasts the text embeddings (a few MB) and the
+    noise, so all ranks start from the same latents. Control images are encoded on every rank, with the same random
+    numbers.
 
     Args:
         pipe: from `load_pipeline`; with `encode_on_rank_0=True` only rank 0 loads the text encoders (T5-XXL: 9.5 GB).
@@ -96,6 +113,7 @@ def sample(pipe, prompt: str | list[str], *, generator: torch.Generator | None =
             how = dict(generator=generator, latents=latents, options=options, encoding=encoding)
             given = special.encode(pipe, prompt, **how)
         given = broadcast(world, given, pipe.transformer.device)
+    share_random_state(world, pipe.transformer.device)
     pipe.transformer.count_steps(options.get("num_inference_steps"))
     with doing("denoising"), torch.inference_mode():
         latents = pipe(**given, **options, output_type="latent").images
@@ -105,6 +123,17 @@ def sample(pipe, prompt: str | list[str], *, generator: torch.Generator | None =
             pixels = {"pixels": as_pixels(special.decode(pipe, latents))}
         pixels = broadcast(world, pixels, torch.device("cpu"))["pixels"].numpy()
     return [Image.fromarray(picture) for picture in pixels]
+
+
+def share_random_state(world, device: torch.device) -> None:
+    """Give every rank rank 0's random state, for what pipelines draw without a generator (encoded control images)."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    states = broadcast(world, states if world.rank == 0 else None, torch.device("cpu"))
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def as_pixels(images: list[Image.Image]) -> torch.Tensor:

@@ -36,12 +36,22 @@ class MMDiTRunner:
         rank: this process's rank in the engine folder's layout.
     """
 
-    def __init__(self, folder: EngineFolder, backend: Backend, reason: str, *, rank: int = 0, check_finite=True):
+    def __init__(
+        self,
+        folder: EngineFolder,
+        backend: Backend,
+        reason: str,
+        *,
+        rank: int = 0,
+        check_finite: bool = True,
+        checkpoint_dir: str | Path | None = None,
+    ):
         self.folder = folder
         self.backend = backend
         self.reason = reason
         self.rank = rank
         self.check_finite = check_finite
+        self.checkpoint_dir = checkpoint_dir
         self.dtype = TORCH_DTYPES[folder.dtype]
         self.device = backend.device
         self._step, self._steps = 0, None
@@ -53,6 +63,15 @@ class MMDiTRunner:
         from diffusers.configuration_utils import FrozenDict
 
         return FrozenDict(self.folder.model.to_diffusers())
+
+    def __getattr__(self, name: str):
+        """What a pipeline reads from diffusers' transformer besides its config; the checkpoint's file is read."""
+        folder = vars(self).get("folder")
+        if folder is None or name not in folder.architecture.pipelines.ATTRIBUTES:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+        tp_rank = folder.layout.at(self.rank).tp_rank
+        weights = folder.open_checkpoint(self.checkpoint_dir, tp_rank=tp_rank).weights(tp_rank)
+        return folder.architecture.pipelines.ATTRIBUTES[name](folder.model, weights)
 
     @classmethod
     def from_engine(cls, engine_dir: str | Path, options: RunnerOptions | None = None, **changes) -> MMDiTRunner:
@@ -81,20 +100,23 @@ class MMDiTRunner:
         log.info("backend %s: %s", backend.name, reason)
         with parallel.doing("loading weights"):
             opened = backend.open(folder, options, team)
-        if missing := [x.name for x in folder.architecture.inputs if x.name not in opened.inputs]:
+        table = [x.name for x in folder.inputs]
+        if missing := [name for name in table if name not in opened.inputs]:
             raise ValueError(f"{folder.path} has no input {missing[0]}: build it again with this version")
-        if unknown := set(opened.inputs) - {x.name for x in folder.architecture.inputs}:
+        if unknown := set(opened.inputs) - set(table):
             raise ValueError(
                 f"{folder.path} has an input {min(unknown)}, which {folder.architecture.name} does not have"
             )
-        rank = team.rank if team else 0
-        return cls(folder, opened, reason, rank=rank, check_finite=options.check_finite)
+        kept = {"check_finite": options.check_finite, "checkpoint_dir": options.checkpoint_dir}
+        return cls(folder, opened, reason, rank=team.rank if team else 0, **kept)
 
-    def __call__(self, *positional, return_dict: bool = True, **arguments):
+    def __call__(self, *positional, **arguments):
         """One denoising step, with the arguments of diffusers' transformer.
 
         For SD3: hidden_states [B, C, H, W], encoder_hidden_states [B, T, J], pooled_projections [B, P], timestep
-        [B] (0 to 1000, at any stride). Other arguments raise an error unless they are None.
+        [B] (0 to 1000, at any stride); skip_layers (numbers of blocks), block_controlnet_hidden_states ([B, N, D] for
+        each block of the ControlNet), if the engine was built for them. Other arguments raise an error unless they
+        are None.
 
         Returns:
             The prediction [B, C, H, W] in the latents' dtype, as `Transformer2DModelOutput` or, with
@@ -103,11 +125,12 @@ class MMDiTRunner:
         Raises:
             ValueError: for a shape outside the engine's profile, an unsupported argument, NaN or infinity.
         """
-        names = [tensor.name for tensor in self.folder.architecture.inputs]
-        arguments = dict(zip(names, positional, strict=False)) | arguments
-        inputs = {name: arguments.pop(name, None) for name in names}
-        self.folder.architecture.pipelines.check_arguments(arguments)
-        output = self.run(inputs).to(inputs[names[0]].dtype)
+        folder, special = self.folder, self.folder.architecture.pipelines
+        arguments = dict(zip(special.ARGUMENTS, positional, strict=False)) | arguments
+        return_dict = arguments.pop("return_dict", True)
+        inputs = {tensor.name: arguments.pop(tensor.name, None) for tensor in folder.inputs}
+        inputs |= special.to_inputs(arguments, folder.model, folder.build_config)
+        output = self.run(inputs).to(inputs[folder.inputs[0].name].dtype)
         if not return_dict:
             return (output,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -123,7 +146,8 @@ class MMDiTRunner:
         with self._named_step(prepared):
             output = self.backend(prepared)[:batch]
             if self.check_finite:
-                self._check_finite({**prepared, "output": output})
+                given = {name: prepared[name] for name, value in inputs.items() if value is not None}
+                self._check_finite({**given, "output": output})
         return output
 
     def count_steps(self, steps: int | None) -> None:
@@ -152,22 +176,21 @@ class MMDiTRunner:
 
     def prepare(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
         """Check inputs against the profile; returns them on the engine's device in its dtypes, and the batch size."""
-        table = self.folder.architecture.inputs
+        table, cfg_size = self.folder.inputs, self.folder.layout.cfg_size
         inputs = {name: value for name, value in inputs.items() if value is not None}
         missing = [tensor.name for tensor in table if tensor.default is None and tensor.name not in inputs]
         if missing:
             raise ValueError(f"missing input {', '.join(missing)}")
         sizes = check_shapes(self.folder, {name: tuple(value.shape) for name, value in inputs.items()})
-        inputs = default_inputs(self.folder, sizes) | inputs
-        batch = len(inputs[table[0].name])
-        odd = batch % self.folder.layout.cfg_size
-        prepared = {}
-        for tensor in table:
+        # CFG parallelism halves the batch; a single row (guidance off) is computed twice.
+        odd = sizes.batch % cfg_size
+        prepared = default_inputs(self.folder, sizes._replace(batch=sizes.batch + odd), self.device)
+        for tensor in (x for x in table if x.name in inputs):
             dtype = TORCH_DTYPES[input_dtype(tensor, self.folder.dtype)]
-            value = inputs[tensor.name].to(self.device, dtype)
-            # CFG parallelism halves the batch; a single row (guidance off) is computed twice.
-            prepared[tensor.name] = torch.cat([value, value[-1:]]) if odd else value.contiguous()
-        return prepared, batch
+            value, dim = inputs[tensor.name].to(self.device, dtype), tensor.batch_dim
+            twice = odd and dim is not None
+            prepared[tensor.name] = torch.cat([value, value.narrow(dim, -1, 1)], dim) if twice else value.contiguous()
+        return prepared, sizes.batch
 
     def _check_finite(self, tensors: Mapping[str, torch.Tensor]) -> None:
         finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()

@@ -19,6 +19,8 @@ LONGEST_FIRST = [
     "tests/test_parallel_faults.py",
     "tests/test_parallel.py",
     "tests/test_network.py",
+    "tests/test_controlnet.py",
+    "tests/test_skip_layers.py",
     "tests/test_passes.py",
     "notebooks/",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from helpers import relative_error
 from mpi4py import MPI
+from PIL import Image
 
 from mmdit_lib import MMDiTRunner, load_pipeline, parallel, sample
 from mmdit_lib.engine.kernel_passes import KERNELS
@@ -66,6 +67,30 @@ def picture(task: dict) -> dict:
         "hashes": WORLD.allgather(hashlib.sha256(image.tobytes()).hexdigest()),
         "encoders": WORLD.allgather(pipe.text_encoder is not None),
     }
+
+
+def controlled(task: dict) -> list[str]:
+    """A picture by the ControlNet pipeline; the random states differ on purpose."""
+    from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+
+    pipe = load_pipeline(
+        task["model"],
+        task["engine"],
+        pipeline_class=StableDiffusion3ControlNetPipeline,
+        controlnet=SD3ControlNetModel.from_pretrained(task["controlnet"]),
+        device="cpu",
+        dtype=torch.float32,
+        runner_options={"backend": "pytorch"},
+        encode_on_rank_0=True,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(task["seed"] + WORLD.rank)
+    options = task["options"] | {"control_image": Image.open(task["image"])}
+    prompt = options.pop("prompt")
+    (image,) = sample(pipe, prompt, generator=torch.Generator().manual_seed(7), **options)
+    if WORLD.rank == 0:
+        image.save(task["png"])
+    return WORLD.allgather(hashlib.sha256(image.tobytes()).hexdigest())
 
 
 def again(task: dict) -> list[bool]:

@@ -27,6 +27,8 @@ class OpCase:
     expected: Any
     attributes: dict = field(default_factory=dict)
     fixed: tuple = ()
+    first: tuple = ()
+    """As `fixed`, before the inputs."""
     positive: bool = False
     label: str = ""
 
@@ -93,6 +95,7 @@ SHUFFLE = dict(first_transpose=None, reshape_dims=None, second_transpose=None, z
 SLICE = dict(axes=[1], start=None, shape=None, stride=[1], mode="STRICT_BOUNDS")
 ATTENTION = dict(norm_op="SOFTMAX", causal_kind="NONE")
 QKV = ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8))
+ROWS = torch.tensor([True, False, True])[:, None]
 TWO = {"SUM": np.add, "SUB": np.subtract, "PROD": np.multiply, "FLOOR_DIV": np.floor_divide}
 ONE = {"SQRT": np.sqrt, "RECIP": np.reciprocal, "SIN": np.sin, "COS": np.cos}
 
@@ -124,6 +127,7 @@ CASES = [
     ],
     OpCase("GATED_NORM", ((2, 3, 8), (2, 1, 8), (2, 3, 8), (2, 1, 8), (2, 1, 8)), gated_norm, dict(eps=1e-6)),
     OpCase("GATED_SUM", ((2, 3, 8), (2, 1, 8), (2, 3, 8)), lambda x, g, y: x + g * y),
+    OpCase("ITEM", ((2, 3, 8),), lambda x: x[1], dict(index=1)),
     OpCase("LINEAR_GELU", ((2, 3, 8), (1, 5, 8), (1, 1, 5)), lambda x, w, b: gelu_tanh(x @ w[0].T + b[0, 0])),
     OpCase("MODULATE", ((2, 3, 8), (2, 1, 8), (2, 1, 8)), lambda x, scale, shift: x * (scale + 1) + shift),
     OpCase("RMS_NORM", ((2, 3, 8), (1, 1, 8)), rms_norm, dict(eps=1e-6)),
@@ -145,7 +149,7 @@ CASES = [
         dict(heads=2, eps=1e-6, scale=0.5),
     ),
     OpCase("REDUCE", ((2, 3, 8),), lambda x: x.mean(2, keepdims=True), dict(op="AVG", axes=4, keep_dims=True)),
-    OpCase("SELECT", ((2, 3, 8),), lambda x: x[1], dict(index=1)),
+    OpCase("SELECT", ((2, 3, 8), (2, 3, 8)), lambda a, b: np.where(ROWS, a, b), first=(ROWS,)),
     OpCase(
         "SHUFFLE",
         ((2, 3, 8),),
@@ -193,7 +197,7 @@ def test_operator(case, dtype):
     inputs = [torch.randn(shape, generator=generator) for shape in case.shapes]
     inputs = [(x.abs() + 0.5 if case.positive else x).to(DTYPES[dtype]) for x in inputs]
     wanted = case.expected(*(x.double().numpy() for x in inputs))
-    found = OPS[case.op](*inputs, *case.fixed, **case.attributes)
+    found = OPS[case.op](*case.first, *inputs, *case.fixed, **case.attributes)
     assert found.dtype == (torch.float32 if case.op == "CAST" else DTYPES[dtype])
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found.double().numpy(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

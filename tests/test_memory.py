@@ -28,7 +28,7 @@ def test_as_measured_on_a_gpu():
     assert len(rows) == 4
     for row in rows:
         sizes = Sizes(row["batch"], row["side"], row["side"], TEXT_TOKENS)
-        found = memory_of(graph, SD3, model, Layout(), "bfloat16", sizes, 8)
+        found = memory_of(graph, SD3, model, Layout(), "bfloat16", sizes, PROFILE)
         assert found.weights / 1e9 == pytest.approx(4.94, abs=0.005)  # the size of its published file
         assert found.activations / 1e9 == pytest.approx(row["GB"]["ours"], abs=0.015)
 
@@ -41,7 +41,8 @@ def test_as_measured_on_two_gpus():
     model, sizes = KNOWN_MODELS["stable-diffusion-3.5-medium"], Sizes(2, 1024, 1024, TEXT_TOKENS)
     build = BuildConfig.one_size(Resolution.read(1024), 2, TEXT_TOKENS)
     for name, layout in LAYOUTS.items():
-        found = memory_of(dry_graph(model, layout.at(0), build, "bfloat16"), SD3, model, layout, "bfloat16", sizes, 8)
+        graph = dry_graph(model, layout.at(0), build, "bfloat16")
+        found = memory_of(graph, SD3, model, layout, "bfloat16", sizes, build)
         assert found.activations / 1e9 == pytest.approx(rows[name], abs=0.005), name
 
 
@@ -53,7 +54,7 @@ def test_layouts_share_weights_and_activations():
     def memory(**sizes):
         layout = Layout(**sizes)
         graph = dry_graph(c.config, layout.at(0), config, "float32")
-        return memory_of(graph, SD3, c.config, layout, "float32", config.sizes(layout.cfg_size)[2], 8)
+        return memory_of(graph, SD3, c.config, layout, "float32", config.sizes(layout.cfg_size)[2], config)
 
     config = config.model_copy(update=dict(max_batch_size=4))
     one, tp, cp, cfg = memory(), memory(tp_size=2), memory(cp_size=2), memory(cfg_size=2)

@@ -42,6 +42,8 @@ def build(
     cp_size: int | None = None,
     cfg_size: int | None = None,
     cp_method: CpMethod = "allgather",
+    skip_layers: bool = False,
+    controlnet_residuals: int = 0,
     builder: Builder = "tensorrt",
     compute_capability: tuple[str, ...] = (),
     attention_layer: bool = True,
@@ -66,6 +68,8 @@ def build(
         cp_size: ranks of context parallelism; by default the checkpoint's.
         cfg_size: 2 for CFG parallelism; by default the checkpoint's.
         cp_method: allgather (keys and values are gathered) or ulysses (heads are scattered).
+        skip_layers: let calls skip blocks, for skip-layer guidance.
+        controlnet_residuals: take the residuals of a ControlNet with this many blocks (its num_layers).
         builder: tensorrt, or trtllm to run TensorRT-LLM's trtllm-build: one image size, 333 text tokens, and the
             checkpoint's layout; of the other options it takes only max_batch_size.
         compute_capability: GPUs to build for, for instance 8.9 12.0 (tensorrt_rtx only, which has a default list).
@@ -104,6 +108,8 @@ def build(
             "opt_text_tokens": opt_text_tokens,
             "max_text_tokens": max_text_tokens,
             "vae_scale_factor": checkpoint.vae_scale_factor,
+            "skip_layers": skip_layers,
+            "controlnet_residuals": controlnet_residuals,
         },
         "build options",
     )
@@ -178,7 +184,7 @@ def define(
     )
     inputs = {
         x.name: network.input(x.name, input_dtype(x, checkpoint.dtype), declared_shape(x, model))
-        for x in architecture.inputs
+        for x in architecture.inputs_of(model, config)
     }
     network.output(architecture.define(model, inputs, config), architecture.output.name)
     return network

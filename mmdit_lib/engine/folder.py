@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
-from ..architecture import Architecture, ModelConfig
+from ..architecture import Architecture, Input, ModelConfig
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, rank_file
 from ..config import BuildConfig, Builder, Dtype, Layout, PlanOptions, Resolution, shown
@@ -68,6 +68,11 @@ class EngineFolder:
     """Package and version that defined the network."""
     report: tuple[BuildReport, ...] = ()
     """Time and memory of each rank's build; empty if TensorRT-LLM built the folder."""
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """The inputs of every rank's network."""
+        return self.architecture.inputs_of(self.model, self.build_config)
 
     @classmethod
     def open(cls, folder: str | Path) -> EngineFolder:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
+from functools import cache, reduce
+from operator import floordiv
 from pathlib import Path
 from typing import Protocol
 
@@ -23,22 +27,31 @@ class Engine(Protocol):
     layout: Layout
     build_config: BuildConfig
 
+    @property
+    def inputs(self) -> tuple[Input, ...]: ...
+
 
 # Shapes ----------------------------------------------------------------------------------------------
 
 
 def declared_shape(tensor: Input, model: ModelConfig) -> Shape:
     """The shape that the network declares; -1 marks a dynamic size."""
-    return tuple(-1 if dim.partition("/")[0] in Sizes._fields else getattr(model, dim) for dim in tensor.shape)
+    return tuple(-1 if is_dynamic(dim) else getattr(model, dim) for dim in tensor.shape)
+
+
+def is_dynamic(dim: str) -> bool:
+    return any(name in Sizes._fields for name in re.split("[/*]", dim))
 
 
 def shape_of(tensor: Input, model: ModelConfig, sizes: Sizes, vae_scale_factor: int) -> Shape:
     """The shape for given sizes."""
-    names = model.model_dump() | sizes._asdict() | {"vae_scale_factor": vae_scale_factor}
+    dynamic = sizes._asdict() | {"vae_scale_factor": vae_scale_factor}
+
+    def number(name: str) -> int:
+        return dynamic[name] if name in dynamic else getattr(model, name)
 
     def size(dim: str) -> int:
-        name, _, divisor = dim.partition("/")
-        return names[name] // (names[divisor] if divisor else 1)
+        return math.prod(reduce(floordiv, map(number, factor.split("/"))) for factor in dim.split("*"))
 
     return tuple(map(size, tensor.shape))
 
@@ -48,14 +61,22 @@ def profile_shapes(
 ) -> dict[str, list[Shape]]:
     """The min, opt and max shape of every input."""
     ends, scale = build.sizes(cfg_size), build.vae_scale_factor
-    return {x.name: [shape_of(x, model, sizes, scale) for sizes in ends] for x in architecture.inputs}
+    table = architecture.inputs_of(model, build)
+    return {x.name: [shape_of(x, model, sizes, scale) for sizes in ends] for x in table}
 
 
-def default_inputs(folder: Engine, sizes: Sizes) -> dict[str, torch.Tensor]:
-    """The inputs that a call may leave out, as they are then."""
+def default_inputs(folder: Engine, sizes: Sizes, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """The inputs that a call may leave out, as they are then; equal ones share one tensor."""
+
+    @cache
+    def full(shape: Shape, value: float, dtype: str) -> torch.Tensor:
+        return torch.full(shape, value, dtype=TORCH_DTYPES[dtype], device=device)
+
     scale = folder.build_config.vae_scale_factor
-    optional = [x for x in folder.architecture.inputs if x.default is not None]
-    return {x.name: torch.full(shape_of(x, folder.model, sizes, scale), x.default) for x in optional}
+    optional = [x for x in folder.inputs if x.default is not None]
+    return {
+        x.name: full(shape_of(x, folder.model, sizes, scale), x.default, input_dtype(x, folder.dtype)) for x in optional
+    }
 
 
 def input_dtype(tensor: Input, network: str) -> str:
@@ -87,8 +108,7 @@ def check_build(model: ModelConfig, build: BuildConfig, layout: Layout) -> None:
 def check_interface(folder: Engine, graph: Graph, where: Path) -> None:
     """Raises `ValueError` if a graph's inputs and output are not the model's. Inputs added since may be missing."""
     declared = {
-        x.name: Value(x.name, input_dtype(x, folder.dtype), declared_shape(x, folder.model))
-        for x in folder.architecture.inputs
+        x.name: Value(x.name, input_dtype(x, folder.dtype), declared_shape(x, folder.model)) for x in folder.inputs
     }
     for value in graph.inputs:
         if value != declared.get(value.name):
@@ -133,20 +153,28 @@ def sizes_from(folder: Engine, shapes: dict[str, Shape]) -> Sizes:
     """The dynamic sizes of these input shapes. Raises `ValueError` if they contradict the table or each other."""
     scale = {"": 1, "vae_scale_factor": folder.build_config.vae_scale_factor}
     found: dict[str, dict[str, int]] = {}
-    for tensor in (x for x in folder.architecture.inputs if x.name in shapes):
+    table = [x for x in folder.inputs if x.name in shapes]
+    for tensor in table:
         shape = shapes[tensor.name]
         if len(shape) != len(tensor.shape):
             raise ValueError(f"{tensor.name} must have {len(tensor.shape)} dimensions, not shape {shape}")
         for dim, size in zip(tensor.shape, shape, strict=True):
             name, _, divisor = dim.partition("/")
+            if "*" in dim:
+                continue  # follows from the others
             if name in Sizes._fields:
                 found.setdefault(name, {})[tensor.name] = size * scale[divisor]
             elif size != getattr(folder.model, name):
                 raise ValueError(f"{tensor.name}: expected {name} {getattr(folder.model, name)}, got {size}")
-    for name, sizes in found.items():
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"the {name} differs between inputs: {sizes}")
-    return Sizes(**{name: next(iter(sizes.values())) for name, sizes in found.items()})
+    for name, of_inputs in found.items():
+        if len(set(of_inputs.values())) > 1:
+            raise ValueError(f"the {name} differs between inputs: {of_inputs}")
+    sizes = Sizes(**{name: next(iter(of_inputs.values())) for name, of_inputs in found.items()})
+    for tensor in table:
+        expected = shape_of(tensor, folder.model, sizes, folder.build_config.vae_scale_factor)
+        if shapes[tensor.name] != expected:
+            raise ValueError(f"{tensor.name} must have shape {expected} for this image, not {shapes[tensor.name]}")
+    return sizes
 
 
 # Samples ---------------------------------------------------------------------------------------------
@@ -169,7 +197,7 @@ def sample_inputs(
     if batch % cfg_size:
         raise ValueError(f"batch {batch} must be even: cfg_size=2 halves it")
     sizes = Sizes(batch, size.height, size.width, tokens)
-    return draw_inputs(folder.architecture, folder.model, sizes, folder.dtype, build.vae_scale_factor, seed)
+    return draw_inputs(folder.architecture, folder.model, sizes, folder.dtype, build.vae_scale_factor, seed, build)
 
 
 def draw_inputs(
@@ -179,18 +207,20 @@ def draw_inputs(
     dtype: str = "float32",
     vae_scale_factor: int = 8,
     seed: int = 0,
+    build: BuildConfig | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Random inputs by name, on the CPU; the same seed gives the same values."""
+    """Random inputs by name, on the CPU, with the optional ones of `build`; the same seed gives the same values."""
     generator = torch.Generator().manual_seed(seed)
+    table = architecture.inputs if build is None else architecture.inputs_of(model, build)
 
     def draw(tensor: Input) -> torch.Tensor:
         shape = shape_of(tensor, model, sizes, vae_scale_factor)
-        if tensor.default is not None:
-            value = torch.full(shape, tensor.default)
-        elif tensor.uniform is not None:
+        if tensor.uniform is not None:
             value = tensor.uniform * torch.rand(shape, generator=generator)
+        elif tensor.default is not None:
+            value = torch.full(shape, tensor.default)
         else:
             value = torch.randn(shape, generator=generator)
         return value.to(TORCH_DTYPES[input_dtype(tensor, dtype)])
 
-    return {tensor.name: draw(tensor) for tensor in architecture.inputs}
+    return {tensor.name: draw(tensor) for tensor in table}

@@ -23,7 +23,7 @@ def norm_modulate(layer: Layer, index: Index, x: str, scale: str, shift: str) ->
 
 
 def gated_norm(layers: Layers) -> Layers:
-    """GATED_SUM, then NORM_MODULATE as its first reader -> GATED_NORM, and a SELECT for each of its two results."""
+    """GATED_SUM, then NORM_MODULATE as its first reader -> GATED_NORM, and an ITEM for each of its two results."""
     first_reader: dict[str, Layer] = {}
     for layer in layers:
         for name in layer.inputs:
@@ -48,7 +48,7 @@ def _both(gate: Layer, norm: Layer) -> Layers:
     output = replace(norm.output, name=f"{norm.output.name}/both", shape=(2, *norm.output.shape))
     both = Layer(output.name, "GATED_NORM", (*gate.inputs, *norm.inputs[1:]), output, norm.attributes)
     selects = [
-        replace(layer, type="SELECT", inputs=(output.name,), attributes={"index": i})
+        replace(layer, type="ITEM", inputs=(output.name,), attributes={"index": i})
         for i, layer in enumerate((gate, norm))
     ]
     return [both, *selects]

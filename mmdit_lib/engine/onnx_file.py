@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..architecture import Architecture
 from ..files import complete_folder, require_space, write_synced
 from .folder import EngineFolder, graph_file
 from .graph import Graph, Layer, Value
@@ -23,7 +22,7 @@ from .rehearsal import rehearse
 
 OPSET, IR_VERSION = 22, 10
 """The first opset whose convolution has bfloat16, and its file format."""
-TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
+TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "bool": "BOOL"}
 """Members of `onnx.TensorProto`, by our names of data types."""
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 ALIGNMENT = 4096
@@ -66,7 +65,7 @@ def export_onnx(
         writer = OnnxWriter(graph, weights)
         require_space(partial, writer.nbytes)
         writer.write_weights(partial / WEIGHTS, progress)
-        write_synced(partial / MODEL, writer.model(folder.architecture).SerializeToString())
+        write_synced(partial / MODEL, writer.model(folder).SerializeToString())
     return Path(output_dir).expanduser()
 
 
@@ -145,10 +144,10 @@ class OnnxWriter:
             file.flush()
             os.fsync(file.fileno())
 
-    def model(self, architecture: Architecture):
-        """The `onnx.ModelProto`; dynamic sizes have the names of the model's input table."""
-        helper = self.onnx.helper
-        sizes = {x.name: x.shape for x in (*architecture.inputs, architecture.output)}
+    def model(self, folder: EngineFolder):
+        """The `onnx.ModelProto`; dynamic sizes have the names of the folder's input table."""
+        helper, architecture = self.onnx.helper, folder.architecture
+        sizes = {x.name: x.shape for x in (*folder.inputs, architecture.output)}
 
         def declared(value: Value):
             shape = [name if size == -1 else size for name, size in zip(sizes[value.name], value.shape, strict=True)]
@@ -248,6 +247,7 @@ NODES: dict[str, Callable] = {
     "MATRIX_MULTIPLY": matrix_multiply,
     "NORMALIZATION": normalization,
     "REDUCE": reduce,
+    "SELECT": lambda o, condition, a, b: o.node("Where", condition, a, b),
     "SHAPE": lambda o, x: o.node("Shape", x),
     "SHUFFLE": shuffle,
     "SLICE": slice_,

@@ -119,6 +119,7 @@ READERS: dict[str, tuple[str, Callable]] = {
     "MATRIX_MULTIPLY": ("IMatrixMultiplyLayer", named("op0", "op1")),
     "NORMALIZATION": ("INormalizationLayer", named("axes", "epsilon")),
     "REDUCE": ("IReduceLayer", named("op", "axes", "keep_dims")),
+    "SELECT": ("ISelectLayer", named()),
     "SHAPE": ("IShapeLayer", named()),
     "SHUFFLE": ("IShuffleLayer", _shuffle),
     "SLICE": ("ISliceLayer", _slice),

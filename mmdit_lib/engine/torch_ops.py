@@ -76,6 +76,10 @@ def reduce(x, *, op, axes, keep_dims):
     return x.mean([i for i in range(x.dim()) if axes >> i & 1], keepdim=True)
 
 
+def select(condition, a, b):
+    return torch.where(condition, a, b)
+
+
 def shuffle(x, shape=None, *, first_transpose, reshape_dims, second_transpose, zero_is_placeholder):
     assert second_transpose is None and zero_is_placeholder
     if first_transpose:
@@ -143,7 +147,7 @@ def modulate(x, scale, shift):
     return torch.addcmul(shift, x, scale + 1)
 
 
-def select(x, *, index):
+def item(x, *, index):
     return x[index]
 
 
@@ -158,6 +162,7 @@ OPS: dict[str, Callable] = {
     "GATED_NORM": kernels.gated_norm,
     "GATED_SUM": kernels.gated_sum,
     "GATHERED_ATTENTION": rank_kernels.gathered_attention,
+    "ITEM": item,
     "LINEAR": linear,
     "LINEAR_GELU": linear_gelu,
     "MATRIX_MULTIPLY": matrix_multiply,

@@ -135,6 +135,12 @@ def reshape(x: Tensor, shape: Sequence[Size]) -> Tensor:
     return x.network.add(layer, "reshape")
 
 
+def select(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a where the bool `condition` is true, otherwise b; the three broadcast."""
+    layer = a.network.definition.add_select(condition.itensor, a.itensor, b.itensor)
+    return a.network.add(layer, "select")
+
+
 def transpose(x: Tensor, *order: int) -> Tensor:
     layer = x.network.definition.add_shuffle(x.itensor)
     layer.first_transpose = trt.Permutation(order)

@@ -62,7 +62,7 @@ def installed_features() -> Features:
     return Features(*(hasattr(trt.INetworkDefinition, name) for name in names))
 
 
-MEMBERS = {name: names.tensorrt for name, names in STORED_DTYPES.items()} | {"int64": "INT64"}
+MEMBERS = {name: names.tensorrt for name, names in STORED_DTYPES.items()} | {"int64": "INT64", "bool": "BOOL"}
 """Members of `trt.DataType` by our names."""
 
 

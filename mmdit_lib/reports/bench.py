@@ -83,8 +83,8 @@ def bench_steps(
         return steps
 
     def of(reference: torch.nn.Module) -> Callable[[], object]:
-        given = architecture.given(prepared)
-        return torch.inference_mode()(partial(reference, **given, return_dict=False))
+        arguments = architecture.reference.arguments(prepared, runner.folder.model, runner.folder.build_config)
+        return torch.inference_mode()(partial(reference, **arguments, return_dict=False))
 
     steps["diffusers"] = of(load_reference(model_path, architecture, runner.dtype, device))
     if device.type == "cuda":

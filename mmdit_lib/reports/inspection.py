@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -74,7 +75,7 @@ def inspect_engine(folder: Path) -> EngineReport:
     engine = EngineFolder.open(folder)
     profile = profile_shapes(engine.architecture, engine.model, engine.build_config, engine.layout.cfg_size)
     if engine.builder == "trtllm":  # no graph file
-        table = (*engine.architecture.inputs, engine.architecture.output)
+        table = (*engine.inputs, engine.architecture.output)
         *inputs, output = (Value(x.name, engine.dtype, declared_shape(x, engine.model)) for x in table)
         return EngineReport(engine, tuple(inputs), (output,), profile, {}, _sizes(folder), (), None)
     graph = engine.graph(0)
@@ -94,10 +95,10 @@ def inspect_engine(folder: Path) -> EngineReport:
 def _memory(engine: EngineFolder, graph: Graph) -> Memory:
     build = engine.build_config
     *_, largest = build.sizes(engine.layout.cfg_size)
-    layout, scale = engine.layout, build.vae_scale_factor
+    layout = engine.layout
     weights = meta_weights(engine.architecture, engine.model, layout, engine.dtype)
     rehearse(engine, graph, weights, layout.at(0), engine.path / graph_file(0))
-    return memory_of(graph, engine.architecture, engine.model, layout, engine.dtype, largest, scale)
+    return memory_of(graph, engine.architecture, engine.model, layout, engine.dtype, largest, build)
 
 
 def inspect_checkpoint(folder: Path) -> CheckpointReport:
@@ -144,8 +145,10 @@ def _describe_engine(report: EngineReport) -> Group:
     if given := engine.plan_options.given():
         about.append(("plan options", ", ".join(f"{name} {value}" for name, value in given.items())))
     tensors = _table("inputs and outputs", "name", "dtype", "shape", "min", "opt", "max")
-    for value in report.inputs:
-        tensors.add_row(value.name, value.dtype, _shape(value.shape), *map(_shape, report.profile[value.name]))
+    for (stem, dtype, shape), group in groupby(report.inputs, key=_kind):
+        first, *others = [value.name for value in group]
+        name = f"{first} to {others[-1].removeprefix(stem)}" if others else first
+        tensors.add_row(name, dtype, _shape(shape), *map(_shape, report.profile[first]))
     for value in report.outputs:
         tensors.add_row(value.name, value.dtype, _shape(value.shape), "", "", "")
     layers = _table(f"layers of {graph_file(0)}", "type", "count")
@@ -185,6 +188,11 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
     for name, tensor in report.largest():
         largest.add_row(name, _shape(tensor.shape), size(tensor.nbytes))
     return Group(_facts(checkpoint.path, about), config, largest, _files(report.files))
+
+
+def _kind(value: Value) -> tuple[str, str, tuple[int, ...]]:
+    """Equal for inputs that differ only in the number at the end of their names."""
+    return value.name.rstrip("0123456789"), value.dtype, value.shape
 
 
 def _source(path: str | None, own: CheckpointManifest | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..architecture import Architecture, ModelConfig
-from ..config import Dtype, Layout, Sizes
+from ..config import BuildConfig, Dtype, Layout, Sizes
 from ..engine import kernels
 from ..engine.collectives import dist_collective, without_ranks
 from ..engine.graph import Graph
@@ -37,16 +37,25 @@ class Memory:
 
 
 def memory_of(
-    graph: Graph, architecture: Architecture, model: ModelConfig, layout: Layout, dtype: Dtype, sizes: Sizes, scale: int
+    graph: Graph,
+    architecture: Architecture,
+    model: ModelConfig,
+    layout: Layout,
+    dtype: Dtype,
+    sizes: Sizes,
+    build: BuildConfig,
 ) -> Memory:
-    """Memory of rank 0 for one step at these sizes; `scale` is image pixels per latent pixel.
+    """Memory of rank 0 for one step at these sizes.
 
     The graph must be sound: it is lowered without the checks of `engine/rehearsal.py`.
     """
     weights = meta_weights(architecture, model, layout, dtype)
     passes = NUMERICS + SPEED + KERNELS + RANKS
     module = lower(graph, weights, device="meta", groups=group_names(graph), passes=passes)
-    inputs = [on_meta(shape_of(x, model, sizes, scale), input_dtype(x, dtype)) for x in architecture.inputs]
+    inputs = [
+        on_meta(shape_of(x, model, sizes, build.vae_scale_factor), input_dtype(x, dtype))
+        for x in architecture.inputs_of(model, build)
+    ]
     peak = Peak(module)
     peak.run(*inputs)
     return Memory(sum(weight.nbytes for weight in weights.values()), peak.nbytes, 2 * peak.slot)

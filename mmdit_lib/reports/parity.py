@@ -6,6 +6,7 @@ tensors that each module returned, so values are matched by name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -116,7 +117,7 @@ def compare(
         tolerance = max(TOLERANCES[folder.dtype], TOLERANCES[reference_dtype])
     ours = runner.intermediates(inputs)
     with without_tf32():
-        theirs, left_out = architecture.reference.outputs(reference, inputs)
+        theirs, left_out = architecture.reference.outputs(reference, inputs, folder.model, folder.build_config)
     modules = {**runner.backend.modules, architecture.output.name: (architecture.output.name,)}
 
     rows = []
@@ -128,7 +129,7 @@ def compare(
     for path in modules.keys() - theirs.keys():
         rows.append({"module": path, "output": 0, "status": "missing", "note": "diffusers ran no such module"})
     if reference_dtype == folder.dtype == "float32" and any(row["status"] == "mismatch" for row in rows):
-        exact, _ = architecture.reference.outputs(reference.double(), inputs)
+        exact, _ = architecture.reference.outputs(reference.double(), inputs, folder.model, folder.build_config)
         reference.float()
         for row in rows:
             path, number = row["module"], row["output"]
@@ -281,7 +282,8 @@ def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
 
 def _title(table: pd.DataFrame) -> str:
     about = table.attrs
-    sizes = ", ".join("x".join(map(str, shape)) for shape in about["inputs"].values())
+    shapes = Counter("x".join(map(str, shape)) for shape in about["inputs"].values())
+    sizes = ", ".join(shape if count == 1 else f"{count} of {shape}" for shape, count in shapes.items())
     return f"errors of the {about['dtype']} engine against diffusers in {about['reference_dtype']}; inputs {sizes}"
 
 

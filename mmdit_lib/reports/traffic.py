@@ -76,7 +76,8 @@ def count_traffic(
     weights = meta_weights(architecture, model, layout, dtype)
     sizes = Sizes(batch, resolution.height, resolution.width, text_tokens)
     inputs = [
-        on_meta(shape_of(x, model, sizes, config.vae_scale_factor), input_dtype(x, dtype)) for x in architecture.inputs
+        on_meta(shape_of(x, model, sizes, config.vae_scale_factor), input_dtype(x, dtype))
+        for x in architecture.inputs_of(model, config)
     ]
     counter = Recorder(lower(graph, weights, device="meta", groups=group_names(graph)))
     counter.run(*inputs)

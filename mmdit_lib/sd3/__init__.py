@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..architecture import Architecture
 from . import keys, pipelines, reference
 from .config import KNOWN_MODELS, SD3Config, infer_config
-from .inputs import INPUTS, OUTPUT
+from .inputs import INPUTS, OUTPUT, optional_inputs
 from .original import SINGLE_FILE
 from .tensor_parallel import SHARDINGS
 from .transformer import MMDiT, define
@@ -17,6 +17,7 @@ SD3 = Architecture(
     module=MMDiT,
     define=define,
     inputs=INPUTS,
+    optional_inputs=optional_inputs,
     output=OUTPUT,
     shardings=SHARDINGS,
     keys=keys,

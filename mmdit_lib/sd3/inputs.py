@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from ..architecture import Input
+from ..config import BuildConfig
+from .config import SD3Config
 
 LATENT = ("height/vae_scale_factor", "width/vae_scale_factor")
+IMAGE_TOKENS = "*".join(f"{side}/patch_size" for side in LATENT)
 
 INPUTS = (
     Input("hidden_states", ("batch", "in_channels", *LATENT)),
@@ -14,3 +17,31 @@ INPUTS = (
     Input("timestep", ("batch",), dtype="float32", uniform=1000.0),
 )
 OUTPUT = Input("output", ("batch", "out_channels", *LATENT))
+
+KEPT_LAYERS = Input("kept_layers", ("num_layers",), dtype="bool", default=True)
+"""False for a block that is skipped."""
+RESIDUALS = "block_controlnet_hidden_states"
+"""diffusers' argument; its tensors are inputs of their own, `block_controlnet_hidden_states_0` and so on. Stacked into
+one input, all of them would be copied; and if a call gives none, one tensor of zeros serves all."""
+
+
+def optional_inputs(config: SD3Config, build: BuildConfig) -> tuple[Input, ...]:
+    """What skip-layer guidance and a ControlNet need."""
+    names = dict.fromkeys(name for name in residual_inputs(config, build) if name)
+    residuals = (Input(name, ("batch", IMAGE_TOKENS, "hidden_size"), uniform=1.0, default=0.0) for name in names)
+    return (*([KEPT_LAYERS] if build.skip_layers else []), *residuals)
+
+
+def residual_inputs(config: SD3Config, build: BuildConfig) -> list[str | None]:
+    """For each block, the input that is added to the image tokens after it: diffusers' rule, with its rounding.
+
+    The last block gets none, so with as many residuals as blocks the last residual is not an input.
+    """
+    blocks, count = config.num_layers, build.controlnet_residuals
+    if not count:
+        return [None] * blocks
+    return [*(residual_name(int(i / (blocks / count))) for i in range(blocks - 1)), None]
+
+
+def residual_name(index: int) -> str:
+    return f"{RESIDUALS}_{index}"

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 
+from ..config import BuildConfig, shown
 from .config import SD3Config
+from .inputs import KEPT_LAYERS, RESIDUALS, residual_inputs, residual_name
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENCODER_OPTIONS = (
     "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "num_images_per_prompt",
     "clip_skip", "max_sequence_length",
+)  # fmt: skip
+ADDED_COMPONENTS = ("controlnet",)
+ARGUMENTS = (
+    "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "block_controlnet_hidden_states",
+    "joint_attention_kwargs", "return_dict", "skip_layers",
 )  # fmt: skip
 
 
@@ -21,21 +30,85 @@ def default_class() -> type:
     return StableDiffusion3Pipeline
 
 
+def pos_embed(config: SD3Config, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """diffusers' module; the ControlNets of SD3.5-large have none of their own and copy the transformer's."""
+    from diffusers.models.embeddings import PatchEmbed
+
+    side = config.sample_size
+    sizes = dict(patch_size=config.patch_size, in_channels=config.in_channels, embed_dim=config.hidden_size)
+    module = PatchEmbed(side, side, **sizes, pos_embed_max_size=config.pos_embed_max_size)
+    prefix = "pos_embed."
+    module.load_state_dict({name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)})
+    return module
+
+
+ATTRIBUTES = {"inner_dim": lambda config, weights: config.hidden_size, "pos_embed": pos_embed}
+
+
 def adapt(pipe, config: SD3Config) -> None:
     """Without a transformer, diffusers assumes the published models' patch size and sample size."""
     pipe.patch_size = config.patch_size
     pipe.default_sample_size = config.sample_size
 
 
+def to_inputs(arguments: dict[str, Any], config: SD3Config, build: BuildConfig) -> dict[str, torch.Tensor]:
+    """The optional inputs for those arguments of `SD3Transformer2DModel` that are no inputs themselves.
+
+    Raises `ValueError` naming an argument that is invalid, or that the engine does not support.
+    """
+    others = dict(arguments)
+    skipped, residuals = others.pop("skip_layers", None), others.pop(RESIDUALS, None)
+    check_arguments(others)
+    return kept_layers(skipped, config, build) | residual_tensors(residuals, config, build)
+
+
+def kept_layers(
+    skipped: Any, config: SD3Config, build: BuildConfig, name: str = "skip_layers"
+) -> dict[str, torch.Tensor]:
+    """True for each block that is not in `skipped`, which the argument `name` gave."""
+    skipped = [] if skipped is None else as_list(name, skipped)
+    if not skipped:
+        return {}
+    named = f"{name}={shown(skipped)}"
+    if not build.skip_layers:
+        raise ValueError(f"{named}: the engine always runs every layer; build with --skip_layers")
+    if any(isinstance(i, bool) or not isinstance(i, Integral) for i in skipped):
+        raise ValueError(f"{named}: give the numbers of blocks")
+    if any(not 0 <= i < config.num_layers for i in skipped):
+        raise ValueError(f"{named}: the model's blocks are 0 to {config.num_layers - 1}")
+    if len(set(skipped)) < len(skipped):
+        raise ValueError(f"{named}: give each block once")
+    return {KEPT_LAYERS.name: torch.tensor([i not in skipped for i in range(config.num_layers)])}
+
+
+def residual_tensors(residuals: Any, config: SD3Config, build: BuildConfig) -> dict[str, torch.Tensor]:
+    """A ControlNet's residuals [B, N, D] by the names of their inputs."""
+    if residuals is None:
+        return {}
+    residuals, built = as_list(RESIDUALS, residuals), build.controlnet_residuals
+    if len(residuals) != built:
+        given = f"{len(residuals)} residual{'s' * (len(residuals) != 1)}"
+        takes = f"takes {built}" if built else "has no ControlNet inputs"
+        remedy = f"build with --controlnet_residuals {len(residuals)}" if residuals else "give None for no residuals"
+        raise ValueError(f"{RESIDUALS}: {given}, but the engine {takes}; {remedy}")
+    if not all(isinstance(x, torch.Tensor) for x in residuals):
+        raise ValueError(f"{RESIDUALS}: give a list of tensors")
+    named = {residual_name(i): residual for i, residual in enumerate(residuals)}
+    return {name: named[name] for name in residual_inputs(config, build) if name}
+
+
+def as_list(name: str, values: Any) -> list:
+    """Raises `ValueError` for what is not a collection."""
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise ValueError(f"{name}={shown(values)}: give a list")
+    return list(values)
+
+
 def check_arguments(arguments: dict[str, Any]) -> None:
     """Raises `ValueError` naming an argument of `SD3Transformer2DModel` that an engine does not support."""
     for name, value in arguments.items():
-        if value is None or (name == "skip_layers" and not value):
+        if value is None:
             continue
-        if name == "block_controlnet_hidden_states":
-            raise ValueError(f"{name}: the engine has no ControlNet inputs")
-        if name == "skip_layers":
-            raise ValueError(f"{name}={list(value)}: the engine always runs every layer")
         if name != "joint_attention_kwargs":
             raise ValueError(f"{name}: the transformer has no such argument")
         for key, option in value.items():
@@ -43,6 +116,11 @@ def check_arguments(arguments: dict[str, Any]) -> None:
                 continue
             what = "LoRA scale" if key == "scale" else "argument"
             raise ValueError(f"{name}['{key}']: the engine does not support this {what}")
+
+
+def check_call(options: Mapping[str, Any], config: SD3Config, build: BuildConfig) -> None:
+    """Raises `ValueError` naming an option of the pipeline's call that the engine does not support."""
+    kept_layers(options.get("skip_guidance_layers"), config, build, "skip_guidance_layers")
 
 
 @torch.inference_mode()

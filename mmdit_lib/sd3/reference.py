@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..architecture import ModelConfig
-from ..config import dtype_option
-from .inputs import INPUTS, OUTPUT
+from ..config import BuildConfig, dtype_option
+from .config import SD3Config
+from .inputs import INPUTS, KEPT_LAYERS, OUTPUT, RESIDUALS, residual_name
 from .keys import from_diffusers
 
 
@@ -41,8 +44,19 @@ def load(
     return SD3Transformer2DModel.from_pretrained(path, **options)
 
 
+def arguments(inputs: Mapping[str, torch.Tensor], config: SD3Config, build: BuildConfig) -> dict[str, Any]:
+    """The arguments of `SD3Transformer2DModel` for an engine's inputs, without those that it does not have."""
+    found: dict[str, Any] = {x.name: inputs[x.name] for x in INPUTS if x.default is None}
+    if build.skip_layers:
+        found["skip_layers"] = [i for i, kept in enumerate(inputs[KEPT_LAYERS.name].tolist()) if not kept]
+    if build.controlnet_residuals:  # diffusers does not read those that are no inputs
+        names = (residual_name(i) for i in range(build.controlnet_residuals))
+        found[RESIDUALS] = [inputs.get(name) for name in names]
+    return found
+
+
 def outputs(
-    reference: torch.nn.Module, inputs: dict[str, torch.Tensor]
+    reference: torch.nn.Module, inputs: Mapping[str, torch.Tensor], config: SD3Config, build: BuildConfig
 ) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
     """Every module's outputs by our path, in the order in which modules finish; and the reason for each omission."""
     found: dict[str, list[torch.Tensor]] = {}
@@ -70,7 +84,7 @@ def outputs(
         handles.append(module.register_forward_hook(keep(from_diffusers(path) if path else OUTPUT.name, unread)))
     try:
         with torch.inference_mode():
-            reference(**_moved(reference, inputs), return_dict=False)
+            reference(**arguments(_moved(reference, inputs), config, build), return_dict=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -85,11 +99,10 @@ def _sinusoid_in_float64(module, args, output) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-def _moved(reference: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs that diffusers has too, on its device, in its dtype unless `INPUTS` specifies another."""
-    table = [x for x in INPUTS if x.default is None]
-    dtypes = {x.name: getattr(torch, x.dtype) if x.dtype else reference.dtype for x in table}
-    return {name: inputs[name].to(reference.device, dtype) for name, dtype in dtypes.items()}
+def _moved(reference: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs on diffusers' device, in its dtype unless `INPUTS` specifies another."""
+    dtypes = {x.name: getattr(torch, x.dtype) for x in INPUTS if x.dtype}
+    return {name: x.to(reference.device, dtypes.get(name, reference.dtype)) for name, x in inputs.items()}
 
 
 def _no_counterpart(module: torch.nn.Module) -> str | None:

@@ -7,6 +7,9 @@ TensorRT-LLM's checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 from ..config import BuildConfig
 from ..network import functional as F
 from ..network.context_parallel import Stream, gather_output, split_batch
@@ -16,6 +19,7 @@ from ..network.network import Tensor
 from .attention import Attention
 from .config import SD3Config
 from .embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
+from .inputs import residual_inputs
 from .modulation import AdaLayerNormContinuous, AdaLayerNormZero
 
 
@@ -77,12 +81,16 @@ class MMDiT(Module):
         encoder_hidden_states,
         pooled_projections,
         timestep,
+        kept_layers=None,
         *,
+        residuals: Sequence[Tensor | None] = (),
         max_patches: tuple[int, int],
     ):
         """latents [B, C, H, W], text [B, T, J], pooled [B, P], timestep [B] float32 -> [B, C, H, W].
 
         Args:
+            kept_layers: bool [blocks], false for a block that is skipped: its result is replaced by its input.
+            residuals: a ControlNet's output [B, N, D] to add after each block, or None.
             max_patches: rows and columns of the largest image, in patches.
         """
         cp_size = hidden_states.network.mapping.cp_size
@@ -93,8 +101,12 @@ class MMDiT(Module):
         x = image.split(self.pos_embed(split_batch(hidden_states), max_patches=max_patches))
         c = self.context_embedder(split_batch(text.split(encoder_hidden_states)))
         temb = self.time_text_embed(split_batch(timestep), split_batch(pooled_projections))
-        for block in self.transformer_blocks:
-            c, x = block(x, c, temb, image=image, text=text)
+        local = {residual: image.split(split_batch(residual)) for residual in residuals if residual is not None}
+        for i, (block, residual) in enumerate(zip_longest(self.transformer_blocks, residuals)):
+            after = block(x, c, temb, image=image, text=text)
+            c, x = after if kept_layers is None else kept(F.narrow(kept_layers, 0, i, 1), after, (c, x))
+            if residual is not None:
+                x = x + local[residual]
         patches = self.proj_out(self.norm_out(x, temb))
         return self.unpatchify(gather_output(patches, image), rows, columns)
 
@@ -105,7 +117,17 @@ class MMDiT(Module):
         return F.reshape(F.transpose(x, 0, 5, 1, 3, 2, 4), (F.size(x, 0), channels, rows * p, columns * p))
 
 
+def kept(keep: Tensor, after: tuple[Tensor | None, Tensor], before: tuple[Tensor, Tensor]):
+    """A block's results, or its inputs if `keep` [1] is false. (The last block returns no text.)"""
+    keep = F.reshape(keep, (1, 1, 1))
+    return tuple(new if new is None else F.select(keep, new, old) for new, old in zip(after, before, strict=True))
+
+
 def define(config: SD3Config, inputs: dict[str, Tensor], build: BuildConfig) -> Tensor:
     """Add the full network, with the part of the position table that the largest resolution needs."""
     step, largest = config.pixel_step(build.vae_scale_factor), build.max_resolution
-    return MMDiT(config)(**inputs, max_patches=(largest.height // step, largest.width // step))
+    names = residual_inputs(config, build)
+    residuals = [inputs.get(name) for name in names]
+    others = {name: x for name, x in inputs.items() if name not in names}
+    max_patches = (largest.height // step, largest.width // step)
+    return MMDiT(config)(**others, residuals=residuals, max_patches=max_patches)

@@ -59,7 +59,8 @@ def _make_outputs(place: Path, source: Path) -> None:
     convert(source, place / "checkpoint", progress=False)
     build(place / "checkpoint", place / "engine", **PROFILE)
     convert(source, place / "checkpoint_tp2", tp_size=2, progress=False)
-    build(place / "checkpoint_tp2", place / "engine_tp2", cp_size=2, **PROFILE)
+    options = dict(cp_size=2, skip_layers=True, controlnet_residuals=2)
+    build(place / "checkpoint_tp2", place / "engine_tp2", **options, **PROFILE)
 
 
 def _make_upstream(folder: Path, source: Path) -> None:
