@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import io
 import logging
 import os
@@ -13,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr
 from functools import partial, wraps
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -34,6 +35,8 @@ console = Console(highlight=False, markup=False)  # a path may look like markup
 Runner = Annotated[RunnerOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
 """`RunnerOptions` as command-line options without a prefix."""
 DEFAULTS = RunnerOptions()
+Loras = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora", metavar="PATH:SCALE")]
+"""LoRAs as an option that can be given several times."""
 
 
 def check_ranks(engine_dir: str | Path) -> None:
@@ -123,6 +126,7 @@ def generate_command(
     num_inference_steps: int = 28,
     guidance_scale: float = 7.0,
     seed: int = 0,
+    loras: Loras = (),
     runner: Runner = DEFAULTS,
 ) -> None:
     """Generate an image from a prompt with an engine. Under mpirun, all ranks generate one image together.
@@ -137,6 +141,7 @@ def generate_command(
         num_inference_steps: denoising steps.
         guidance_scale: scale of classifier-free guidance; 1 turns it off.
         seed: seed of the noise.
+        loras: a LoRA to fuse into the engine's weights and its scale, as for mmdit convert; can be given several times.
     """
     from .generate import generate
 
@@ -151,6 +156,7 @@ def generate_command(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         seed=seed,
+        adapters=loras,
         runner_options=runner,
     )
     if report.image is not None:  # rank 0
@@ -238,9 +244,22 @@ def traffic_command(
     print_traffic(resolution=Resolution.read(resolution), text_tokens=text_tokens, batch=batch, dtype=dtype)
 
 
+def with_types(function: Callable, **types) -> Callable:
+    """`function` with other types of some arguments, for its options."""
+
+    @wraps(function)
+    def same(*args, **options):
+        return function(*args, **options)
+
+    del same.__wrapped__  # tyro would take the types from there
+    same.__signature__ = inspect.signature(function)
+    same.__annotations__ = get_type_hints(function, include_extras=True) | types
+    return same
+
+
 COMMANDS = {
     "doctor": doctor_command,
-    "convert": convert,
+    "convert": with_types(convert, loras=Loras),
     "export": export,
     "build": build,
     "onnx": export_onnx,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +16,11 @@ from ..architecture import ModelConfig
 from ..config import DTYPES, Dtype, Layout, TpLayout
 from ..files import complete_folder, require_place, require_space, write_synced
 from ..files.records import Files, to_json
+from ..models import architecture_of
 from .hub import resolve_model
 from .lora import Lora, fuse, open_loras
-from .manifest import CONFIG_FILE, FORMAT_VERSION, checkpoint_config, is_checkpoint, rank_file, versions
+from .lora_source import GivenLora
+from .manifest import CONFIG_FILE, FORMAT_VERSION, checkpoint_config, is_checkpoint, loras_entry, rank_file, versions
 from .source import Source, find_source
 from .stored import stored_tensors
 from .tensor_file import TensorFileWriter
@@ -37,7 +40,7 @@ def convert(
     tp_layout: TpLayout = "megatron",
     variant: str | None = None,
     revision: str | None = None,
-    loras: Sequence[tuple[str | Path, float]] = (),
+    loras: Sequence[GivenLora] = (),
     progress: bool = True,
 ) -> Path:
     """Convert the transformer of a Stable Diffusion 3 or 3.5 checkpoint to a rank-sharded checkpoint folder.
@@ -56,7 +59,8 @@ def convert(
         tp_layout: megatron, or trtllm to shard as TensorRT-LLM does; both are the same if tp_size is 1.
         variant: variant of the weight files, for instance fp16.
         revision: branch, tag or commit of a hub id.
-        loras: LoRAs to fuse into the weights, each a file, a folder or a hub id and its scale.
+        loras: LoRAs to fuse into the weights, each as PATH:SCALE or (path, scale): a safetensors file, a folder, or a
+            hub id (owner/name or owner/name/FILE.safetensors); the scale is 1 by default.
         progress: show a progress bar.
 
     Returns:
@@ -73,13 +77,14 @@ def convert(
     output = Path(output_dir).expanduser()
     require_place(output, "checkpoint", is_checkpoint)  # before a long download
 
-    def check(model: ModelConfig) -> None:
+    @cache
+    def checked(model: ModelConfig) -> tuple[Lora, ...]:
         model.check_layout(layout)
+        return open_loras(loras, architecture_of(model), model)
 
-    source = find_source(resolve_model(model_path), variant, revision, check)
-    check(source.model)
+    source = find_source(resolve_model(model_path), variant, revision, checked)
+    fused = checked(source.model)
     dtype = source.dtype if dtype == "auto" else dtype
-    fused = open_loras(loras, source.architecture, source.model)
     with complete_folder(output, "checkpoint", is_checkpoint) as partial:
         files = _write_ranks(source, partial, dtype, layout, fused, progress)
         own = {
@@ -92,7 +97,7 @@ def convert(
             "source_dtype": source.dtype,
             "vae_scale_factor": source.vae_scale_factor,
             "versions": versions(),
-            **({"loras": [lora.record.model_dump(exclude_none=True) for lora in fused]} if fused else {}),
+            **loras_entry(lora.record for lora in fused),
             "files": to_json(files),
         }
         config = checkpoint_config(source.architecture, source.model, dtype, layout, str(model_path), own)

@@ -1,7 +1,7 @@
 """LoRAs: files with low-rank changes of a model's weights, checked against the model and fused in float32.
 
-W becomes W + scale * scaling * B A, with A [rank, in] and B [out, rank]. With DoRA's magnitude m [out], each row is then
-multiplied by m / norm of the row. LoRAs are fused one after the other, as PEFT's `merge` does.
+W becomes W + scale * scaling * B A, with A [rank, in] and B [out, rank]. With DoRA's magnitude m [out], each row is
+then multiplied by m / norm of the row. LoRAs are fused one after the other, as PEFT's `merge` does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from ..architecture import Architecture, ModelConfig
 from ..files.records import sha256_of
 from .lora_changes import Change, changes_of, read
-from .lora_source import find_lora
+from .lora_source import GivenLora, find_lora, with_scale
 from .manifest import LoraRecord
 from .peft_config import PeftConfig
 from .tensor_file import read_header_and_metadata
@@ -87,11 +87,9 @@ class Lora:
         return tensor
 
 
-def open_loras(
-    loras: Iterable[tuple[str | Path, float]], architecture: Architecture, model: ModelConfig
-) -> tuple[Lora, ...]:
-    """Open LoRAs, given as (source, scale). Logs what they have for text encoders. Raises `ValueError`."""
-    opened = tuple(Lora.open(source, scale, architecture, model) for source, scale in loras)
+def open_loras(loras: Iterable[GivenLora], architecture: Architecture, model: ModelConfig) -> tuple[Lora, ...]:
+    """Open LoRAs, and log what they have for text encoders. Raises `ValueError`."""
+    opened = tuple(Lora.open(*with_scale(lora), architecture, model) for lora in loras)
     for lora in opened:
         if lora.left_out:
             log.warning(

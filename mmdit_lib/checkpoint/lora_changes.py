@@ -92,7 +92,8 @@ def changes_of(
         weight = _weight(module, architecture)
         parts = {part: tensors[name] for part, name in names.items()}
         rank = _check(names, parts, shapes[weight], *rows[module])
-        found[weight.removesuffix(".weight")] = Change(parts, *rows[module], _scaling(module, names, parts, config, rank))
+        scaling = _scaling(module, names, parts, config, rank)
+        found[weight.removesuffix(".weight")] = Change(parts, *rows[module], scaling)
     return found
 
 
@@ -112,10 +113,10 @@ def _check(
         if part not in names:
             raise ValueError(f"tensor '{next(iter(names.values()))}' has no {NAMES[part]} beside it")
     outputs = shape[0] // len(rows) * of
-    ranks = {part: (tensors[part].shape + (0, 0))[i] for i, part in enumerate("AB")}
+    rank_a, rank_b = tensors["A"].shape[:1], tensors["B"].shape[1:2]
     expected = {
-        "A": (ranks["A"], *shape[1:]),
-        "B": (outputs, ranks["B"], *[1] * len(shape[2:])),
+        "A": (*rank_a, *shape[1:]),
+        "B": (outputs, *rank_b, *[1] * len(shape[2:])),
         "bias": (outputs,),
         "magnitude": (outputs,) if len(shape) == 2 else (1, outputs, 1, 1),
     }
@@ -125,12 +126,12 @@ def _check(
                 f"tensor '{names[part]}' is {list(tensor.shape)}, expected {list(expected[part])}: "
                 "the LoRA is for another model"
             )
-    if ranks["A"] != ranks["B"]:
+    if rank_a != rank_b:
         raise ValueError(
             f"tensors '{names['A']}' {list(tensors['A'].shape)} and '{names['B']}' {list(tensors['B'].shape)} "
-            f"have different ranks: {ranks['A']} and {ranks['B']}"
+            f"have different ranks: {rank_a[0]} and {rank_b[0]}"
         )
-    return ranks["A"]
+    return rank_a[0]
 
 
 def _scaling(

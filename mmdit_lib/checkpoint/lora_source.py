@@ -14,18 +14,24 @@ FILES = ("pytorch_lora_weights.safetensors", PEFT_FILE)
 """diffusers' and PEFT's."""
 
 
-def split_scale(text: str | Path) -> tuple[str, float]:
-    """Parse PATH:SCALE, for instance 'style.safetensors:0.8' or 'owner/name'; the scale is 1 by default.
+GivenLora = str | Path | tuple[str | Path, float]
+"""A LoRA and its scale: as a pair, or as 'PATH:SCALE'."""
+
+
+def with_scale(lora: GivenLora) -> tuple[str | Path, float]:
+    """The two parts of PATH:SCALE, for instance 'style.safetensors:0.8' or 'owner/name'; the scale is 1 by default.
 
     A path may contain colons: only a number after the last one is a scale, and not if a file has that name.
     """
-    path, _, scale = str(text).rpartition(":")
-    if not path or Path(text).expanduser().exists():
-        return str(text), 1.0
+    if isinstance(lora, (tuple, list)):
+        return lora
+    path, _, scale = str(lora).rpartition(":")
+    if not path or Path(lora).expanduser().exists():
+        return lora, 1.0
     try:
         return path, float(scale)
     except ValueError:
-        return str(text), 1.0
+        return lora, 1.0
 
 
 class LoraFile(NamedTuple):

@@ -5,6 +5,7 @@ The classes say what is read from the file and what is legal; the model's own fi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -100,6 +101,12 @@ class CheckpointManifest(FileConfig):
 class CheckpointConfig(PretrainedConfig):
     mmdit_lib: CheckpointManifest | None = None
     """None: TensorRT-LLM wrote the folder."""
+
+
+def loras_entry(records: Iterable[LoraRecord]) -> dict[str, Any]:
+    """The key that a manifest has if there are LoRAs."""
+    content = [record.model_dump(exclude_none=True) for record in records]
+    return {"loras": content} if content else {}
 
 
 def rank_file(rank: int) -> str:

@@ -14,12 +14,13 @@ class RankFiles:
     """The full tensors of a checkpoint, read from its rank files one at a time.
 
     Attributes:
+        paths: of the rank files.
         nbytes: of all tensors together.
     """
 
     def __init__(self, checkpoint: Checkpoint):
-        self._paths = [checkpoint.path / name for name in checkpoint.rank_files]
-        self._ranks = [read_header(path) for path in self._paths]
+        self.paths = [checkpoint.path / name for name in checkpoint.rank_files]
+        self._ranks = [read_header(path) for path in self.paths]
         self._sharding = checkpoint.architecture.shardings[checkpoint.layout.tp_layout]
         self._shapes = checkpoint.architecture.parameters(checkpoint.model)
         self._dtype = getattr(torch, checkpoint.dtype)
@@ -35,10 +36,10 @@ class RankFiles:
         dim, parts = self._sharding.shard_dim(name), [rank[name] for rank in self._ranks]
         if dim is None or len(parts) == 1:
             full = parts[0].read_into(self._full)
-            for path, part in zip(self._paths[1:], parts[1:], strict=True):
+            for path, part in zip(self.paths[1:], parts[1:], strict=True):
                 if not _same_bits(part.read_into(self._part), full):
                     raise ValueError(
-                        f"{path}: tensor '{name}' differs from the copy in {self._paths[0].name}, but in the "
+                        f"{path}: tensor '{name}' differs from the copy in {self.paths[0].name}, but in the "
                         f"{self._sharding.name} layout every tp rank holds the same tensor"
                     )
             return full

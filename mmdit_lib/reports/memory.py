@@ -19,8 +19,9 @@ from ..engine.kernel_passes import KERNELS
 from ..engine.kernels import qkv_attention
 from ..engine.lowering import lower
 from ..engine.passes import NUMERICS, SPEED
+from ..engine.rehearsal import meta_weights
 from ..engine.torch_ops import dist_collective, without_ranks
-from .traffic import group_names, meta_weights, on_meta
+from .traffic import group_names, on_meta
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ STREAMS = {
     "x": ("attn.to_{}", "attn.to_out.0", "norm1", "ff"),
     "context": ("attn.add_{}_proj", "attn.to_add_out", "norm1_context", "ff_context"),
 }
+IN_BLOCK = re.compile(r"joint_blocks_(\d+)_(x|context)_block_(attn2?_qkv|attn2?_proj|adaLN_modulation_1|mlp_fc[12])")
 EMBEDDERS = {
     "x_embedder_proj": "pos_embed.proj",
     "context_embedder": "context_embedder",
@@ -68,7 +69,7 @@ def kohya_rows(name: str, config: SD3Config) -> dict[str, tuple[int, ...]]:
         return {EMBEDDERS[name]: (0,)}
     if name == "final_layer_adaLN_modulation_1":
         return {"norm_out.linear": (1, 0)}  # the original layout has the shift before the scale
-    found = re.fullmatch(r"joint_blocks_(\d+)_(x|context)_block_(attn2?_qkv|attn2?_proj|adaLN_modulation_1|mlp_fc[12])", name)
+    found = IN_BLOCK.fullmatch(name)
     if found is None:
         raise ValueError(f"no module of the transformer has sd-scripts' name '{KOHYA}{name}'")
     block, stream, layer = f"transformer_blocks.{found[1]}", found[2], found[3]

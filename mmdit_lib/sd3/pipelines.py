@@ -41,8 +41,9 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         for key, option in value.items():
             if key == "scale" and option == 1.0:
                 continue
-            what = "LoRA scale" if key == "scale" else "argument"
-            raise ValueError(f"{name}['{key}']: the engine does not support this {what}")
+            if key == "scale":
+                raise ValueError(f"{name}['scale']={option}: give LoRAs their scales in set_adapters([(path, scale)])")
+            raise ValueError(f"{name}['{key}']: the engine does not support this argument")
 
 
 @torch.inference_mode()
