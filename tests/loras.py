@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 TENSORS = dict[str, torch.Tensor]
+
+
+def has_peft() -> bool:
+    """Whether diffusers can load LoRAs here."""
+    return find_spec("peft") is not None
 
 
 def layers(state: TENSORS) -> TENSORS:

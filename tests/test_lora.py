@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import helpers
@@ -21,7 +20,7 @@ from mmdit_lib.sd3.keys import from_diffusers
 BOUND = 5e-6
 """Of a relative error in float32: 40 times the machine epsilon, as for every parity test."""
 EPSILON = torch.finfo(torch.float32).eps
-needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="diffusers needs peft for LoRAs: pip install peft")
+needs_peft = pytest.mark.skipif(not loras.has_peft(), reason="diffusers needs peft for LoRAs: pip install peft")
 
 
 @pytest.fixture(scope="module")
