@@ -18,7 +18,6 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from .checkpoint import convert, export
 from .config import Dtype, Resolution
@@ -36,7 +35,8 @@ Runner = Annotated[RunnerOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefi
 """`RunnerOptions` as command-line options without a prefix."""
 DEFAULTS = RunnerOptions()
 Loras = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora", metavar="PATH:SCALE")]
-"""LoRAs as an option that can be given several times."""
+OPTIONS = {"loras": Loras}
+"""Arguments whose type is another one on the command line."""
 
 
 def check_ranks(engine_dir: str | Path) -> None:
@@ -193,7 +193,7 @@ def bench_command(
         plot: image file for a plot of the times: of each block with --profile, otherwise of the steps.
     """
     from .plots import time_bars, time_by_block
-    from .reports.bench import alternately, bench_steps, conditions, peak_bytes
+    from .reports.bench import alternately, bench_steps, bench_table
     from .reports.profile import by_module, profile_step, profile_table
     from .runner import MMDiTRunner
 
@@ -208,16 +208,7 @@ def bench_command(
     steps = bench_steps(opened, **sizes, model_path=model_path)
     times = alternately(steps, opened.device, repeats)
     if opened.rank == 0:
-        title = f"one step, {size}, batch {batch}, {text_tokens} text tokens, {opened.folder.dtype}, {opened.device}"
-        columns = {"ms (median)": {name: f"{ms:.2f}" for name, ms in times.items()}}
-        if model_path:
-            columns["speed relative to diffusers"] = {n: f"{times['diffusers'] / ms:.2f}" for n, ms in times.items()}
-        if opened.device.type == "cuda" and opened.folder.layout.world_size == 1:
-            columns["peak memory beyond weights, GB"] = {n: f"{peak_bytes(s) / 1e9:.2f}" for n, s in steps.items()}
-        table = Table("", *columns, title=title, caption=conditions(opened.device))
-        for name in times:
-            table.add_row(name, *(column[name] for column in columns.values()))
-        console.print(table)
+        console.print(bench_table(opened, sizes, steps, times))
         blocks = opened.folder.architecture.blocks
         if layers is not None:
             console.print(profile_table(layers, blocks, f"layers of one step, {opened.backend.name} backend"))
@@ -244,22 +235,9 @@ def traffic_command(
     print_traffic(resolution=Resolution.read(resolution), text_tokens=text_tokens, batch=batch, dtype=dtype)
 
 
-def with_types(function: Callable, **types) -> Callable:
-    """`function` with other types of some arguments, for its options."""
-
-    @wraps(function)
-    def same(*args, **options):
-        return function(*args, **options)
-
-    del same.__wrapped__  # tyro would take the types from there
-    same.__signature__ = inspect.signature(function)
-    same.__annotations__ = get_type_hints(function, include_extras=True) | types
-    return same
-
-
 COMMANDS = {
     "doctor": doctor_command,
-    "convert": with_types(convert, loras=Loras),
+    "convert": convert,
     "export": export,
     "build": build,
     "onnx": export_onnx,
@@ -334,6 +312,10 @@ def parsed(function: Callable, prog: str, arguments: list[str]) -> Callable[[], 
     def later(*args, **options):
         return partial(function, *args, **options)
 
+    del later.__wrapped__  # tyro would take the types from there
+    later.__signature__ = inspect.signature(function)
+    later.__annotations__ = types = get_type_hints(function, include_extras=True)
+    types |= {name: OPTIONS[name] for name in OPTIONS.keys() & types.keys()}
     try:
         with redirect_stderr(io.StringIO()) as box:
             return tyro.cli(later, prog=prog, args=arguments, config=TYRO)

@@ -41,9 +41,8 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         for key, option in value.items():
             if key == "scale" and option == 1.0:
                 continue
-            if key == "scale":
-                raise ValueError(f"{name}['scale']={option}: give LoRAs their scales in set_adapters([(path, scale)])")
-            raise ValueError(f"{name}['{key}']: the engine does not support this argument")
+            what = "LoRA scale; set_adapters takes it" if key == "scale" else "argument"
+            raise ValueError(f"{name}['{key}']: the engine does not support this {what}")
 
 
 @torch.inference_mode()
