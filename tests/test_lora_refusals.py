@@ -62,7 +62,10 @@ BAD = {
     "a vector": (changed(A, lambda a: a[0]), f"tensor '{A}' is [64], expected [64, 64]"),
     "NaN": (changed(A, nan), f"tensor '{A}' contains NaN or infinity"),
     "float64": (changed(A, torch.Tensor.double), f"tensor '{A}' is F64; only float32, float16 or bfloat16"),
-    "unknown name": (lambda lora: lora | {"transformer.x.hada": torch.ones(2)}, "unknown tensor 'transformer.x.hada'"),
+    "B is a vector": (changed(B, lambda b: b[:, 0]), f"tensor '{B}' is [64], expected [64, 4]"),
+    "unknown names": (
+        lambda lora: lora | {f"x.{i}": torch.ones(2) for i in range(3)}, "unknown tensor 'x.0' (and 2 more)"
+    ),
     "a block that the model lacks": (
         lambda lora: lora | {n.replace("s.0.", "s.24."): t for n, t in lora.items() if Q in n},
         f"tensor '{A.replace('s.0.', 's.24.')}' (and 1 more) is for a layer that",

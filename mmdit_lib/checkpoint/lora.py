@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..architecture import Architecture, ModelConfig
+from ..architecture import Architecture, LoraKey, ModelConfig
 from ..files.records import sha256_of
 from .lora_changes import Change, changes_of, read
 from .lora_source import GivenLora, find_lora, with_scale
@@ -56,7 +56,7 @@ class Lora:
         tensors, metadata = read_header_and_metadata(path)
         config = PeftConfig.read(path, metadata, architecture.lora_keys.PREFIXES)
         try:
-            keys = {name: architecture.lora_keys.parse(name, model) for name in tensors}
+            keys = _parsed(tensors, architecture, model)
             ours = {name: key for name, key in keys.items() if key is not None}
             if not ours:
                 raise ValueError("no tensor is for the transformer")
@@ -85,6 +85,19 @@ class Lora:
         if not tensor.isfinite().all():
             raise ValueError(f"LoRA {self.record}: '{name}' contains NaN or infinity after fusing")
         return tensor
+
+
+def _parsed(names: Iterable[str], architecture: Architecture, model: ModelConfig) -> dict[str, LoraKey | None]:
+    """What each tensor is for. Raises `ValueError` for the first unknown one, with the number of others."""
+    keys, faults = {}, []
+    for name in names:
+        try:
+            keys[name] = architecture.lora_keys.parse(name, model)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError(faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
+    return keys
 
 
 def open_loras(loras: Iterable[GivenLora], architecture: Architecture, model: ModelConfig) -> tuple[Lora, ...]:

@@ -86,7 +86,7 @@ def changes_of(
             rows[module] = parts, sum(map(len, key.rows.values()))
     if unknown:
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise ValueError(f"tensor '{unknown[0]}'{more} is for a layer that {model.summary()} does not have")
+        raise ValueError(f"tensor '{unknown[0]}'{more} is for a layer that the model does not have: {model.summary()}")
     found = {}
     for module, names in named.items():
         weight = _weight(module, architecture)
@@ -113,7 +113,8 @@ def _check(
         if part not in names:
             raise ValueError(f"tensor '{next(iter(names.values()))}' has no {NAMES[part]} beside it")
     outputs = shape[0] // len(rows) * of
-    rank_a, rank_b = tensors["A"].shape[:1], tensors["B"].shape[1:2]
+    rank_a = tensors["A"].shape[:1]
+    rank_b = tensors["B"].shape[1:2] or rank_a
     expected = {
         "A": (*rank_a, *shape[1:]),
         "B": (outputs, *rank_b, *[1] * len(shape[2:])),

@@ -71,7 +71,7 @@ def find_lora(source: str | Path) -> LoraFile:
 def _in_folder(folder: Path, where: object) -> Path:
     if named := [folder / name for name in FILES if (folder / name).is_file()]:
         return named[0]
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if len(found) == 1:
         return found[0]
     refuse_pickles(sorted(folder.iterdir()))

@@ -7,7 +7,7 @@ import re
 from ..architecture import LoraKey
 from .config import SD3Config
 
-TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "lora_te1_", "lora_te2_", "lora_te3_")
+TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "text_encoder_3.", "lora_te1_", "lora_te2_", "lora_te3_")
 PREFIXES = ("transformer.", "base_model.model.", "")
 """Of diffusers' pipelines, of PEFT's models, of diffusers' transformers."""
 KOHYA = "lora_unet_"
@@ -25,7 +25,7 @@ PARTS = {
     "alpha": "alpha",
 }
 OLDER = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")
-"""diffusers before 0.22 put the LoRA of a projection into the attention's processor."""
+"""Older versions of diffusers put the LoRA of a projection into the attention's processor."""
 
 STREAMS = {
     "x": ("attn.to_{}", "attn.to_out.0", "norm1", "ff"),
