@@ -19,6 +19,7 @@ HARMLESS_INITS = (None, True, False, "gaussian", "orthogonal")
 """Others also change the weights that the LoRA is added to."""
 REFUSED = (
     "modules_to_save", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "target_parameters",
+    "kasa_config",
 )  # fmt: skip
 
 Rank = Annotated[int, Field(ge=1, strict=True)]
@@ -43,6 +44,7 @@ class PeftConfig(FileConfig):
     use_qalora: Any = None
     use_bdlora: Any = None
     target_parameters: Any = None
+    kasa_config: Any = None
 
     @classmethod
     def read(cls, path: Path, metadata: dict[str, str], prefixes: tuple[str, ...]) -> PeftConfig | None:
