@@ -117,6 +117,7 @@ def test_merged_weights_are_replaced_where_they_are(case, given, tmp_path, monke
     assert torch.equal(runner.run(inputs), before) and places(runner) == memory
 
 
+@pytest.mark.slow
 def test_compiled_blocks_see_the_new_weights_without_compiling_again(case, given, tmp_path, monkeypatch):
     compiled = []
 
@@ -134,6 +135,7 @@ def test_compiled_blocks_see_the_new_weights_without_compiling_again(case, given
     assert torch.equal(runner.run(inputs), before) and count == len(compiled) > 0
 
 
+@pytest.mark.slow
 def test_a_picture_by_the_command(tmp_path):
     lora = loras.random_lora(load_file(model_path() / "transformer" / "diffusion_pytorch_model.safetensors"))
     path = loras.write(tmp_path / "lora.safetensors", lora)

@@ -167,6 +167,7 @@ def test_a_folder_of_peft(case, state, tmp_path):
 
 
 @needs_peft
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium", "sd3.5-large", "patch-3-table-20"])
 @pytest.mark.parametrize("scales", [(0.8,), (0.8, -0.5)], ids=["one", "two"])
 def test_outputs_are_diffusers(name, scales, tmp_path):
