@@ -104,6 +104,29 @@ class Keys(Protocol):
     def to_diffusers(self, name: str) -> str: ...
 
 
+class LoraKey(NamedTuple):
+    """What a tensor of a LoRA file is for.
+
+    Attributes:
+        part: 'A' [rank, in], 'B' [out, rank], 'bias' [out], 'magnitude' [out] (DoRA's) or 'alpha' (a number).
+        rows: the modules whose weights it changes, by diffusers' names; several for a projection that the file has
+            fused. The numbers are those of the equal parts of B's rows that are the module's, in the module's order.
+    """
+
+    part: str
+    rows: dict[str, tuple[int, ...]]
+
+
+class LoraKeys(Protocol):
+    """Maps the names in LoRA files."""
+
+    PREFIXES: tuple[str, ...]
+    """What names of the transformer's tensors may start with; PEFT's config has the same prefixes."""
+
+    def parse(self, key: str, config: ModelConfig) -> LoraKey | None:
+        """None if the tensor belongs to a text encoder. Raises `ValueError` if it is unknown."""
+
+
 class Reference(Protocol):
     """diffusers' transformer as the reference."""
 
@@ -177,6 +200,7 @@ class Architecture:
         output: the network's output.
         shardings: tensor-parallel tables by layout.
         keys: maps tensor and module names.
+        lora_keys: maps the names in LoRA files.
         infer_config: infers the config from tensor shapes; the second argument supplies what no tensor determines.
             Raises `ValueError`.
         single_file: layout of the original checkpoints.
@@ -194,6 +218,7 @@ class Architecture:
     output: Input
     shardings: Mapping[TpLayout, Sharding]
     keys: Keys
+    lora_keys: LoraKeys
     infer_config: Callable[[Shapes, ModelConfig | None], ModelConfig]
     single_file: SingleFile
     reference: Reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import io
 import logging
 import os
@@ -13,11 +14,10 @@ from contextlib import contextmanager, redirect_stderr
 from functools import partial, wraps
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from .checkpoint import convert, export
 from .config import Dtype, Resolution
@@ -34,6 +34,9 @@ console = Console(highlight=False, markup=False)  # a path may look like markup
 Runner = Annotated[RunnerOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
 """`RunnerOptions` as command-line options without a prefix."""
 DEFAULTS = RunnerOptions()
+Loras = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora", metavar="PATH:SCALE")]
+OPTIONS = {"loras": Loras}
+"""Arguments whose type is another one on the command line."""
 
 
 def check_ranks(engine_dir: str | Path) -> None:
@@ -124,6 +127,7 @@ def generate_command(
     guidance_scale: float = 7.0,
     skip_guidance_layers: tuple[int, ...] = (),
     seed: int = 0,
+    loras: Loras = (),
     runner: Runner = DEFAULTS,
 ) -> None:
     """Generate an image from a prompt with an engine. Under mpirun, all ranks generate one image together.
@@ -139,6 +143,7 @@ def generate_command(
         guidance_scale: scale of classifier-free guidance; 1 turns it off.
         skip_guidance_layers: blocks that skip-layer guidance skips, for instance 7 8 9; build with --skip_layers.
         seed: seed of the noise.
+        loras: a LoRA to fuse into the engine's weights and its scale, as for mmdit convert; can be given several times.
     """
     from .generate import generate
 
@@ -154,6 +159,7 @@ def generate_command(
         guidance_scale=guidance_scale,
         skip_guidance_layers=list(skip_guidance_layers) or None,
         seed=seed,
+        adapters=loras,
         runner_options=runner,
     )
     if report.image is not None:  # rank 0
@@ -190,7 +196,7 @@ def bench_command(
         plot: image file for a plot of the times: of each block with --profile, otherwise of the steps.
     """
     from .plots import time_bars, time_by_block
-    from .reports.bench import alternately, bench_steps, conditions, peak_bytes
+    from .reports.bench import alternately, bench_steps, bench_table
     from .reports.profile import by_module, profile_step, profile_table
     from .runner import MMDiTRunner
 
@@ -205,16 +211,7 @@ def bench_command(
     steps = bench_steps(opened, **sizes, model_path=model_path)
     times = alternately(steps, opened.device, repeats)
     if opened.rank == 0:
-        title = f"one step, {size}, batch {batch}, {text_tokens} text tokens, {opened.folder.dtype}, {opened.device}"
-        columns = {"ms (median)": {name: f"{ms:.2f}" for name, ms in times.items()}}
-        if model_path:
-            columns["speed relative to diffusers"] = {n: f"{times['diffusers'] / ms:.2f}" for n, ms in times.items()}
-        if opened.device.type == "cuda" and opened.folder.layout.world_size == 1:
-            columns["peak memory beyond weights, GB"] = {n: f"{peak_bytes(s) / 1e9:.2f}" for n, s in steps.items()}
-        table = Table("", *columns, title=title, caption=conditions(opened.device))
-        for name in times:
-            table.add_row(name, *(column[name] for column in columns.values()))
-        console.print(table)
+        console.print(bench_table(opened, sizes, steps, times))
         blocks = opened.folder.architecture.blocks
         if layers is not None:
             console.print(profile_table(layers, blocks, f"layers of one step, {opened.backend.name} backend"))
@@ -318,6 +315,10 @@ def parsed(function: Callable, prog: str, arguments: list[str]) -> Callable[[], 
     def later(*args, **options):
         return partial(function, *args, **options)
 
+    del later.__wrapped__  # tyro would take the types from there
+    later.__signature__ = inspect.signature(function)
+    later.__annotations__ = types = get_type_hints(function, include_extras=True)
+    types |= {name: OPTIONS[name] for name in OPTIONS.keys() & types.keys()}
     try:
         with redirect_stderr(io.StringIO()) as box:
             return tyro.cli(later, prog=prog, args=arguments, config=TYRO)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from PIL.Image import Image
 
 from .checkpoint.hub import resolve_model
+from .checkpoint.lora_source import GivenLora
 from .config import Resolution, dtype_option
 from .engine.backend import RunnerOptions
 from .engine.folder import EngineFolder
@@ -45,6 +46,7 @@ def generate(
     resolution: str | int | Resolution | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    adapters: Iterable[GivenLora] = (),
     runner_options: RunnerOptions | Mapping[str, Any] | None = None,
     **call_options,
 ) -> Picture:
@@ -56,6 +58,7 @@ def generate(
         resolution: image size in pixels; by default the one that the engine is optimized for.
         seed: seed of the noise, which is drawn on the CPU so that it is the same on every device.
         device: by default CUDA if available.
+        adapters: LoRAs, as for `MMDiTRunner.set_adapters`.
         runner_options: how to open the engine, as for `load_pipeline`.
         call_options: for the pipeline's call, for instance `num_inference_steps` or `skip_guidance_layers`.
 
@@ -74,6 +77,7 @@ def generate(
     parallel = folder.layout.world_size > 1
     pipe = load_pipeline(model, engine_dir, device=device, runner_options=runner_options, encode_on_rank_0=parallel)
     runner = pipe.transformer
+    runner.set_adapters(adapters)
     if runner.rank:
         pipe.set_progress_bar_config(disable=True)
     start = time.perf_counter()

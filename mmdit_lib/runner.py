@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import cached_property
@@ -14,7 +14,10 @@ from pathlib import Path
 import torch
 
 from . import parallel
+from .checkpoint.lora_source import GivenLora
+from .checkpoint.manifest import LoraRecord
 from .config import TORCH_DTYPES
+from .engine.adapters import Adapters
 from .engine.backend import Backend, RunnerOptions
 from .engine.backends import choose_backend
 from .engine.folder import EngineFolder
@@ -45,6 +48,7 @@ class MMDiTRunner:
         rank: int = 0,
         check_finite: bool = True,
         checkpoint_dir: str | Path | None = None,
+        adapters: Adapters | None = None,
     ):
         self.folder = folder
         self.backend = backend
@@ -54,6 +58,7 @@ class MMDiTRunner:
         self.checkpoint_dir = checkpoint_dir
         self.dtype = TORCH_DTYPES[folder.dtype]
         self.device = backend.device
+        self._adapters = adapters or Adapters(folder, backend, RunnerOptions())
         self._step, self._steps = 0, None
         self._last: tuple[object, float] = (None, 0)  # the sizes of the last step, and how long it took
 
@@ -107,8 +112,15 @@ class MMDiTRunner:
             raise ValueError(
                 f"{folder.path} has an input {min(unknown)}, which {folder.architecture.name} does not have"
             )
-        kept = {"check_finite": options.check_finite, "checkpoint_dir": options.checkpoint_dir}
-        return cls(folder, opened, reason, rank=team.rank if team else 0, **kept)
+        return cls(
+            folder,
+            opened,
+            reason,
+            rank=team.rank if team else 0,
+            check_finite=options.check_finite,
+            checkpoint_dir=options.checkpoint_dir,
+            adapters=Adapters(folder, opened, options, team),
+        )
 
     def __call__(self, *positional, **arguments):
         """One denoising step, with the arguments of diffusers' transformer.
@@ -149,6 +161,31 @@ class MMDiTRunner:
                 given = {name: prepared[name] for name, value in inputs.items() if value is not None}
                 self._check_finite({**given, "output": output})
         return output
+
+    @property
+    def adapters(self) -> list[LoraRecord]:
+        """The LoRAs of the last `set_adapters`."""
+        return [lora.record for lora in self._adapters.active]
+
+    def set_adapters(self, adapters: Iterable[GivenLora]) -> None:
+        """Fuse LoRAs into the engine's weights, instead of those that were set before. Nothing is rebuilt.
+
+        Under `mpirun`, every rank calls it. LoRAs that were fused by `convert` stay.
+
+        Args:
+            adapters: each as (path or hub id, scale) or 'PATH:SCALE', as for `convert`; none restores the bits of the
+                checkpoint.
+
+        Raises:
+            ValueError: if a LoRA cannot be read or does not fit the model, the checkpoint is not found or has changed,
+                or the backend cannot replace weights. The weights stay as they were.
+        """
+        with parallel.doing("setting adapters"):
+            self._adapters.set(adapters)
+
+    def load_lora_adapter(self, *args, **options):
+        """Called by diffusers' `load_lora_weights`. Raises `ValueError`."""
+        raise ValueError("an engine takes LoRAs with pipe.transformer.set_adapters([(path, scale)])")
 
     def count_steps(self, steps: int | None) -> None:
         """Number the following calls from 1 to `steps` (None: unknown) in messages about a frozen rank."""

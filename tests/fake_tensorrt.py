@@ -26,11 +26,17 @@ class Plan:
         tensors: name -> (dtype, shape with -1 for a dynamic size), the inputs and then the output.
         deserialized: the contents of the plans that were deserialized.
         seen: the inputs of the last execution, as read from the addresses that the context was given.
+        refitted: the weights that were replaced, by layer.
+        missing: layers whose weights the refitter asks for.
+        failing: how many of the next refits fail, after they have replaced weights.
     """
 
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     deserialized: list[bytes] = field(default_factory=list)
     seen: dict[str, torch.Tensor] = field(default_factory=dict)
+    refitted: dict[str, torch.Tensor] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    failing: int = 0
 
     @property
     def output(self) -> str:
@@ -41,6 +47,8 @@ def install(monkeypatch, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Pla
     """From now on every plan has these tensors and runs on the CPU."""
     plan = Plan(tensors)
     monkeypatch.setattr(trt.package, "Runtime", lambda logger: Runtime(plan))
+    monkeypatch.setattr(trt.package, "Refitter", Refitter)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(tensorrt_backend, "plan_runs_here", lambda package, device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
@@ -73,6 +81,27 @@ class Engine:
 
     def create_execution_context(self):
         return Context(self.plan)
+
+
+class Refitter:
+    """Reads the weights from their addresses only when the engine is refitted."""
+
+    def __init__(self, engine: Engine, logger):
+        self.plan = engine.plan
+        self.weights: dict[str, object] = {}
+
+    def set_weights(self, layer, role, weights) -> bool:
+        self.weights[layer] = weights
+        return role == trt.WeightsRole.CONSTANT
+
+    def get_missing(self):
+        missing = [layer for layer in self.plan.missing if layer not in self.weights]
+        return missing, [trt.WeightsRole.CONSTANT] * len(missing)
+
+    def refit_cuda_engine(self) -> bool:
+        self.plan.refitted |= {layer: torch.tensor(w.numpy()) for layer, w in self.weights.items()}
+        self.plan.failing -= 1
+        return self.plan.failing < 0 and not self.get_missing()[0]
 
 
 class Context:

@@ -34,6 +34,28 @@ def parity(task: dict) -> list[float]:
     return [max(of_ranks) for of_ranks in zip(*WORLD.allgather(errors), strict=True)]
 
 
+def adapters(task: dict) -> dict:
+    """As `parity` with LoRAs set, whether other checkpoints and the base give the same bits, and refusals."""
+    opened = {name: MMDiTRunner.from_engine(task[name], backend="pytorch", device="cpu") for name in ("base", "fused")}
+    runner, fused, cases = opened["base"], opened["fused"], torch.load(task["cases"], weights_only=True)
+    before = [runner.run(inputs) for inputs, _ in cases]
+    runner.set_adapters(task["loras"])
+    outputs = [runner.run(inputs) for inputs, _ in cases]
+    errors = [relative_error(output, expected) for output, (_, expected) in zip(outputs, cases, strict=True)]
+    same = all(torch.equal(fused.run(inputs), output) for (inputs, _), output in zip(cases, outputs, strict=True))
+    said = []
+    for wrong in ([*task["loras"][1:], [task["loras"][0][0], 0.1 * WORLD.rank]], ["missing"] * (WORLD.rank == 1)):
+        try:
+            runner.set_adapters(wrong)
+        except ValueError as error:
+            said.append(str(error))
+    kept = all(torch.equal(runner.run(inputs), output) for (inputs, _), output in zip(cases, outputs, strict=True))
+    runner.set_adapters([])
+    back = all(torch.equal(runner.run(inputs), output) for (inputs, _), output in zip(cases, before, strict=True))
+    found = {"errors": errors, "same": same, "said": said, "kept": kept, "back": back}
+    return {name: WORLD.allgather(value) for name, value in found.items()}
+
+
 def refuse(task: dict) -> list[str]:
     """Every rank opens its own folder; returns what each of them raised."""
     try:

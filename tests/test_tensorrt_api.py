@@ -26,10 +26,15 @@ RTX, TRT11 = "tensorrt_rtx", "tensorrt_bindings"
 TRT10 = json.loads((Path(__file__).parent / "data" / "tensorrt_10.13.3.9.json").read_text())
 """By class: its members in `tensorrt-cu12-bindings` 10.13.3.9, read with `trt_api.py` in an environment of its own."""
 ENGINE = Path(mmdit_lib.__file__).parent / "engine"
-SOURCE = "\n".join((ENGINE / name).read_text() for name in ("tensorrt_backend.py", "logger.py"))
+SOURCE = "\n".join((ENGINE / name).read_text() for name in ("tensorrt_backend.py", "refit.py", "logger.py"))
 
 LISTED = {
-    MODULE: {"Runtime": 1, "TensorIOMode": None, "ILogger": None, "IProgressMonitor": None, "IProfiler": None},
+    MODULE: {
+        "Runtime": 1, "TensorIOMode": None, "ILogger": None, "IProgressMonitor": None, "IProfiler": None,
+        "Refitter": 2, "Weights": 3, "WeightsRole": None,
+    },
+    "WeightsRole": {"CONSTANT": None},
+    "Refitter": {"set_weights": 3, "get_missing": 0, "refit_cuda_engine": 0},
     "TensorIOMode": {"INPUT": None},
     "Runtime": {"deserialize_cuda_engine": 1},
     "ICudaEngine": {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +16,11 @@ from ..architecture import ModelConfig
 from ..config import DTYPES, Dtype, Layout, TpLayout
 from ..files import complete_folder, require_place, require_space, write_synced
 from ..files.records import Files, to_json
+from ..models import architecture_of
 from .hub import resolve_model
-from .manifest import CONFIG_FILE, FORMAT_VERSION, checkpoint_config, is_checkpoint, rank_file, versions
+from .lora import Lora, fuse, open_loras
+from .lora_source import GivenLora
+from .manifest import CONFIG_FILE, FORMAT_VERSION, checkpoint_config, is_checkpoint, loras_entry, rank_file, versions
 from .source import Source, find_source
 from .stored import stored_tensors
 from .tensor_file import TensorFileWriter
@@ -35,6 +40,7 @@ def convert(
     tp_layout: TpLayout = "megatron",
     variant: str | None = None,
     revision: str | None = None,
+    loras: Sequence[GivenLora] = (),
     progress: bool = True,
 ) -> Path:
     """Convert the transformer of a Stable Diffusion 3 or 3.5 checkpoint to a rank-sharded checkpoint folder.
@@ -53,6 +59,8 @@ def convert(
         tp_layout: megatron, or trtllm to shard as TensorRT-LLM does; both are the same if tp_size is 1.
         variant: variant of the weight files, for instance fp16.
         revision: branch, tag or commit of a hub id.
+        loras: LoRAs to fuse into the weights, each as PATH:SCALE or (path, scale): a safetensors file, a folder, or a
+            hub id (owner/name or owner/name/FILE.safetensors); the scale is 1 by default.
         progress: show a progress bar.
 
     Returns:
@@ -69,14 +77,16 @@ def convert(
     output = Path(output_dir).expanduser()
     require_place(output, "checkpoint", is_checkpoint)  # before a long download
 
-    def check(model: ModelConfig) -> None:
+    @cache
+    def checked(model: ModelConfig) -> tuple[Lora, ...]:
         model.check_layout(layout)
+        return open_loras(loras, architecture_of(model), model)
 
-    source = find_source(resolve_model(model_path), variant, revision, check)
-    check(source.model)
+    source = find_source(resolve_model(model_path), variant, revision, checked)
+    fused = checked(source.model)
     dtype = source.dtype if dtype == "auto" else dtype
     with complete_folder(output, "checkpoint", is_checkpoint) as partial:
-        files = _write_ranks(source, partial, dtype, layout, progress)
+        files = _write_ranks(source, partial, dtype, layout, fused, progress)
         own = {
             "format_version": FORMAT_VERSION,
             "tp_layout": tp_layout,
@@ -87,6 +97,7 @@ def convert(
             "source_dtype": source.dtype,
             "vae_scale_factor": source.vae_scale_factor,
             "versions": versions(),
+            **loras_entry(lora.record for lora in fused),
             "files": to_json(files),
         }
         config = checkpoint_config(source.architecture, source.model, dtype, layout, str(model_path), own)
@@ -94,8 +105,10 @@ def convert(
     return output
 
 
-def _write_ranks(source: Source, folder: Path, dtype: Dtype, layout: Layout, progress: bool) -> Files:
-    """Read every tensor once and write each tp rank's part of it to that rank's file."""
+def _write_ranks(
+    source: Source, folder: Path, dtype: Dtype, layout: Layout, loras: tuple[Lora, ...], progress: bool
+) -> Files:
+    """Read every tensor once, fuse the LoRAs, and write each tp rank's part of it to that rank's file."""
     architecture, tensors, tp_size = source.architecture, source.tensors, layout.tp_size
     sharding = architecture.shardings[layout.tp_layout]
     stored = stored_tensors(architecture, source.model, layout, dtype)
@@ -107,7 +120,8 @@ def _write_ranks(source: Source, folder: Path, dtype: Dtype, layout: Layout, pro
         require_space(folder, sum(w.nbytes for w in writers))
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not progress))
         for name in architecture.parameters(source.model):
-            tensor = cast(tensors[name].read_into(buffer), dtype, architecture.keys.to_diffusers(name))
+            tensor = fuse(name, tensors[name].read_into(buffer), loras)
+            tensor = cast(tensor, dtype, architecture.keys.to_diffusers(name))
             for rank, writer in enumerate(writers):
                 writer.write(name, sharding.shard(name, tensor, tp_size, rank))
             bar.update(tensors[name].nbytes)

@@ -5,6 +5,7 @@ The classes say what is read from the file and what is legal; the model's own fi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from pydantic import AfterValidator, Field
 from .. import __version__
 from ..architecture import Architecture, ModelConfig
 from ..config import DTYPES, FileConfig, Layout, Text, TpLayout, VaeScaleFactor
-from ..files.records import Files, keys_in
+from ..files.records import Files, Sha256, keys_in
 
 CONFIG_FILE = "config.json"
 OWN_KEY = "mmdit_lib"
@@ -62,6 +63,24 @@ class PretrainedConfig(FileConfig):
             )
 
 
+class LoraRecord(FileConfig):
+    """A LoRA that was fused into the weights."""
+
+    source: Text
+    """What the user gave: a path or a hub id."""
+    file: Text
+    revision: Text | None = None
+    """The commit of a hub id."""
+    sha256: Sha256
+    scale: float = Field(allow_inf_nan=False)
+
+    def __str__(self) -> str:
+        return f"{self.source} (scale {self.scale:g}, sha256 {self.sha256[:12]})"
+
+
+Loras = Annotated[tuple[LoraRecord, ...], Field(max_length=1024)]
+
+
 class CheckpointManifest(FileConfig):
     """Our own key in the config of a checkpoint."""
 
@@ -76,11 +95,18 @@ class CheckpointManifest(FileConfig):
     variant: Text | None = None
     source_dtype: Text | None = None
     versions: dict[Text, Text | None] = Field(default_factory=dict)
+    loras: Loras = ()
 
 
 class CheckpointConfig(PretrainedConfig):
     mmdit_lib: CheckpointManifest | None = None
     """None: TensorRT-LLM wrote the folder."""
+
+
+def loras_entry(records: Iterable[LoraRecord]) -> dict[str, Any]:
+    """The key that a manifest has if there are LoRAs."""
+    content = [record.model_dump(exclude_none=True) for record in records]
+    return {"loras": content} if content else {}
 
 
 def rank_file(rank: int) -> str:

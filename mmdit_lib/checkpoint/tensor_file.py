@@ -93,6 +93,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises `ValueError` if the file is truncated or not a safetensors file.
     """
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """As `read_header`, and the file's free-form metadata."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -101,7 +106,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         start = 8 + length
         if size < start:
             raise ValueError(f"{path} is truncated: its header alone takes {start} bytes, found {size}")
-        entries = _parse_header(file.read(length), path)
+        entries, metadata = _parse_header(file.read(length), path)
     tensors = {name: _stored(path, start, name, entry) for name, entry in entries.items()}
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].spans):
@@ -112,19 +117,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if size != end:
         fault = "is truncated" if size < end else "has bytes after its last tensor"
         raise ValueError(f"{path} {fault}: expected {end} bytes, found {size}")
-    return tensors
+    return tensors, metadata
 
 
-def _parse_header(text: bytes, path: Path) -> dict[str, HeaderEntry]:
+def _parse_header(text: bytes, path: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
     where = f"{path} is not a safetensors file: its header does not parse"
     try:
         header = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{where} ({error})") from None
     with one_line(where):
-        if isinstance(header, dict):
-            METADATA.validate_python(header.pop("__metadata__", {}))
-        return HEADER.validate_python(header)
+        metadata = METADATA.validate_python(header.pop("__metadata__", {}) if isinstance(header, dict) else {})
+        return HEADER.validate_python(header), metadata
 
 
 def _stored(path: Path, data: int, name: str, entry: HeaderEntry) -> StoredTensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
@@ -50,6 +50,9 @@ class Ranks(Protocol):
     groups: Mapping[tuple[int, ...], str]
     """Process group names, by ranks."""
 
+    def agree(self, what: str, value: str) -> None:
+        """Raises `ValueError` on every rank if the ranks have different values. Every rank must call it."""
+
     def nccl_communicator(self):
         """The `ncclComm_t` of all ranks as a capsule. Every rank must call it."""
 
@@ -77,6 +80,17 @@ class Backend(Protocol):
 
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Every named tensor of the network, by name. Raises `ValueError` if the backend does not keep them."""
+
+    def replace_weights(self, names: Collection[str], read: Callable[[str], torch.Tensor]) -> None:
+        """Replace checkpoint tensors in place: captured CUDA graphs and compiled code see the new values.
+
+        Args:
+            names: of the tensors to replace.
+            read: this rank's part of a tensor, by name, on the CPU; its memory is reused by the next call.
+
+        Raises:
+            ValueError: if the backend cannot replace them; then none is.
+        """
 
     def profile(self, inputs: Inputs, repeats: int) -> dict[str, float]:
         """Milliseconds per call by layer, each named after its module (`module.path/layer`), the mean of `repeats`.

@@ -13,7 +13,7 @@ from typing import Any
 from .. import models
 from ..architecture import Architecture, Input, ModelConfig
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, rank_file
+from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, LoraRecord, loras_entry, rank_file
 from ..config import BuildConfig, Builder, Dtype, Layout, PlanOptions, Resolution, shown
 from ..files import FileRecord, Files, read_json
 from ..files.records import keys_in, to_json
@@ -73,6 +73,11 @@ class EngineFolder:
     def inputs(self) -> tuple[Input, ...]:
         """The inputs of every rank's network."""
         return self.architecture.inputs_of(self.model, self.build_config)
+
+    @property
+    def loras(self) -> tuple[LoraRecord, ...]:
+        """The LoRAs that `convert` fused into the checkpoint."""
+        return self.checkpoint.loras if self.checkpoint else ()
 
     @classmethod
     def open(cls, folder: str | Path) -> EngineFolder:
@@ -140,7 +145,7 @@ class EngineFolder:
         if found is None:
             tried = " and ".join(map(str, places))
             raise ValueError(
-                f"the pytorch backend reads the weights from the checkpoint '{self.checkpoint.name}', which is not "
+                f"weights are read from the checkpoint '{self.checkpoint.name}', which is not "
                 f"at {tried}; give its path with --checkpoint_dir"
             )
         checkpoint = Checkpoint.open(found)
@@ -239,4 +244,6 @@ def checkpoint_reference(checkpoint: Checkpoint, engine_dir: Path) -> dict[str, 
     """What an engine folder's config records about the checkpoint that it was built from."""
     files = checkpoint.files or {name: FileRecord.of(checkpoint.path / name) for name in checkpoint.rank_files}
     folder = checkpoint.path.resolve()
-    return {"name": folder.name, "path": os.path.relpath(folder, engine_dir.resolve()), "files": to_json(files)}
+    place = {"name": folder.name, "path": os.path.relpath(folder, engine_dir.resolve())}
+    loras = checkpoint.manifest.loras if checkpoint.manifest else ()
+    return {**place, "files": to_json(files), **loras_entry(loras)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,18 +63,21 @@ def lower(
     return fx.GraphModule(root, target)
 
 
-def placed_weights(module: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """The checkpoint tensors that a lowered graph holds in full, by name, on its device; no copies."""
-    found = {}
+def placed_parts(module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every checkpoint tensor that a lowered graph holds in full, by name, as a view of what its operators read."""
     for node in module.graph.find_nodes(op="get_attr"):
         source, tensor = node.meta["source"], getattr(module, node.target)
         if "stack" in source:
             parts, dim = source["stack"], source["dim"]
             widths = [part["shape"][dim] for part in parts]
-            found |= {p["weight"]: t for p, t in zip(parts, tensor.split(widths, dim), strict=True)}
+            yield from zip((part["weight"] for part in parts), tensor.split(widths, dim), strict=True)
         elif "weight" in source and "crop" not in source:
-            found[source["weight"]] = tensor
-    return found
+            yield source["weight"], tensor
+
+
+def placed_weights(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The checkpoint tensors that a lowered graph holds in full, by name, on its device; no copies."""
+    return dict(placed_parts(module))
 
 
 def operator_of(layer: Layer) -> Callable:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..checkpoint.manifest import FormatVersion, PretrainedConfig
+from ..checkpoint.manifest import FormatVersion, Loras, PretrainedConfig
 from ..config import MAX_BATCH, MAX_RANKS, BuildConfig, CpMethod, FileConfig, PlanOptions, Text, TpLayout
 from ..files import Files
 
@@ -20,6 +20,8 @@ class CheckpointReference(FileConfig):
     name: Text
     path: Text
     files: Files
+    loras: Loras = ()
+    """The LoRAs that `convert` fused into it."""
 
 
 class BuildReport(FileConfig):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 
 import torch
@@ -15,7 +15,7 @@ from .graph import Graph
 from .host_memory import return_freed_memory
 from .kernel_passes import KERNELS
 from .kernels import has_triton
-from .lowering import lower, placed_weights
+from .lowering import lower, placed_parts, placed_weights
 from .outline import outline_blocks
 from .passes import NUMERICS, SPEED, Pass
 from .precision import without_tf32
@@ -105,6 +105,16 @@ class PyTorchBackend:
         if self._plain is not self.module:
             recorder.found |= dict.fromkeys(self.graph.outputs, self(inputs))
         return recorder.found
+
+    @torch.inference_mode()
+    def replace_weights(self, names: Collection[str], read: Callable[[str], torch.Tensor]) -> None:
+        """As `Backend.replace_weights`: copied into the memory that the operators read, merged weights included.
+
+        Weights that are memory-mapped are private to this process: the checkpoint's files do not change.
+        """
+        for name, placed in placed_parts(self.module):
+            if name in names:
+                placed.copy_(read(name).reshape(placed.shape))
 
     @torch.inference_mode()
     def profile(self, inputs: Inputs, repeats: int) -> dict[str, float]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import TORCH_DTYPES, RankMapping, shown
+from ..architecture import Architecture, ModelConfig
+from ..config import TORCH_DTYPES, Dtype, Layout, RankMapping, shown
 from .collectives import without_ranks
 from .graph import Graph, Layer
 from .inputs import Engine, Shape, profile_shapes, shape_of
@@ -47,6 +48,14 @@ def rehearse(
             raise ValueError(
                 f"{where}: {output.name} has shape {list(found.shape)} for {sizes}, expected {list(expected)}"
             )
+
+
+def meta_weights(
+    architecture: Architecture, model: ModelConfig, layout: Layout, dtype: Dtype
+) -> dict[str, torch.Tensor]:
+    """One rank's weights without data."""
+    shapes = architecture.local_parameters(model, layout)
+    return {name: torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta") for name, shape in shapes.items()}
 
 
 def _run(

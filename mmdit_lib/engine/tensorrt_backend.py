@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,11 @@ from . import trtllm
 from .backend import Inputs, Ranks, RunnerOptions
 from .capability import plan_runs_here
 from .cuda_graph import GraphedStep
-from .folder import TRTLLM, EngineFolder, plan_file
+from .folder import TRTLLM, EngineFolder, graph_file, plan_file
+from .graph import Graph
 from .logger import layer_timer, logger
+from .refit import refit
+from .rehearsal import meta_weights, rehearse
 
 
 class TensorRTBackend:
@@ -29,6 +33,7 @@ class TensorRTBackend:
         communicator: the `ncclComm_t` of all ranks as a capsule, for a plan with collectives. Setting
             it is collective: every rank must construct its backend at the same time.
         cuda_graph: capture one CUDA graph per set of input shapes and replay it; the last 8 sets are kept.
+        graph: reads the network that the plan was built from; None if the plan cannot be refitted.
 
     Raises:
         ValueError: in one line, if TensorRT cannot deserialize the plan.
@@ -37,13 +42,22 @@ class TensorRTBackend:
     name = "tensorrt"
     modules: Mapping[str, tuple[str, ...]] = {}
 
-    def __init__(self, plan: Path, *, device: torch.device | str = "cuda", communicator=None, cuda_graph: bool = False):
+    def __init__(
+        self,
+        plan: Path,
+        *,
+        device: torch.device | str = "cuda",
+        communicator=None,
+        cuda_graph: bool = False,
+        graph: Callable[[], Graph] | None = None,
+    ):
         self.device = torch.device(device)
         self._buffers: dict[tuple, dict[str, torch.Tensor]] = {}
         self._contexts: dict[tuple | None, object] = {}
         self._communicator = communicator
         self._graphed = cuda_graph
-        self._step = GraphedStep(self._run, forget=self._forget) if cuda_graph else self._run
+        self._graph = graph
+        self._start_steps()
         with torch.cuda.device(self.device):
             self.engine = self._deserialize(plan)
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
@@ -73,7 +87,14 @@ class TensorRTBackend:
             device=options.torch_device,
             communicator=team.nccl_communicator() if team and not own_communicators else None,
             cuda_graph=options.cuda_graph,
+            graph=partial(_graph, folder, team.rank if team else 0, options.verify) if refittable(folder) else None,
         )
+
+    def _start_steps(self) -> None:
+        """Start without contexts, buffers and captured CUDA graphs."""
+        self._contexts.clear()
+        self._buffers.clear()
+        self._step = GraphedStep(self._run, forget=self._forget) if self._graphed else self._run
 
     def _deserialize(self, plan: Path):
         self.runtime = trt.Runtime(logger())
@@ -88,6 +109,20 @@ class TensorRTBackend:
 
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         raise ValueError("intermediates: the tensorrt backend keeps none; open the engine with backend='pytorch'")
+
+    def replace_weights(self, names: Collection[str], read: Callable[[str], torch.Tensor]) -> None:
+        """As `Backend.replace_weights`, by refitting the plan; CUDA graphs are captured again."""
+        if self._graph is None:
+            raise ValueError(
+                "the plan's weights cannot be replaced, because it was not built with --refit: build it again with "
+                "this option, or use backend pytorch"
+            )
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize(self.device)
+            try:
+                refit(self.engine, self._graph(), names, read)
+            finally:
+                self._start_steps()
 
     def profile(self, inputs: Inputs, repeats: int) -> dict[str, float]:
         """As `Backend.profile`; TensorRT names a fused layer after the layers that it consists of."""
@@ -167,6 +202,18 @@ def refusal(built_with: str | None, device: torch.device | str = "cuda") -> str 
     if here != built_with:
         return f"the plan was built with {built_with}, and {here} is installed: build again, or install that version"
     return plan_runs_here(here.split()[0], device)
+
+
+def refittable(folder: EngineFolder) -> bool:
+    return folder.builder == "tensorrt" and folder.plan_options.refit
+
+
+def _graph(folder: EngineFolder, rank: int, verify: bool) -> Graph:
+    """One rank's graph file, checked as before it is run. Raises `ValueError`."""
+    graph = folder.graph(rank, verify=verify)
+    weights = meta_weights(folder.architecture, folder.model, folder.layout, folder.dtype)
+    rehearse(folder, graph, weights, folder.layout.at(rank), folder.path / graph_file(rank))
+    return graph
 
 
 def check_trust(folder: EngineFolder, plan: str) -> None:

@@ -19,13 +19,16 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=255
 """The name of a file in the same folder: no path."""
 
 
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """What a manifest records about one file in its folder."""
 
     name: FileName
     nbytes: Annotated[int, Field(ge=0, strict=True, validation_alias="bytes")]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sha256: Sha256
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:

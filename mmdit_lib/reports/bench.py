@@ -7,8 +7,10 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
+from rich.table import Table
 
 from ..config import Resolution
 from ..engine.inputs import sample_inputs
@@ -101,3 +103,27 @@ def bench_step(
     """Milliseconds per step by name, for the steps of `bench_steps`."""
     sizes = dict(resolution=resolution, batch=batch, text_tokens=text_tokens)
     return alternately(bench_steps(runner, **sizes, model_path=model_path), runner.device, repeats)
+
+
+def bench_table(
+    runner: MMDiTRunner, sizes: Mapping[str, Any], steps: Mapping[str, Callable[[], object]], times: Mapping[str, float]
+) -> Table:
+    """Milliseconds per step and, if diffusers' were timed too, relative speed; on one GPU also peak memory.
+
+    Args:
+        sizes: resolution, batch and text_tokens.
+        steps: as from `bench_steps`.
+        times: as from `alternately`.
+    """
+    folder, device = runner.folder, runner.device
+    columns = {"ms (median)": {name: f"{ms:.2f}" for name, ms in times.items()}}
+    if "diffusers" in times:
+        columns["speed relative to diffusers"] = {n: f"{times['diffusers'] / ms:.2f}" for n, ms in times.items()}
+    if device.type == "cuda" and folder.layout.world_size == 1:
+        columns["peak memory beyond weights, GB"] = {n: f"{peak_bytes(s) / 1e9:.2f}" for n, s in steps.items()}
+    size = f"{sizes['resolution']}, batch {sizes['batch']}, {sizes['text_tokens']} text tokens"
+    title = f"one step, {size}, {folder.dtype}, {device}"
+    table = Table("", *columns, title=title, caption=conditions(device))
+    for name in times:
+        table.add_row(name, *(column[name] for column in columns.values()))
+    return table

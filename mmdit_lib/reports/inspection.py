@@ -19,10 +19,9 @@ from ..engine.folder import EngineFolder, graph_file
 from ..engine.graph import Graph, Value
 from ..engine.inputs import declared_shape, profile_shapes
 from ..engine.manifest import BuildReport
-from ..engine.rehearsal import rehearse
+from ..engine.rehearsal import meta_weights, rehearse
 from ..files import read_json
 from .memory import Memory, memory_of
-from .traffic import meta_weights
 
 LARGEST = 8
 """How many of a checkpoint's largest tensors are listed."""
@@ -136,6 +135,7 @@ def _describe_engine(report: EngineReport) -> Group:
             f"{engine.checkpoint.name} ({engine.checkpoint.path} from here)" if engine.checkpoint else "not recorded",
         ),
     ]
+    about += [("LoRA", str(lora)) for lora in engine.loras]
     if report.memory:
         sizes = f"batch {build.max_batch_size}, {build.max_resolution} pixels, {build.max_text_tokens} text tokens"
         memory = f"{size(report.memory.weights)} of weights, {size(report.memory.activations)} of activations"
@@ -180,6 +180,7 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
         ("source", _source(checkpoint.config.get("model_path"), own)),
     ]
     if own:
+        about += [("LoRA", str(lora)) for lora in own.loras]
         about.append(("created with", ", ".join(f"{k} {v}" for k, v in own.versions.items() if v)))
     config = _table("config", "field", "value")
     for name, value in checkpoint.model.model_dump().items():

@@ -22,7 +22,8 @@ from ..engine.lowering import lower
 from ..engine.passes import NUMERICS, SPEED
 from ..engine.rank_kernels import gathered_attention, slot_bytes, ulysses_attention
 from ..engine.rank_passes import RANKS
-from .traffic import group_names, meta_weights, on_meta
+from ..engine.rehearsal import meta_weights
+from .traffic import group_names, on_meta
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def compare_layers(
 ) -> pd.DataFrame:
     """Run diffusers' transformer and the engine's network (`pytorch` backend) on the same random inputs.
 
+    LoRAs that `convert` fused are fused into diffusers' transformer too.
     Both sides keep every module's outputs in memory, so use a small resolution for a large model; it runs the
     same operations.
 
@@ -92,7 +93,7 @@ def compare_layers(
     folder = runner.folder
     dtype = TORCH_DTYPES[reference_dtype or folder.dtype]
     reference = load_reference(
-        model_path, folder.architecture, dtype, runner.device, variant=variant, revision=revision
+        model_path, folder.architecture, dtype, runner.device, variant=variant, revision=revision, loras=folder.loras
     )
     inputs = sample_inputs(folder, resolution=resolution, text_tokens=text_tokens, batch=batch, seed=seed)
     found = compare(reference, runner, inputs, tolerance=tolerance)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from ..architecture import Architecture
 from ..checkpoint.hub import resolve_model
+from ..checkpoint.lora import fuse, open_loras
+from ..checkpoint.manifest import LoraRecord
 from ..checkpoint.source import find_source
 
 
@@ -20,8 +23,12 @@ def load_reference(
     *,
     variant: str | None = None,
     revision: str | None = None,
+    loras: Iterable[LoraRecord] = (),
 ) -> torch.nn.Module:
-    """diffusers' transformer in evaluation mode, from a folder, a file, a hub id, or tiny."""
+    """diffusers' transformer in evaluation mode, from a folder, a file, a hub id, or tiny, with the given LoRAs fused.
+
+    Raises `ValueError` also if a LoRA is not where it was or has changed.
+    """
     model_path = resolve_model(model_path)
     path = Path(model_path).expanduser()
     if path.suffix == ".json" and path.is_file():  # the index of a folder's shards
@@ -29,4 +36,19 @@ def load_reference(
     config = find_source(path).model if path.is_file() else None
     where = str(path) if path.exists() else model_path
     reference = architecture.reference.load(where, dtype, variant=variant, revision=revision, config=config)
+    fuse_recorded(reference, architecture, loras)
     return reference.eval().to(device)
+
+
+@torch.no_grad()
+def fuse_recorded(reference: torch.nn.Module, architecture: Architecture, records: Iterable[LoraRecord]) -> None:
+    """Fuse the LoRAs that a conversion recorded. Raises `ValueError` if one is not found or has changed."""
+    if not (records := tuple(records)):
+        return
+    model = architecture.config.from_diffusers(dict(reference.config))
+    loras = open_loras([(record.source, record.scale) for record in records], architecture, model)
+    for record, lora in zip(records, loras, strict=True):
+        if lora.record.sha256 != record.sha256:
+            raise ValueError(f"LoRA {record.source} has changed since it was fused: its sha256 was {record.sha256}")
+    for name, parameter in reference.named_parameters():
+        parameter.copy_(fuse(architecture.keys.from_diffusers(name), parameter, loras))

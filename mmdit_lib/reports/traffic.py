@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import fx
 
-from ..architecture import Architecture, ModelConfig
+from ..architecture import ModelConfig
 from ..config import TORCH_DTYPES, BuildConfig, Dtype, Layout, Resolution, Sizes
 from ..engine.collectives import dist_collective, without_ranks
 from ..engine.dry_graph import dry_graph
 from ..engine.graph import Graph
 from ..engine.inputs import check_build, input_dtype, shape_of
 from ..engine.lowering import lower
+from ..engine.rehearsal import meta_weights
 from ..models import KNOWN_MODELS, architecture_of
 
 
@@ -86,13 +87,6 @@ def count_traffic(
 
 def on_meta(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
-
-
-def meta_weights(
-    architecture: Architecture, model: ModelConfig, layout: Layout, dtype: Dtype
-) -> dict[str, torch.Tensor]:
-    """One rank's weights without data."""
-    return {name: on_meta(shape, dtype) for name, shape in architecture.local_parameters(model, layout).items()}
 
 
 def group_names(graph: Graph) -> dict[tuple[int, ...], str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..architecture import Architecture
-from . import keys, pipelines, reference
+from . import keys, lora, pipelines, reference
 from .config import KNOWN_MODELS, SD3Config, infer_config
 from .inputs import INPUTS, OUTPUT, optional_inputs
 from .original import SINGLE_FILE
@@ -21,6 +21,7 @@ SD3 = Architecture(
     output=OUTPUT,
     shardings=SHARDINGS,
     keys=keys,
+    lora_keys=lora,
     infer_config=infer_config,
     single_file=SINGLE_FILE,
     reference=reference,

@@ -114,7 +114,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         for key, option in value.items():
             if key == "scale" and option == 1.0:
                 continue
-            what = "LoRA scale" if key == "scale" else "argument"
+            what = "LoRA scale; set_adapters takes it" if key == "scale" else "argument"
             raise ValueError(f"{name}['{key}']: the engine does not support this {what}")
 
 

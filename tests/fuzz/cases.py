@@ -50,6 +50,13 @@ def convert_it(source: Path) -> Result:
     return contents(output)
 
 
+def fuse_it(lora: Path) -> Result:
+    """Convert with a LoRA. Nothing contradicts another number in it or in its config."""
+    output = lora.parent / "out"
+    convert(lora.parent / "transformer", output, loras=[lora], progress=False)
+    return contents(output)
+
+
 def build_it(folder: Path) -> Result:
     output = folder.parent / "out"
     build(folder, output, **PROFILE)
@@ -97,7 +104,8 @@ class Case:
         needs: the folders that are copied; files of any of them are damaged.
         argument: what `run` gets, relative to them.
         checksummed: whether checksums protect the weights, so that damage to them must be noticed.
-        compare: False if the user asked to skip checksums: then another result is not a fault, but a traceback is.
+        compare: False if nothing says what is right, for instance because the user asked to skip checksums: then
+            another result is not a fault, but a traceback is.
     """
 
     name: str
@@ -112,6 +120,7 @@ CASES = (
     Case("convert a pipeline folder", ("pipeline",), "pipeline", convert_it, checksummed=False),
     Case("convert a transformer folder", ("transformer",), "transformer", convert_it, checksummed=False),
     Case("convert a single file", ("single_file",), "single_file/sd3.safetensors", convert_it, checksummed=False),
+    Case("convert with a LoRA", ("lora", "transformer"), "lora", fuse_it, checksummed=False, compare=False),
     Case("build from a checkpoint", ("checkpoint",), "checkpoint", build_it),
     Case("build from a checkpoint, tp 2", ("checkpoint_tp2",), "checkpoint_tp2", build_it),
     Case("build from TensorRT-LLM's", ("upstream",), "upstream", build_it, checksummed=False),

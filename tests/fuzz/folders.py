@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from helpers import original_layout, random_transformer
+from loras import random_lora, write
 from safetensors.torch import save_file
 
 from mmdit_lib import build, convert
@@ -53,6 +54,10 @@ def _make_sources(place: Path, config: SD3Config, seed: int) -> None:
     model.save_pretrained(place / "transformer")
     (place / "single_file").mkdir()
     save_file(original_layout(model), place / "single_file" / "sd3.safetensors")
+    lora = write(
+        place / "lora" / "adapter_model.safetensors", random_lora(model.state_dict(), seed), "base_model.model."
+    )
+    (lora.parent / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, "peft_type": "LORA"}))
 
 
 def _make_outputs(place: Path, source: Path) -> None:
