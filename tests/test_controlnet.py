@@ -387,7 +387,7 @@ def test_several_ranks(world, tmp_path):
     done = mpirun(world, script, tmp_path / "tasks.json", tmp_path / "results.json", timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     errors = json.loads((tmp_path / "results.json").read_text())
-    assert errors.keys() == tasks.keys() and all(len(found) == 4 * len(CASES) for found in errors.values())
+    assert errors.keys() == tasks.keys() and all(len(found) == 2 * 4 * len(CASES) for found in errors.values())
     print({name: max(found) for name, found in errors.items()})
     assert max(max(found) for found in errors.values()) <= FLOAT32_LIMIT, errors
 
