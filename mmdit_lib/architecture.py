@@ -131,6 +131,9 @@ class Pipelines(Protocol):
     def check_arguments(self, arguments: dict[str, Any]) -> None:
         """Raises `ValueError` naming a transformer argument that an engine does not support."""
 
+    def call_sizes(self, options: Mapping[str, Any]) -> dict[str, int]:
+        """The batch and the text tokens of a step, for one prompt and these options of the pipeline's call."""
+
     def encode(self, pipe, prompt, *, generator, latents, options: dict, encoding: dict) -> dict[str, torch.Tensor]:
         """Run the text encoders and draw the initial noise; returns arguments for the pipeline's call."""
 

@@ -122,6 +122,7 @@ def generate_command(
     resolution: str | None = None,
     num_inference_steps: int = 28,
     guidance_scale: float = 7.0,
+    max_sequence_length: int = 256,
     seed: int = 0,
     runner: Runner = DEFAULTS,
 ) -> None:
@@ -136,6 +137,7 @@ def generate_command(
         resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
         num_inference_steps: denoising steps.
         guidance_scale: scale of classifier-free guidance; 1 turns it off.
+        max_sequence_length: T5 tokens of the prompt, up to 512.
         seed: seed of the noise.
     """
     from .generate import generate
@@ -150,6 +152,7 @@ def generate_command(
         resolution=resolution,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        max_sequence_length=max_sequence_length,
         seed=seed,
         runner_options=runner,
     )
