@@ -178,6 +178,9 @@ class Pipelines(Protocol):
     def check_call(self, options: Mapping[str, Any], config: ModelConfig, build: BuildConfig) -> None:
         """Raises `ValueError` naming an option of the pipeline's call that the engine does not support."""
 
+    def call_sizes(self, options: Mapping[str, Any]) -> dict[str, int]:
+        """The batch and the text tokens of a step, for one prompt and these options of the pipeline's call."""
+
     def encode(self, pipe, prompt, *, generator, latents, options: dict, encoding: dict) -> dict[str, torch.Tensor]:
         """Run the text encoders and draw the initial noise; returns arguments for the pipeline's call."""
 

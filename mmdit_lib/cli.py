@@ -31,12 +31,10 @@ from .tiny.demo import demo
 
 console = Console(highlight=False, markup=False)  # a path may look like markup
 
-Runner = Annotated[RunnerOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
-"""`RunnerOptions` as command-line options without a prefix."""
+Runner = Annotated[RunnerOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]  # options without a prefix
 DEFAULTS = RunnerOptions()
 Loras = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora", metavar="PATH:SCALE")]
-OPTIONS = {"loras": Loras}
-"""Arguments whose type is another one on the command line."""
+OPTIONS = {"loras": Loras}  # arguments whose type is another one on the command line
 
 
 def check_ranks(engine_dir: str | Path) -> None:
@@ -126,6 +124,7 @@ def generate_command(
     num_inference_steps: int = 28,
     guidance_scale: float = 7.0,
     skip_guidance_layers: tuple[int, ...] = (),
+    max_sequence_length: int = 256,
     seed: int = 0,
     loras: Loras = (),
     runner: Runner = DEFAULTS,
@@ -142,6 +141,7 @@ def generate_command(
         num_inference_steps: denoising steps.
         guidance_scale: scale of classifier-free guidance; 1 turns it off.
         skip_guidance_layers: blocks that skip-layer guidance skips, for instance 7 8 9; build with --skip_layers.
+        max_sequence_length: T5 tokens of the prompt, up to 512.
         seed: seed of the noise.
         loras: a LoRA to fuse into the engine's weights and its scale, as for mmdit convert; can be given several times.
     """
@@ -158,6 +158,7 @@ def generate_command(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         skip_guidance_layers=list(skip_guidance_layers) or None,
+        max_sequence_length=max_sequence_length,
         seed=seed,
         adapters=loras,
         runner_options=runner,
@@ -182,8 +183,7 @@ def bench_command(
 ) -> None:
     """Time one denoising step of an engine and, if --model_path is given, of diffusers' transformer.
 
-    The two alternate. On a GPU, diffusers' transformer is timed eagerly and with every block compiled, and peak memory
-    is shown.
+    The two alternate. On a GPU, diffusers' is also timed with every block compiled, and peak memory is shown.
 
     Args:
         engine_dir: an engine folder of `mmdit build`.

@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from .checkpoint.hub import resolve_model
 from .checkpoint.lora_source import GivenLora
-from .config import Resolution, dtype_option
+from .config import Resolution, Sizes, dtype_option
 from .engine.backend import RunnerOptions
 from .engine.folder import EngineFolder
 from .engine.inputs import check_sizes
@@ -63,7 +63,8 @@ def generate(
         call_options: for the pipeline's call, for instance `num_inference_steps` or `skip_guidance_layers`.
 
     Raises:
-        ValueError: before anything is loaded, if size, steps or guidance are invalid; then as `load_pipeline`.
+        ValueError: before anything is loaded, if steps or guidance are invalid or a size is outside the engine's
+            profile; then as `load_pipeline`.
     """
     if call_options.get("num_inference_steps", 1) < 1:
         raise ValueError(f"num_inference_steps {call_options['num_inference_steps']}: give 1 or more")
@@ -71,7 +72,9 @@ def generate(
         raise ValueError(f"guidance_scale {call_options['guidance_scale']}: give a finite number")
     folder = EngineFolder.open(engine_dir)
     size = Resolution.read(resolution or folder.build_config.opt_resolution)
-    check_sizes(folder, folder.build_config.sizes(1)[1]._replace(height=size.height, width=size.width))
+    check_sizes(
+        folder, Sizes(height=size.height, width=size.width, **folder.architecture.pipelines.call_sizes(call_options))
+    )
     folder.architecture.pipelines.check_call(call_options, folder.model, folder.build_config)
     call_options |= {"height": size.height, "width": size.width, "generator": torch.Generator().manual_seed(seed)}
     parallel = folder.layout.world_size > 1

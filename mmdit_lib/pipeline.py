@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +80,30 @@ def load_pipeline(
 
 
 def install(pipe, runner: MMDiTRunner):
-    """Replace a pipeline's transformer, or set a missing one, with `runner`. Returns the pipeline."""
-    pipe.transformer = runner
+    """Replace a pipeline's transformer, or set a missing one, with `runner`. Returns the pipeline.
+
+    Its `save_pretrained` refuses as long as a runner is its transformer.
+    """
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+    # diffusers leaves a component of an unknown class out of a saved pipeline, with only a warning. Now it calls the
+    # runner's `save_pretrained`, but after it has saved other components, so this pipeline's own asks the runner first.
+    LOADABLE_CLASSES["mmdit_lib"] = {"MMDiTRunner": ["save_pretrained", "from_pretrained"]}
+    pipe.register_modules(transformer=runner)
+    pipe.save_pretrained = partial(_save_pretrained, weakref.proxy(pipe))  # a cycle would delay freeing the memory
     runner.folder.architecture.pipelines.adapt(pipe, runner.folder.model)
     return pipe
 
 
-def sample(pipe, prompt: str | list[str], *, generator: torch.Generator | None = None, **options) -> list[Image.Image]:
+def _save_pretrained(pipe, *arguments, **options) -> None:
+    if isinstance(pipe.transformer, MMDiTRunner):
+        pipe.transformer.save_pretrained()
+    pipe.__class__.save_pretrained(pipe, *arguments, **options)
+
+
+def sample(
+    pipe, prompt: str | list[str] | None, *, generator: torch.Generator | None = None, **options
+) -> list[Image.Image]:
     """Run a pipeline on all ranks; every rank calls this and gets the same images.
 
     Text encoders and the VAE's decoder run on rank 0 only, which broadcasts the text embeddings (a few MB) and the
@@ -93,7 +112,7 @@ def sample(pipe, prompt: str | list[str], *, generator: torch.Generator | None =
 
     Args:
         pipe: from `load_pipeline`; with `encode_on_rank_0=True` only rank 0 loads the text encoders (T5-XXL: 9.5 GB).
-        prompt: used on rank 0 only, as are the text encoders' options.
+        prompt: used on rank 0 only, as are the text encoders' options; None if `prompt_embeds` are given.
         generator: of the noise; used on rank 0 only.
         options: for the pipeline's call; `latents` is used on rank 0 only.
 

@@ -244,6 +244,13 @@ class MMDiTRunner:
         """diffusers' hook for caching between steps; nothing is cached here."""
         return nullcontext()
 
+    def save_pretrained(self, *arguments, **options) -> None:
+        """What diffusers calls to save a pipeline. Raises `ValueError`: an engine is not diffusers' weights."""
+        raise ValueError(
+            f"save_pretrained: the transformer is the engine {self.folder.path}, which diffusers cannot save; open "
+            "that folder again with load_pipeline, or write its checkpoint as diffusers' transformer with mmdit export"
+        )
+
 
 def with_changes(options: RunnerOptions, changes: Mapping[str, object]) -> RunnerOptions:
     """`options` with some fields replaced. Raises `ValueError` for an unknown name."""

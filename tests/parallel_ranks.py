@@ -15,6 +15,7 @@ from mmdit_lib.engine.kernel_passes import KERNELS
 from mmdit_lib.engine.passes import NUMERICS, SPEED
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.engine.rank_passes import RANKS
+from mmdit_lib.pipeline import as_pixels
 
 WORLD = MPI.COMM_WORLD
 ALL_PASSES = NUMERICS + SPEED + KERNELS + RANKS
@@ -113,6 +114,20 @@ def controlled(task: dict) -> list[str]:
     if WORLD.rank == 0:
         image.save(task["png"])
     return WORLD.allgather(hashlib.sha256(image.tobytes()).hexdigest())
+
+
+def usage(task: dict) -> dict:
+    """Every call of `sample`, on one pipeline; rank 0 saves the pictures."""
+    pipe = load_pipeline(
+        task["model"], task["engine"], device="cpu", runner_options={"backend": "pytorch"}, encode_on_rank_0=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    found = {}
+    for name, call in torch.load(task["calls"], weights_only=True).items():
+        found[name] = as_pixels(sample(pipe, **call, generator=torch.Generator().manual_seed(7)))
+    if WORLD.rank == 0:
+        torch.save(found, task["output"])
+    return {}
 
 
 def again(task: dict) -> list[bool]:

@@ -34,7 +34,9 @@ each_model = pytest.mark.parametrize(
 
 
 def test_the_cases_are_the_published_flags():
-    for name, known in zip(("sd3-medium", "sd3.5-medium", "sd3.5-large"), KNOWN_MODELS.values(), strict=True):
+    for name, known in zip(
+        ("sd3-medium", "sd3.5-medium", "sd3.5-large", "sd3.5-large"), KNOWN_MODELS.values(), strict=True
+    ):
         small = MODELS[name]
         assert (small.qk_norm, small.patch_size, small.in_channels) == (
             known.qk_norm,

@@ -102,8 +102,15 @@ def evaluate(pipe: StableDiffusion3Pipeline, prompts: Sequence[Prompt] | None = 
     return score(prompts, map(look, pictures), seconds)
 
 
-def draw(pipe: StableDiffusion3Pipeline, texts: Sequence[str], **options) -> list[Image.Image]:
-    """Pictures of `texts`, drawn in batches. `options` are fields of `Drawing`."""
+def draw(
+    pipe: StableDiffusion3Pipeline, texts: Sequence[str], control: Sequence[Image.Image] | None = None, **options
+) -> list[Image.Image]:
+    """Pictures of `texts`, drawn in batches.
+
+    Args:
+        control: for a pipeline with a ControlNet, what it sees for each text.
+        options: fields of `Drawing`.
+    """
     how = Drawing(**options)
     pipe.set_progress_bar_config(disable=True)
     pictures = []
@@ -117,6 +124,7 @@ def draw(pipe: StableDiffusion3Pipeline, texts: Sequence[str], **options) -> lis
             width=how.width,
             max_sequence_length=how.max_sequence_length,
             generator=[torch.Generator().manual_seed(how.seed + first + i) for i in range(len(part))],
+            **({"control_image": list(control[first : first + how.batch])} if control else {}),
         ).images
     return pictures
 

@@ -41,21 +41,25 @@ def gallery_of(pipe: StableDiffusion3Pipeline, **options) -> Image.Image:
     return lay_out(draw(pipe, EXAMPLES, **options), EXAMPLES)
 
 
-def lay_out(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """A grid of pictures, each in a square above its caption."""
-    rows = -(-len(pictures) // COLUMNS)
-    size = (MARGIN + COLUMNS * (SIDE + MARGIN), MARGIN + rows * (SIDE + TEXT_HEIGHT + MARGIN))
+def lay_out(
+    pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = COLUMNS, width: int = SIDE
+) -> Image.Image:
+    """A grid of pictures, each above its caption in a frame of `width` by SIDE pixels."""
+    rows = -(-len(pictures) // columns)
+    size = (MARGIN + columns * (width + MARGIN), MARGIN + rows * (SIDE + TEXT_HEIGHT + MARGIN))
     sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        x = MARGIN + i % COLUMNS * (SIDE + MARGIN)
-        y = MARGIN + i // COLUMNS * (SIDE + TEXT_HEIGHT + MARGIN)
-        shrunk = ImageOps.contain(picture, (SIDE, SIDE), Image.Resampling.BICUBIC)
-        frame = (x + (SIDE - shrunk.width) // 2, y + (SIDE - shrunk.height) // 2)
+        x = MARGIN + i % columns * (width + MARGIN)
+        y = MARGIN + i // columns * (SIDE + TEXT_HEIGHT + MARGIN)
+        shrunk = ImageOps.contain(picture, (width, SIDE), Image.Resampling.BICUBIC)
+        frame = (x + (width - shrunk.width) // 2, y + (SIDE - shrunk.height) // 2)
         sheet.paste(shrunk, frame)
         corners = (frame[0] - 1, frame[1] - 1, frame[0] + shrunk.width, frame[1] + shrunk.height)
         pen.rectangle(corners, outline="#bbbbbb")
-        pen.multiline_text((x, y + SIDE + 4), textwrap.fill(caption, 34), fill="black", font=font, spacing=2)
+        pen.multiline_text(
+            (x, y + SIDE + 4), textwrap.fill(caption, 34 * width // SIDE), fill="black", font=font, spacing=2
+        )
     return sheet
 
 

@@ -38,6 +38,8 @@ class Found:
     """Center, as a fraction of the picture's height."""
     diameter: float
     """Longer side of the bounding box, as a fraction of the picture's shorter side."""
+    hollow: float = 0.0
+    """Share of the area within its outer edge that it does not cover: 0 if filled, and about a quarter for a ring."""
 
     @property
     def cell(self) -> str:
@@ -54,8 +56,13 @@ class Sighting:
     """Largest first."""
 
 
-def look(picture: Image.Image | np.ndarray) -> Sighting:
-    """Find the background and the things in an RGB picture: a PIL image, or an array [H, W, 3] with values 0..1."""
+def look(picture: Image.Image | np.ndarray, fill: bool = False) -> Sighting:
+    """Find the background and the things in an RGB picture.
+
+    Args:
+        picture: a PIL image, or an array [H, W, 3] with values 0..1.
+        fill: recognize shapes by their outer edge, for things that are drawn as outlines.
+    """
     pixels = np.asarray(picture, dtype=np.float32) * (1 if isinstance(picture, Image.Image) else 255)
     nearest = np.linalg.norm(pixels[:, :, None] - PALETTE, axis=-1).argmin(-1)
     edges = nearest[:2], nearest[-2:], nearest[:, :2], nearest[:, -2:]
@@ -72,7 +79,7 @@ def look(picture: Image.Image | np.ndarray) -> Sighting:
     ]
     things.sort(key=lambda thing: -thing[0].sum())
     names = list(COLOURS)
-    return Sighting(names[background], tuple(_describe(mask, names[colour]) for mask, colour in things))
+    return Sighting(names[background], tuple(_describe(mask, names[colour], fill) for mask, colour in things))
 
 
 def _neighbours(mask: np.ndarray) -> list[np.ndarray]:
@@ -112,18 +119,27 @@ def _split(component: np.ndarray, nearest: np.ndarray) -> list[tuple[np.ndarray,
     return [(part, int(c)) for c in colours for part in _components(component & (nearest == c))]
 
 
-def _describe(mask: np.ndarray, colour: str) -> Found:
+def _describe(mask: np.ndarray, colour: str, fill: bool) -> Found:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     diameter = max(bottom - top, right - left) / min(mask.shape)
+    inside = mask[top:bottom, left:right]
+    filled = _fill(inside)
     return Found(
-        shape=_shape(mask[top:bottom, left:right]),
+        shape=_shape(filled if fill else inside),
         colour=colour,
         size="small" if diameter < SMALL_BELOW else "large",
         x=float((left + right) / 2 / mask.shape[1]),
         y=float((top + bottom) / 2 / mask.shape[0]),
         diameter=float(diameter),
+        hollow=float(1 - inside.sum() / filled.sum()),
     )
+
+
+def _fill(mask: np.ndarray) -> np.ndarray:
+    """The mask without its holes: all but the part of its complement that reaches the edge."""
+    around = _components(~np.pad(mask, 1))[0]  # the first component contains the first pixel, which is padding
+    return ~around[1:-1, 1:-1]
 
 
 def _templates() -> list[tuple[float, float, float, float]]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .scenes import COLOURS, SHAPES, Scene, lay_out
+from .scenes import COLOURS, SHAPES, Placed, Scene, lay_out
 
 PALETTE = torch.tensor(list(COLOURS.values())) / 255
+RING = SHAPES.index("ring")
 NUMBERS = 5  # per thing: shape, color, x, y, diameter; shape -1 means no thing
 
 
@@ -63,19 +65,25 @@ DISTANCES = [{f.__name__: f for f in (circle, square, triangle, star, cross, rin
 
 def describe(scene: Scene, rng: random.Random) -> list[float]:
     """Lay out a scene and encode it as 1 + 2 x 5 numbers: the background, then `NUMBERS` for each of two things."""
-    numbers = [float(list(COLOURS).index(scene.background))]
-    for placed in lay_out(scene, rng):
+    return encode_placed(scene.background, lay_out(scene, rng))
+
+
+def encode_placed(background: str, things: Sequence[Placed]) -> list[float]:
+    """One or two placed things as 1 + 2 x 5 numbers."""
+    numbers = [float(list(COLOURS).index(background))]
+    for placed in things:
         thing = placed.thing
         numbers += [SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), placed.x, placed.y, placed.diameter]
-    return numbers + [-1.0, 0.0, 0.0, 0.0, 1.0] * (2 - len(scene.things))
+    return numbers + [-1.0, 0.0, 0.0, 0.0, 1.0] * (2 - len(things))
 
 
-def render(numbers: Tensor, height: int, width: int) -> Tensor:
+def render(numbers: Tensor, height: int, width: int, stroke: float | None = None) -> Tensor:
     """Render scenes on the device of `numbers`.
 
     Args:
         numbers: [B, 11], rows made by `describe`.
         height, width: in pixels.
+        stroke: draw outlines of this width, in units of a shape's radius, instead of filled shapes.
 
     Returns:
         [B, 3, height, width], float32, values 0..1.
@@ -91,6 +99,8 @@ def render(numbers: Tensor, height: int, width: int) -> Tensor:
         outside = torch.full_like(u, 1.0)
         for i, distance in enumerate(DISTANCES):
             outside = torch.where(shape == i, distance(u, v), outside)
+        if stroke is not None:  # a ring is an outline already
+            outside = torch.where(shape == RING, outside, torch.maximum(outside, -outside - stroke))
         cover = torch.clamp(0.5 - outside * radius, 0, 1)[:, None]
         paint = palette[colour.flatten().long()][:, :, None, None]
         picture = picture + cover * (paint - picture)

@@ -77,13 +77,17 @@ def train_flow(
 
 def _all_latents(vae, data: Data) -> dict[tuple[int, int], Tensor]:
     """The latents of all scenes by size, each scene at its bucket's size, float16."""
-    vae = copy.deepcopy(vae).to(data.numbers.device)
-    if data.numbers.is_cuda:
-        vae.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+    vae = fast_encoder(vae, data.numbers.device)
     return {
         size: torch.cat([encode(vae, part, *size).half() for part in data.numbers[rows].split(1024)])
         for size, rows in data.buckets().items()
     }
+
+
+def fast_encoder(vae, device: torch.device):
+    """A copy of the autoencoder on `device`; on a GPU in bfloat16."""
+    vae = copy.deepcopy(vae).to(device)
+    return vae.to(dtype=torch.bfloat16, memory_format=torch.channels_last) if device.type == "cuda" else vae
 
 
 def _batches(data: Data, latents: dict[tuple[int, int], Tensor], batch: int, rng: random.Random):
@@ -121,7 +125,14 @@ def embed(parts: dict, clip: Tensor, t5: Tensor, keep_t5: Tensor) -> tuple[Tenso
 
 
 def flow_loss(
-    parts: dict, clean: Tensor, noise: Tensor, logit: Tensor, clip: Tensor, t5: Tensor, keep_t5: Tensor
+    parts: dict,
+    clean: Tensor,
+    noise: Tensor,
+    logit: Tensor,
+    clip: Tensor,
+    t5: Tensor,
+    keep_t5: Tensor,
+    control: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the predicted velocity.
 
@@ -131,11 +142,17 @@ def flow_loss(
         logit: [B], standard normal; its sigmoid is the noise level before the shift.
         clip, t5: token ids, [B, 77] and [B, length].
         keep_t5: [B, 1, 1]: 0 replaces the T5 embeddings of a sample with zeros, 1 keeps them.
+        control: [B, 16, h, w]: latents of the images that `parts["controlnet"]` sees, as
+            `StableDiffusion3ControlNetPipeline` makes them.
     """
     states, pooled = embed(parts, clip, t5, keep_t5)
     shift = parts["scheduler"].config.shift
     sigma = torch.sigmoid(logit)
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     mixed = torch.lerp(clean, noise, sigma[:, None, None, None]).to(states.dtype)
-    velocity = parts["transformer"](mixed, states, pooled, 1000 * sigma, return_dict=False)[0]
+    residuals = None
+    if control is not None:  # without text and pooled projections, as in that pipeline
+        timestep = dict(timestep=1000 * sigma, pooled_projections=torch.zeros_like(pooled))
+        residuals = parts["controlnet"](mixed, control.to(mixed.dtype), **timestep, return_dict=False)[0]
+    velocity = parts["transformer"](mixed, states, pooled, 1000 * sigma, residuals, return_dict=False)[0]
     return F.mse_loss(velocity.float(), noise - clean)

@@ -76,8 +76,8 @@ def _things_loss(decoder: nn.Module, latents: Tensor, pictures: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, numbers: Tensor, height: int, width: int) -> Tensor:
+def encode(vae: AutoencoderKL, numbers: Tensor, height: int, width: int, stroke: float | None = None) -> Tensor:
     """Latents [B, 16, height / 8, width / 8] of rendered scenes, float32, shifted and scaled for the transformer."""
-    pictures = 2 * render(numbers, height, width) - 1
+    pictures = 2 * render(numbers, height, width, stroke) - 1
     latents = vae.encode(pictures.to(vae.dtype)).latent_dist.mode().float()
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor

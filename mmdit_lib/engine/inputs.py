@@ -126,9 +126,10 @@ def check_sizes(folder: Engine, sizes: Sizes) -> None:
             f"build with --max_batch_size {sizes.batch}"
         )
     if not build.min_text_tokens <= sizes.text_tokens <= build.max_text_tokens:
+        end = "min" if sizes.text_tokens < build.min_text_tokens else "max"
         raise ValueError(
-            f"{sizes.text_tokens} text tokens are outside the engine's "
-            f"{build.min_text_tokens} to {build.max_text_tokens}"
+            f"{sizes.text_tokens} text tokens are outside the engine's {build.min_text_tokens} to "
+            f"{build.max_text_tokens}; build with --{end}_text_tokens {sizes.text_tokens}"
         )
     resolution = Resolution(height=sizes.height, width=sizes.width)
     for side in ("height", "width"):

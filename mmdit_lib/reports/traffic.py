@@ -6,7 +6,7 @@ The graph runs on `meta` tensors, which have shapes but no data; each collective
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,12 +118,13 @@ def shape_and_dtype(x):
     return (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
 
 
-def traffic_table(name: str, *, resolution: Resolution, text_tokens: int, batch: int, dtype: Dtype) -> Table:
-    """One row for each kind of collective of each layout of a published model."""
+def traffic_table(
+    name: str, model: ModelConfig, *, resolution: Resolution, text_tokens: int, batch: int, dtype: Dtype
+) -> Table:
+    """One row for each kind of collective of each layout of a model, under its name."""
     title = f"{name}: collectives of one step and one rank"
     numbers = (Column(name, justify="right") for name in ("calls", "MB per rank", "MB sent"))
     table = Table("layout", "collective", *numbers, title=title)
-    model = KNOWN_MODELS[name]
     for label, layout in TWO_RANKS.items():
         if not possible(model, layout):
             continue
@@ -176,8 +177,12 @@ def print_traffic(
     for model in KNOWN_MODELS.values():
         check_build(model, BuildConfig.one_size(size, batch, text_tokens), Layout())
     console.print(f"{size}, batch {batch}, {text_tokens} text tokens, {dtype}; counting takes a few seconds per layout")
-    for name in KNOWN_MODELS:
-        console.print(traffic_table(name, resolution=size, text_tokens=text_tokens, batch=batch, dtype=dtype))
+    names = defaultdict(list)  # models that differ only in their weights have the same traffic
+    for name, model in KNOWN_MODELS.items():
+        names[model].append(name)
+    for model, of_model in names.items():
+        title = " and ".join(of_model)
+        console.print(traffic_table(title, model, resolution=size, text_tokens=text_tokens, batch=batch, dtype=dtype))
     console.print(
         "MB per rank: size of a rank's input, smallest to largest. MB sent: what each rank sends in a step (ring).\n"
         "TensorRT-LLM (<= 1.2.1), sharded as tp 2 trtllm: 49 to 77 all-reduces and 120 to 190 all-gathers a step."

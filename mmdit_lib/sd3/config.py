@@ -177,5 +177,6 @@ KNOWN_MODELS = {
     "stable-diffusion-3-medium": _known(24, 24, 192, 0, None),
     "stable-diffusion-3.5-medium": _known(24, 24, 384, 13, "rms_norm"),
     "stable-diffusion-3.5-large": _known(38, 38, 192, 0, "rms_norm"),
+    "stable-diffusion-3.5-large-turbo": _known(38, 38, 192, 0, "rms_norm"),
 }
-"""The three published models, by the last part of their hub id."""
+"""The published models, by the last part of their hub id. Turbo is a distilled SD3.5-large: only its weights differ."""

@@ -15,13 +15,16 @@ from .inputs import KEPT_LAYERS, RESIDUALS, residual_inputs, residual_name
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENCODER_OPTIONS = (
     "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "num_images_per_prompt",
-    "clip_skip", "max_sequence_length",
+    "clip_skip", "max_sequence_length", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
 )  # fmt: skip
 ADDED_COMPONENTS = ("controlnet",)
 ARGUMENTS = (
     "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "block_controlnet_hidden_states",
     "joint_attention_kwargs", "return_dict", "skip_layers",
 )  # fmt: skip
+GUIDANCE, CLIP_TOKENS, T5_TOKENS = 7.0, 77, 256
+"""Defaults of the pipeline's call: guidance scale, and the two parts of the text."""
 
 
 def default_class() -> type:
@@ -123,19 +126,28 @@ def check_call(options: Mapping[str, Any], config: SD3Config, build: BuildConfig
     kept_layers(options.get("skip_guidance_layers"), config, build, "skip_guidance_layers")
 
 
+def call_sizes(options: Mapping[str, Any]) -> dict[str, int]:
+    """Rows and text tokens of a step, for one prompt and these options of the pipeline's call."""
+    passes = 2 if options.get("guidance_scale", GUIDANCE) > 1 else 1
+    tokens = CLIP_TOKENS + options.get("max_sequence_length", T5_TOKENS)
+    return {"batch": passes * options.get("num_images_per_prompt", 1), "text_tokens": tokens}
+
+
 @torch.inference_mode()
 def encode(pipe, prompt, *, generator, latents, options: dict, encoding: dict) -> dict[str, torch.Tensor]:
     """Text embeddings and initial latents, as arguments for the pipeline's call."""
-    guidance = options.get("guidance_scale", 7.0) > 1
+    guidance = options.get("guidance_scale", GUIDANCE) > 1
     texts = {"prompt_2": None, "prompt_3": None} | encoding
     found = pipe.encode_prompt(prompt, device=pipe._execution_device, do_classifier_free_guidance=guidance, **texts)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    # Embeddings of a prompt come repeated for each of its images, and given ones as they are.
+    images = 1 if encoding.get("prompt_embeds") is None else encoding.get("num_images_per_prompt", 1)
     given = {name: value for name, value in zip(names, found, strict=True) if value is not None}
     side = pipe.default_sample_size * pipe.vae_scale_factor
     embeds, channels = given["prompt_embeds"], pipe.transformer.config.in_channels
     height, width = options.get("height") or side, options.get("width") or side
     given["latents"] = pipe.prepare_latents(
-        len(embeds), channels, height, width, embeds.dtype, embeds.device, generator, latents
+        images * len(embeds), channels, height, width, embeds.dtype, embeds.device, generator, latents
     )
     return given
 

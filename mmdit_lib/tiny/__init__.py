@@ -6,9 +6,14 @@ from pathlib import Path
 
 from ..checkpoint.hub import shipped_model
 
-__all__ = ["model_path"]
+__all__ = ["lora_path", "model_path"]
 
 
 def model_path() -> Path:
     """The folder of the trained pipeline, for `StableDiffusion3Pipeline.from_pretrained`."""
     return shipped_model("tiny")
+
+
+def lora_path() -> Path:
+    """A LoRA that draws outlines instead of filled shapes: a file in diffusers' format."""
+    return model_path().parent / "lora" / "pytorch_lora_weights.safetensors"
