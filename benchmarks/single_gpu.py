@@ -193,7 +193,7 @@ def table(found: dict) -> list[str]:
     for key, title in (("first step, s", "Seconds for the first step"), ("GB", "Peak memory beyond the weights, GB")):
         lines += ["", f"| {title} | " + " | ".join(WAYS) + " |", "|---" + "|---:" * len(WAYS) + "|"]
         lines += [f"| {label(row)} | " + " | ".join(str(row[key][way]) for way in WAYS) + " |" for row in found["rows"]]
-    kinds = [*common.KINDS, "other"]
+    kinds = [x for x in [*common.KINDS, "other"] if any(x in row["kernels"] for row in found["rows"])]
     lines += ["", "| ms of ours, by kind of kernel | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
     for row in found["rows"]:
         lines.append(f"| {label(row)} | " + " | ".join(f"{row['kernels'].get(kind, 0):.2f}" for kind in kinds) + " |")
