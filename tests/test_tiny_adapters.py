@@ -1,4 +1,4 @@
-"""The LoRA that ships beside the tiny model, and what trains it and a ControlNet."""
+"""The LoRA and the ControlNet that ship beside the tiny model, and what trains them."""
 
 import importlib.util
 import json
@@ -11,6 +11,7 @@ from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline, St
 from safetensors.torch import load_file
 
 from mmdit_lib import tiny
+from mmdit_lib.config import dtype_option
 from training import controlnet, lora
 from training.adapters import SIDE, STROKE
 from training.captions import CELL_WORDS, RELATION_WORDS
@@ -143,6 +144,20 @@ def test_an_untrained_controlnet_changes_nothing(pipe):
     with_it = draw(controlled, [layout.prompt.text], [control_picture(layout)], **how)
     (plain,) = draw(pipe, [layout.prompt.text], **how)
     assert np.array_equal(np.asarray(with_it[0]), np.asarray(plain))
+
+
+@pytest.mark.slow
+def test_the_controlnet_puts_things_in_their_places():
+    path = tiny.controlnet_path()
+    assert sum(file.stat().st_size for file in path.iterdir()) < 6_000_000
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny.model_path())
+    net = SD3ControlNetModel.from_pretrained(path, **dtype_option(torch.float32))
+    layouts, how = heldout_layouts(4), dict(steps=10, max_sequence_length=77)
+    texts = [x.prompt.text for x in layouts]
+    without = judge_layouts(layouts, draw(pipe, texts, **how))
+    controlled = StableDiffusion3ControlNetPipeline(**pipe.components, controlnet=net)
+    placed = judge_layouts(layouts, draw(controlled, texts, [control_picture(x) for x in layouts], **how))
+    assert placed.placed >= 0.6 > 0.4 >= without.placed, (placed, without)
 
 
 @pytest.mark.slow

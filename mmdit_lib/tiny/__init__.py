@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..checkpoint.hub import shipped_model
 
-__all__ = ["lora_path", "model_path"]
+__all__ = ["controlnet_path", "lora_path", "model_path"]
 
 
 def model_path() -> Path:
@@ -17,3 +17,11 @@ def model_path() -> Path:
 def lora_path() -> Path:
     """A LoRA that draws outlines instead of filled shapes: a file in diffusers' format."""
     return model_path().parent / "lora" / "pytorch_lora_weights.safetensors"
+
+
+def controlnet_path() -> Path:
+    """The folder of a ControlNet for the tiny model, for `SD3ControlNetModel.from_pretrained`.
+
+    It puts things where an image of white outlines on black shows them.
+    """
+    return model_path().parent / "controlnet"
