@@ -1,7 +1,7 @@
 """Train a LoRA for the tiny model that draws outlines instead of filled shapes: `python -m training.lora --output OUT`.
 
-It needs peft, which the library itself does not: `pip install peft`. The card of the LoRA that ships has the options for
-three minutes on a GPU. On one CPU core a step takes about a second, and outlines show after about 300 steps.
+It needs peft, which the library itself does not: `pip install peft`. The model card of the LoRA that ships has the
+options for three minutes on a GPU. On one CPU core a step takes a second, and outlines show after about 300 steps.
 OUT/pytorch_lora_weights.safetensors is what diffusers' `pipe.load_lora_weights(OUT)` reads.
 """
 
