@@ -51,6 +51,13 @@ def _row(x, gate, y, bias, scale, shift, total, normed, tokens, width, y_batch, 
         tl.store(normed + row * width + columns, centered / deviation * (a + 1.0) + b, inside)
 
 
+@triton.jit
+def _rms_norm(x, weight, channel, eps, SIZE: tl.constexpr):
+    x = x.to(tl.float32)
+    w = tl.load(weight + channel, channel < SIZE, 0.0).to(tl.float32)
+    return x / tl.sqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None] * w
+
+
 @triton.jit(do_not_specialize=["tokens", "batches", "first"])
 def _heads(qkv, norm_q, norm_k, out, tokens, batches, first, plane, eps, HEADS: tl.constexpr, SIZE: tl.constexpr,
            NORM: tl.constexpr, PARTS: tl.constexpr, HEADS_2: tl.constexpr, SIZE_2: tl.constexpr):  # fmt: skip
@@ -62,10 +69,7 @@ def _heads(qkv, norm_q, norm_k, out, tokens, batches, first, plane, eps, HEADS: 
     for part in tl.static_range(PARTS):
         x = tl.load(qkv + row * 3 * HEADS * SIZE + part * HEADS * SIZE + at, inside, 0.0)
         if NORM and part < 2:
-            weight = norm_q if part == 0 else norm_k
-            w = tl.load(weight + channel, channel < SIZE, 0.0).to(tl.float32)
-            x = x.to(tl.float32)
-            x = x / tl.sqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None] * w
+            x = _rms_norm(x, norm_q if part == 0 else norm_k, channel, eps, SIZE)
         tl.store(out + part * plane + ((first + token) * batches + batch) * HEADS * SIZE + at, x, inside)
 
 
@@ -173,10 +177,7 @@ def _send_heads(qkv, norm_q, norm_k, q, addresses, tokens, batches, first, start
     for part in tl.static_range(3):
         x = tl.load(qkv + row * 3 * HEADS * SIZE + part * HEADS * SIZE + at, inside, 0.0)
         if NORM and part < 2:
-            weight = norm_q if part == 0 else norm_k
-            w = tl.load(weight + channel, channel < SIZE, 0.0).to(tl.float32)
-            x = x.to(tl.float32)
-            x = x / tl.sqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None] * w
+            x = _rms_norm(x, norm_q if part == 0 else norm_k, channel, eps, SIZE)
         if SCATTER:
             there = part * plane + ((start + token) * batches + batch) * SHARE * SIZE + at
             for rank in tl.static_range(RANKS):
