@@ -1,8 +1,8 @@
 """Train a LoRA for the tiny model that draws outlines instead of filled shapes: `python -m training.lora --output OUT`.
 
-It needs peft, which the library itself does not: `pip install peft`. The card of the LoRA that ships has the options for
-three minutes on a GPU. On one CPU core a step takes about a second, and outlines show after about 300 steps.
-OUT/pytorch_lora_weights.safetensors is what diffusers' `pipe.load_lora_weights(OUT)` reads.
+It needs peft, which the library itself does not: `pip install peft`. The model card of the shipped LoRA has the options
+for three minutes on a GPU. On one CPU core, a step takes about a second, and outlines appear after about 300 steps.
+diffusers' `pipe.load_lora_weights(OUT)` reads OUT/pytorch_lora_weights.safetensors.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from .train_flow import flow_loss
 from .train_vae import encode
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
-HOLLOW = 0.1  # a thing is an outline if it leaves out this share of the area within its outer edge
+HOLLOW = 0.1  # a thing is an outline if at least this share of the area within its outer edge is empty
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]  # of the image stream
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train a LoRA on the transformer of the tiny model, and score its pictures with and without it.
+    """Train a LoRA for the tiny model's transformer, and score pictures with and without it.
 
     Training ends when the minutes or the steps are used up, whichever comes first.
     """
 
     output: Path
-    """Gets pytorch_lora_weights.safetensors, scores.json and samples.png; replaces an older one of that name."""
+    """Folder for pytorch_lora_weights.safetensors, scores.json and samples.png; replaces an older LoRA folder."""
     rank: int = 8
-    """Of the update of each weight."""
+    """Rank of the update of each weight."""
     rate: float = 5e-3
     """Peak learning rate."""
     minutes: float = 7.0
-    """Of training."""
+    """Minutes of training."""
     steps: int | None = None
-    """Of training; no limit if not given."""
+    """Training steps; no limit by default."""
     batch: int = 16
     """Samples per step."""
     scenes: int = 1000
     """Number of training scenes."""
     seed: int = 0
-    """Of weights, scenes and batches."""
+    """Seed of weights, scenes and batches."""
     prompts: int = 32
     """Number of held-out prompts to score with."""
 
