@@ -1,4 +1,4 @@
-"""Shared by `parallel` and `single_gpu`: full-size models with random weights, and the command line."""
+"""Shared by the GPU benchmarks: full-size models with random weights, and the command line."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def parser(about: str, models: Iterable[str], chosen: list[str], results: str, r
     """The options that both commands have."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("what", choices=("graphs", "run", "table"))
-    made.add_argument("--folder", type=Path, default=Path("graphs"), help="of the graph files")
+    made.add_argument("--folder", type=Path, default=Path("graphs"), help="folder of the graph files")
     made.add_argument("--output", type=Path, default=Path(results))
     made.add_argument("--results", type=Path, nargs="+", default=[Path(results)])
     made.add_argument("--models", nargs="+", choices=models, default=chosen)
@@ -113,7 +113,7 @@ def parser(about: str, models: Iterable[str], chosen: list[str], results: str, r
 def main(
     options: argparse.Namespace, graphs: Callable, run: Callable, title: str, table: Callable[[dict], list[str]]
 ) -> None:
-    """Run what the command line asks for; `table` returns the lines of one result."""
+    """Run the chosen command; `table` returns the Markdown lines of one result."""
     if options.what == "table":
         found = (json.loads(path.read_text()) for path in options.results)
         print("\n".join([f"# {title}", "", *(line for result in found for line in table(result))]))

@@ -1,11 +1,11 @@
 """What optional inputs cost: milliseconds per step of SD3.5-medium with and without them. Random weights, one GPU.
 
-    python -m benchmarks.features graphs --folder graphs      # needs TensorRT (tensorrt_rtx), no GPU
-    python -m benchmarks.features run --folder graphs --output features.json     # one GPU
-    python -m benchmarks.features table --results features.json                  # Markdown
+    python -m benchmarks.features graphs --folder graphs      # needs TensorRT (tensorrt_rtx), but no GPU
+    python -m benchmarks.features run --folder graphs --output features.json     # needs a GPU, but no TensorRT
+    python -m benchmarks.features table --results features.json     # as Markdown
 
-The ways are measured in turns, as CUDA graphs, for one step with guidance (two rows) and for one row, which is what the
-extra call of skip-layer guidance has. Without kernels between the GEMMs, as on a CPU, the costs are different.
+All builds run alternately, as CUDA graphs: one step with guidance (two rows), and one with a single row, like the extra
+call of skip-layer guidance. Without the Triton kernels, as on a CPU, the costs differ.
 """
 
 from __future__ import annotations
@@ -88,9 +88,10 @@ def table(result: dict) -> list[str]:
     plain = {(row["model"], row["batch"]): row["ms"] for row in rows if row["build"] == "plain"}
     lines = [
         f"{result['conditions']}. 1024x1024, {common.TEXT_TOKENS} text tokens, bf16, random weights, CUDA graph; "
-        f"median of {result['repeats']} in turns. Blocks {SKIPPED} are skipped; the residuals are random.",
+        f"median of three alternating rounds of {result['repeats']} steps. Blocks {SKIPPED} are skipped; the residuals "
+        "are random.",
         "",
-        "| model | rows | built with | ms per step | more than plain |",
+        "| model | rows | built with | ms per step | over plain |",
         "|---|---:|---|---:|---:|",
     ]
     for row in rows:

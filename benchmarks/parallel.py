@@ -1,6 +1,6 @@
 """Every layout for two GPUs: parity with one GPU, and milliseconds per step. Full-size models, random weights.
 
-    python -m benchmarks.parallel graphs --folder graphs     # needs TensorRT (tensorrt_rtx), no GPU
+    python -m benchmarks.parallel graphs --folder graphs     # needs TensorRT (tensorrt_rtx), but no GPU
     mpirun -n 2 python -m benchmarks.parallel run --folder graphs --output parallel.json     # two GPUs, NCCL
     python -m benchmarks.parallel table --results parallel.json                              # Markdown
 
@@ -279,7 +279,7 @@ def table(result: dict) -> list[str]:
             "",
             f"{result['hardware']}, torch {result['torch']}, NCCL {result['nccl']}, driver {result['driver']}, "
             f"{result['date']}. One step of the `pytorch` backend, {result['conditions']}; median of "
-            f"{result['repeats']}, the slowest rank.",
+            f"{result['repeats']} on the slowest rank.",
             "",
             "| | "
             + " | ".join(f"ms, {way} | speed-up" for way in WAYS)

@@ -1,4 +1,4 @@
-"""Whole images on one GPU: text encoders, all steps and the VAE, with diffusers' transformer and with ours.
+"""Whole images on one GPU: text encoders, all steps and the VAE, with diffusers' transformer or ours.
 
     python -m benchmarks.single_gpu graphs --folder graphs     # needs TensorRT (tensorrt_rtx), but no GPU
     python -m benchmarks.pictures run --folder graphs --output pictures.json     # needs a GPU, but no TensorRT
@@ -174,8 +174,8 @@ def table(result: dict) -> list[str]:
     """The result as Markdown."""
     lines = [
         f"{result['conditions']}; {result['date']}. Seconds per image of {SIDE}x{SIDE} pixels: bf16, random weights, "
-        f"{common.TEXT_TOKENS} text tokens, in turns in one process, median of {result['rounds']}. In brackets: text "
-        "encoders + steps + VAE. All ways use the same encoders and the same VAE, which are diffusers' and eager.",
+        f"{common.TEXT_TOKENS} text tokens, run alternately in one process; median of {result['rounds']}. In "
+        "parentheses: text encoders + steps + VAE. All columns share the text encoders and the VAE, which run eagerly.",
         "",
         "| | steps | guidance | " + " | ".join(WAYS) + " | diffusers / ours + CUDA graph |",
         "|---|---:|---|" + "---:|" * (len(WAYS) + 1),
@@ -189,7 +189,8 @@ def table(result: dict) -> list[str]:
     lines += ["", "| first image, s | " + " | ".join(WAYS) + " |", "|---" + "|---:" * len(WAYS) + "|"]
     for row in result["rows"]:
         lines.append(f"| {row['case']['title']} | " + " | ".join(f"{row['first'][way]:.2f}" for way in WAYS) + " |")
-    return [*lines, "", "Of each model, the first way also pays for what all use first: encoders, VAE, libraries.", ""]
+    note = "`diffusers` runs first, so its time includes the first use of what all share: encoders, VAE, libraries."
+    return [*lines, "", note, ""]
 
 
 def main() -> None:

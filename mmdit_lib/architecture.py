@@ -110,7 +110,7 @@ class LoraKey(NamedTuple):
     Attributes:
         part: 'A' [rank, in], 'B' [out, rank], 'bias' [out], 'magnitude' [out] (DoRA's) or 'alpha' (a number).
         rows: the modules whose weights it changes, by diffusers' names; several for a projection that the file has
-            fused. The numbers are those of the equal parts of B's rows that are the module's, in the module's order.
+            fused. B's rows are divided into equal parts; the numbers are the module's parts, in the module's order.
     """
 
     part: str
@@ -121,7 +121,7 @@ class LoraKeys(Protocol):
     """Maps the names in LoRA files."""
 
     PREFIXES: tuple[str, ...]
-    """What names of the transformer's tensors may start with; PEFT's config has the same prefixes."""
+    """Possible prefixes of the transformer's tensor names; keys in PEFT's config have the same ones."""
 
     def parse(self, key: str, config: ModelConfig) -> LoraKey | None:
         """None if the tensor belongs to a text encoder. Raises `ValueError` if it is unknown."""
@@ -161,7 +161,7 @@ class Pipelines(Protocol):
     ARGUMENTS: tuple[str, ...]
     """Names of the arguments of diffusers' transformer, in its order."""
     ADDED_COMPONENTS: tuple[str, ...]
-    """Components that a pipeline's folder lacks: a user gives them to a pipeline class that takes them."""
+    """Components that are not in a pipeline's folder; a user passes them with a pipeline class that accepts them."""
     ATTRIBUTES: Mapping[str, Callable[[ModelConfig, Mapping[str, torch.Tensor]], Any]]
     """What pipelines read from diffusers' transformer besides its config, from config and checkpoint tensors."""
 
@@ -170,7 +170,7 @@ class Pipelines(Protocol):
         """Set what a pipeline loaded without a transformer would otherwise read from its config."""
 
     def to_inputs(self, arguments: dict[str, Any], config: ModelConfig, build: BuildConfig) -> dict[str, torch.Tensor]:
-        """The optional inputs for those arguments of diffusers' transformer that are no inputs themselves.
+        """The optional inputs for those arguments of diffusers' transformer that are not inputs themselves.
 
         Raises `ValueError` naming an argument that is invalid, or that the engine does not support.
         """
@@ -179,7 +179,7 @@ class Pipelines(Protocol):
         """Raises `ValueError` naming an option of the pipeline's call that the engine does not support."""
 
     def call_sizes(self, options: Mapping[str, Any]) -> dict[str, int]:
-        """The batch and the text tokens of a step, for one prompt and these options of the pipeline's call."""
+        """Batch and text tokens of a step, for one prompt and these options of the pipeline's call."""
 
     def encode(self, pipe, prompt, *, generator, latents, options: dict, encoding: dict) -> dict[str, torch.Tensor]:
         """Run the text encoders and draw the initial noise; returns arguments for the pipeline's call."""

@@ -34,7 +34,7 @@ console = Console(highlight=False, markup=False)  # a path may look like markup
 Runner = Annotated[RunnerOptions, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]  # options without a prefix
 DEFAULTS = RunnerOptions()
 Loras = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora", metavar="PATH:SCALE")]
-OPTIONS = {"loras": Loras}  # arguments whose type is another one on the command line
+OPTIONS = {"loras": Loras}  # arguments that have another type on the command line
 
 
 def check_ranks(engine_dir: str | Path) -> None:
@@ -140,10 +140,10 @@ def generate_command(
         resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
         num_inference_steps: denoising steps.
         guidance_scale: scale of classifier-free guidance; 1 turns it off.
-        skip_guidance_layers: blocks that skip-layer guidance skips, for instance 7 8 9; build with --skip_layers.
-        max_sequence_length: T5 tokens of the prompt, up to 512.
+        skip_guidance_layers: blocks to skip for skip-layer guidance, for instance 7 8 9; build with --skip_layers.
+        max_sequence_length: number of T5 tokens, up to 512.
         seed: seed of the noise.
-        loras: a LoRA to fuse into the engine's weights and its scale, as for mmdit convert; can be given several times.
+        loras: a LoRA to fuse into the engine's weights, with its scale, as for mmdit convert.
     """
     from .generate import generate
 

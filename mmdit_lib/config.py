@@ -257,7 +257,7 @@ class Sizes(NamedTuple):
 
 
 class BuildConfig(Config):
-    """The optimization profile of a build, and what else a call can give. Batch sizes are in rows, as in `Sizes`."""
+    """The optimization profile and optional inputs of a build. Batch sizes are in rows, as in `Sizes`."""
 
     max_batch_size: int = Field(ge=1, le=MAX_BATCH, strict=True)
     min_resolution: Resolution
@@ -272,7 +272,7 @@ class BuildConfig(Config):
     skip_layers: bool = Field(False, strict=True)
     """Whether a call can skip blocks, for skip-layer guidance."""
     controlnet_residuals: int = Field(0, ge=0, le=MAX_RESIDUALS, strict=True)
-    """How many residuals the ControlNet has, one for each of its blocks; 0: the engine takes none."""
+    """Number of the ControlNet's residuals, one for each of its blocks; 0: no such inputs."""
 
     @model_validator(mode="after")
     def _ordered(self):

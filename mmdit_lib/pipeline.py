@@ -56,7 +56,7 @@ def load_pipeline(
     special = EngineFolder.open(engine_dir).architecture.pipelines
     added = {name: options.pop(name) for name in special.ADDED_COMPONENTS if options.get(name)}
     if added and pipeline_class is None:
-        raise ValueError(f"{next(iter(added))}: give the pipeline_class that takes it")
+        raise ValueError(f"{next(iter(added))}: pass a pipeline_class that accepts it")
     if not isinstance(runner_options, RunnerOptions):
         runner_options = with_changes(RunnerOptions(), runner_options or {})
     if device is not None:
@@ -82,7 +82,7 @@ def load_pipeline(
 def install(pipe, runner: MMDiTRunner):
     """Replace a pipeline's transformer, or set a missing one, with `runner`. Returns the pipeline.
 
-    Its `save_pretrained` refuses as long as a runner is its transformer.
+    Its `save_pretrained` raises `ValueError` as long as its transformer is a runner.
     """
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 

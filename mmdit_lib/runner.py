@@ -70,7 +70,7 @@ class MMDiTRunner:
         return FrozenDict(self.folder.model.to_diffusers())
 
     def __getattr__(self, name: str):
-        """What a pipeline reads from diffusers' transformer besides its config; the checkpoint's file is read."""
+        """What a pipeline reads from diffusers' transformer besides its config, computed from the checkpoint's file."""
         folder = vars(self).get("folder")
         if folder is None or name not in folder.architecture.pipelines.ATTRIBUTES:
             raise AttributeError(f"{type(self).__name__} has no attribute {name}")
@@ -168,13 +168,13 @@ class MMDiTRunner:
         return [lora.record for lora in self._adapters.active]
 
     def set_adapters(self, adapters: Iterable[GivenLora]) -> None:
-        """Fuse LoRAs into the engine's weights, instead of those that were set before. Nothing is rebuilt.
+        """Fuse LoRAs into the engine's weights, replacing those of the previous call. Nothing is rebuilt.
 
-        Under `mpirun`, every rank calls it. LoRAs that were fused by `convert` stay.
+        Under `mpirun`, every rank must call it. LoRAs that `convert` fused stay.
 
         Args:
-            adapters: each as (path or hub id, scale) or 'PATH:SCALE', as for `convert`; none restores the bits of the
-                checkpoint.
+            adapters: each as (path or hub id, scale) or 'PATH:SCALE', as for `convert`; an empty list restores the
+                checkpoint's weights bit for bit.
 
         Raises:
             ValueError: if a LoRA cannot be read or does not fit the model, the checkpoint is not found or has changed,
@@ -185,7 +185,7 @@ class MMDiTRunner:
 
     def load_lora_adapter(self, *args, **options):
         """Called by diffusers' `load_lora_weights`. Raises `ValueError`."""
-        raise ValueError("an engine takes LoRAs with pipe.transformer.set_adapters([(path, scale)])")
+        raise ValueError("load LoRAs into an engine with pipe.transformer.set_adapters([(path, scale)])")
 
     def count_steps(self, steps: int | None) -> None:
         """Number the following calls from 1 to `steps` (None: unknown) in messages about a frozen rank."""

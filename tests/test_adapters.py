@@ -171,7 +171,7 @@ def test_a_lora_that_does_not_fit_changes_nothing(case, given, tmp_path):
     wrong = loras.write(tmp_path / "other.safetensors", loras.random_lora(other))
     for before in ([], given):
         runner.set_adapters(before)
-        unchanged_after(runner, inputs, [*given, wrong], "expected .*: the LoRA is for another model")
+        unchanged_after(runner, inputs, [*given, wrong], "expected .*: the LoRA is for a different model")
         unchanged_after(runner, inputs, [tmp_path / "missing.safetensors"], "does not exist and is not a hub id")
 
 
@@ -203,7 +203,7 @@ def test_the_checkpoint_must_be_the_same_file(case, given, tmp_path):
 
 
 def test_diffusers_own_calls_say_what_to_do_instead(case):
-    with pytest.raises(ValueError, match=r"takes LoRAs with pipe\.transformer\.set_adapters"):
+    with pytest.raises(ValueError, match=r"load LoRAs into an engine with pipe\.transformer\.set_adapters"):
         case.runner().load_lora_adapter({}, prefix="transformer")
 
 
@@ -273,6 +273,6 @@ def test_a_refit_that_fails_is_undone(case, refittable, given, plan):
 
 def test_a_plan_without_refit(case, given, plan):
     runner = MMDiTRunner.from_engine(case.engine(), backend="tensorrt", device="cpu")
-    with pytest.raises(ValueError, match="it was not built with --refit: build it again with this option"):
+    with pytest.raises(ValueError, match="it was built without --refit: build it again with --refit"):
         runner.set_adapters(given)
     assert plan.refitted == {} and runner.adapters == []

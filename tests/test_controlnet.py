@@ -319,7 +319,7 @@ def test_every_component_has_the_engines_dtype(model, tmp_path):
 
 
 def test_a_component_needs_its_pipeline(model, engine):
-    with pytest.raises(ValueError, match=r"^controlnet: give the pipeline_class that takes it$"):
+    with pytest.raises(ValueError, match=r"^controlnet: pass a pipeline_class that accepts it$"):
         load_pipeline(model, engine, controlnet=object())
 
 

@@ -294,7 +294,7 @@ def test_text_encoders_are_left_out_with_a_warning(case, state, style, tmp_path,
     with caplog.at_level(logging.WARNING, logger="mmdit_lib"):
         found = quiet(case.transformer, tmp_path / "found", loras=[path]).weights()
     assert [r.getMessage() for r in caplog.records] == [
-        f"LoRA {path}: 7 of its tensors are for text encoders and are left out: only the transformer's are fused"
+        f"LoRA {path}: ignoring 7 tensors for text encoders; only the transformer's are fused"
     ]
     expected = quiet(case.transformer, tmp_path / "expected", loras=[style]).weights()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
@@ -333,7 +333,7 @@ def test_the_file_of_a_folder(tmp_path):
         (folder / name).touch()
         assert find_lora(folder).path.name == name
     (folder / "pytorch_lora_weights.safetensors").rename(folder / "x.safetensors")
-    with pytest.raises(ValueError, match="lora has 2 safetensors files: name the file"):
+    with pytest.raises(ValueError, match="lora has 2 safetensors files; give the file"):
         find_lora(folder)
 
 

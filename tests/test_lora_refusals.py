@@ -48,16 +48,16 @@ def nan(tensor: torch.Tensor) -> torch.Tensor:
 
 A, B = f"transformer.{Q}.lora_A.weight", f"transformer.{Q}.lora_B.weight"
 BAD = {
-    "no B": (without(B), f"tensor '{A}' has no lora_B (lora_up) beside it"),
-    "no A": (without(A), f"tensor '{B}' has no lora_A (lora_down) beside it"),
+    "no B": (without(B), f"tensor '{A}' has no matching lora_B (lora_up)"),
+    "no A": (without(A), f"tensor '{B}' has no matching lora_A (lora_down)"),
     "rank-deficient": (
         changed(B, lambda b: b[:, :3]), f"tensors '{A}' [4, 64] and '{B}' [64, 3] have different ranks: 4 and 3"
     ),
     "another width": (
-        changed(A, lambda a: a[:, :63]), f"tensor '{A}' is [4, 63], expected [4, 64]: the LoRA is for another model"
+        changed(A, lambda a: a[:, :63]), f"tensor '{A}' is [4, 63], expected [4, 64]: the LoRA is for a different model"
     ),
     "another height": (
-        changed(B, lambda b: b[:48]), f"tensor '{B}' is [48, 4], expected [64, 4]: the LoRA is for another model"
+        changed(B, lambda b: b[:48]), f"tensor '{B}' is [48, 4], expected [64, 4]: the LoRA is for a different model"
     ),
     "a vector": (changed(A, lambda a: a[0]), f"tensor '{A}' is [64], expected [64, 64]"),
     "NaN": (changed(A, nan), f"tensor '{A}' contains NaN or infinity"),
@@ -76,13 +76,13 @@ BAD = {
     ),
     "another model's names": (
         lambda lora: {"lora_unet_down_blocks_0_attn_to_q.alpha": torch.ones(())},
-        "no module of the transformer has sd-scripts' name 'lora_unet_down_blocks_0_attn_to_q'",
+        "sd-scripts' name 'lora_unet_down_blocks_0_attn_to_q' matches no module of the transformer",
     ),
     "the same weight twice": (
         lambda lora: lora | {f"{Q}.lora_down.weight": lora[A].clone()}, f"tensors '{A}' and '{Q}.lora_down.weight' are"
     ),
     "text encoders only": (
-        lambda lora: {"text_encoder.x.lora_A.weight": torch.ones(2, 2)}, "no tensor is for the transformer"
+        lambda lora: {"text_encoder.x.lora_A.weight": torch.ones(2, 2)}, "no tensors for the transformer"
     ),
     "dora_scale": (lambda lora: lora | {f"{Q}.dora_scale": torch.ones(64)}, f"tensor '{Q}.dora_scale': DoRA is"),
     "a vector of alphas": (
@@ -138,7 +138,7 @@ def test_a_scale_that_overflows(case, style, tmp_path):
 
 METADATA = {
     "not JSON": ("{", "does not parse"),
-    "rank": ('{"transformer.r": 8}', f"tensor '{A}': its tensors have rank 4, its config says 8"),
+    "rank": ('{"transformer.r": 8}', f"tensor '{A}': its rank is 4, but its config has 8"),
     "rank 0": ('{"transformer.r": 0}', "r: Input should be greater than or equal to 1, found 0"),
     "alpha": ('{"transformer.r": 4, "transformer.lora_alpha": "many"}', "lora_alpha: Input should be a valid number"),
     "pattern": ('{"transformer.r": 4, "transformer.alpha_pattern": {"(a+)+$": 1}}', "alpha_pattern.(a+)+$"),

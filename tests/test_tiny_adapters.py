@@ -170,7 +170,7 @@ def test_training_a_controlnet(tmp_path):
     assert facts["step"] == 2
     net = SD3ControlNetModel.from_pretrained(tmp_path / "controlnet")
     assert all(block.weight.any() for block in net.controlnet_blocks)  # they start at zero
-    with pytest.raises(ValueError, match="does not match the model; it needs the same --layers"):
+    with pytest.raises(ValueError, match="does not match the model; use the same --layers"):
         controlnet.train(pipeline, controlnet.Options(tmp_path, resume=True, **how | dict(layers=1)))
     controlnet.train(pipeline, controlnet.Options(tmp_path, resume=True, steps=3, **how))
     assert json.loads((tmp_path / "checkpoint" / "facts.json").read_text())["step"] == 3

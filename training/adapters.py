@@ -1,4 +1,4 @@
-"""Shared by the training of the LoRA and of the ControlNet."""
+"""Shared by the training of the LoRA and the ControlNet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN = 8  # prompts in a sheet of samples
 def batches(
     data: Data, clean: Tensor, batch: int, seed: int, control: Tensor | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Endless inputs of `flow_loss`, with an empty prompt in some samples. Seeds torch, too.
+    """Endless inputs of `flow_loss`, with an empty prompt in some samples. Also seeds torch.
 
     Args:
         data: scenes with captions.
@@ -47,7 +47,7 @@ def batches(
 
 
 def side_by_side(texts: Sequence[str], *columns: Sequence[Image.Image]) -> Image.Image:
-    """The first pictures of each column beside each other, above their prompts."""
+    """The first pictures of all columns side by side, above their prompts."""
     strips = []
     for pictures in list(zip(*columns, strict=True))[:SHOWN]:
         strips.append(Image.new("RGB", (SIDE * len(pictures), SIDE)))

@@ -1,9 +1,9 @@
-"""Train a ControlNet for the tiny model that puts things where an image of their outlines shows them:
+"""Train a ControlNet for the tiny model that places objects where an image of their outlines shows them:
 
     python -m training.controlnet --output OUT
 
-OUT/controlnet is what diffusers' `SD3ControlNetModel.from_pretrained` reads, in float16; OUT/checkpoint is what a
-resumed run continues from; OUT/scores.json and OUT/samples.png show how well things lie where they should.
+OUT/controlnet is in float16, for diffusers' `SD3ControlNetModel.from_pretrained`; a resumed run continues from
+OUT/checkpoint; OUT/scores.json and OUT/samples.png show how accurately objects are placed.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ WEIGHTS, FACTS = "diffusion_pytorch_model.safetensors", "facts.json"
 
 @dataclass(frozen=True)
 class Options:
-    """Train a ControlNet beside the transformer of the tiny model, and score its pictures with and without it.
+    """Train a ControlNet for the tiny model's transformer, and score pictures with and without it.
 
     Training ends when the minutes or the steps are used up, whichever comes first.
     """
 
     output: Path
-    """Gets controlnet/, checkpoint/, scores.json and samples.png."""
+    """Folder for controlnet/, checkpoint/, scores.json and samples.png."""
     resume: bool = False
     """Continue from OUTPUT/checkpoint."""
     layers: int = 3
     """Transformer blocks of the ControlNet."""
     minutes: float = 15.0
-    """Of training; resumed runs count towards the limit."""
+    """Minutes of training, including the runs that are resumed."""
     steps: int | None = None
-    """Of training; no limit if not given."""
+    """Training steps; no limit by default."""
     batch: int = 128
     """Samples per step."""
     scenes: int = 100_000
     """Number of training scenes."""
     seed: int = 0
-    """Of weights, scenes and batches."""
+    """Seed of weights, scenes and batches."""
     prompts: int = 64
     """Number of held-out prompts to score with."""
 
@@ -101,10 +101,10 @@ def train(pipeline: Pipeline, options: Options) -> None:
 
 
 def make_controlnet(transformer, layers: int) -> SD3ControlNetModel:
-    """Blocks without a text stream, as in SD3.5's ControlNets, and with a position table of their own, as in SD3's.
+    """A ControlNet whose blocks have no text stream, as in SD3.5's, with a position table of its own, as in SD3's.
 
-    Its embeddings start as the transformer's, that of the control image too. Its output starts at zero, so it changes
-    nothing before it is trained.
+    Its embeddings, including that of the control image, start as the transformer's. Its output starts at zero, so it
+    changes nothing before training.
     """
     unused = ("num_layers", "joint_attention_dim", "dual_attention_layers", "qk_norm")
     config = {name: value for name, value in transformer.config.items() if name not in unused and name[0] != "_"}
@@ -120,22 +120,22 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def load_checkpoint(controlnet: SD3ControlNetModel, folder: Path) -> dict:
-    """Load the weights that a run saved, and return its facts.
+    """Load the weights of a saved run, and return its facts.
 
     Raises:
-        ValueError: if there is no checkpoint, or it is of a ControlNet with other dimensions.
+        ValueError: if there is no checkpoint, or its ControlNet has other dimensions.
     """
     if not is_checkpoint(folder):
         raise ValueError(f"no checkpoint to resume from: {folder} does not exist")
     weights, expected = load_file(folder / WEIGHTS), controlnet.state_dict()
     if {name: x.shape for name, x in weights.items()} != {name: x.shape for name, x in expected.items()}:
-        raise ValueError(f"{folder} does not match the model; it needs the same --layers")
+        raise ValueError(f"{folder} does not match the model; use the same --layers")
     controlnet.load_state_dict(weights)
     return json.loads((folder / FACTS).read_text())
 
 
 def make_layouts(count: int, seed: int) -> Data:
-    """Random layouts, none of them held out, and captions that do not give the exact places."""
+    """Random layouts, none of them held out, with captions that do not give exact positions."""
     rng = random.Random(seed)
     layouts = [draw_layout(rng) for _ in range(count)]
     numbers = torch.tensor([encode_placed(x.prompt.scene.background, x.things) for x in layouts])
@@ -143,7 +143,7 @@ def make_layouts(count: int, seed: int) -> Data:
 
 
 def frozen_parts(pipe: StableDiffusion3Pipeline) -> dict:
-    """The components that training uses but does not change; on a GPU copies in bfloat16, as `fit` trains in it."""
+    """The components that training uses but does not change; on a GPU, copies in bfloat16, in which `fit` trains."""
     parts = {name: part for name, part in pipe.components.items() if part is not None}
     for name, part in parts.items():
         if isinstance(part, nn.Module):

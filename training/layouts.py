@@ -1,4 +1,4 @@
-"""Scenes whose things may be anywhere: an image of their outlines says where, for the ControlNet; captions do not."""
+"""Scenes whose things can be anywhere. An image of their outlines shows the ControlNet where; captions do not."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .render import encode_placed, render
 from .scenes import CELLS, COLOURS, RELATIONS, SHAPES, SIZES, Placed, Scene, draw_scene
 
 MARGIN = 0.24  # from a center to the picture's edges: a large thing fits
-NEAR = 0.05  # a thing lies where it should if its center is this close, as a fraction of the side ...
+NEAR = 0.05  # a thing is in the right place if its center is this close, as a fraction of the side ...
 LIKE = 0.15  # ... and its diameter differs by at most this share
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A caption, and where its things are."""
+    """A caption, and the places of its things."""
 
     prompt: Prompt
     things: tuple[Placed, ...]
@@ -32,7 +32,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Placing:
-    """Shares of the things that lie where they should, and of those that also have the right shape and color."""
+    """Shares of the things that are in the right place, and that also have the right shape and color."""
 
     things: int
     placed: float
@@ -45,7 +45,7 @@ class Placing:
 
 
 def draw_layout(rng: random.Random, held_out: bool = False) -> Layout:
-    """Random places for the things of a random scene. The caption of one thing does not say where it is."""
+    """Random places for the things of a random scene. The caption of a single thing does not say where it is."""
     scene = draw_scene(rng, held_out)
     while True:
         things = tuple(
@@ -75,7 +75,7 @@ def heldout_layouts(count: int, seed: int = 2000) -> list[Layout]:
 
 
 def outlines(numbers: Tensor) -> Tensor:
-    """The same scenes in white on black; `render` draws them as outlines if it is given a stroke."""
+    """The same scenes in white on black; `render` draws outlines if it is given a stroke."""
     numbers = numbers.clone()
     numbers[:, 0] = list(COLOURS).index("black")
     numbers[:, [2, 7]] = float(list(COLOURS).index("white"))

@@ -59,8 +59,8 @@ def convert(
         tp_layout: megatron, or trtllm to shard as TensorRT-LLM does; both are the same if tp_size is 1.
         variant: variant of the weight files, for instance fp16.
         revision: branch, tag or commit of a hub id.
-        loras: LoRAs to fuse into the weights, each as PATH:SCALE or (path, scale): a safetensors file, a folder, or a
-            hub id (owner/name or owner/name/FILE.safetensors); the scale is 1 by default.
+        loras: LoRAs to fuse into the weights. Each is PATH:SCALE, or in Python (path, scale); the scale defaults to 1.
+            PATH is a safetensors file, a folder or a hub id (owner/name or owner/name/FILE.safetensors).
         progress: show a progress bar.
 
     Returns:
@@ -108,7 +108,7 @@ def convert(
 def _write_ranks(
     source: Source, folder: Path, dtype: Dtype, layout: Layout, loras: tuple[Lora, ...], progress: bool
 ) -> Files:
-    """Read every tensor once, fuse the LoRAs, and write each tp rank's part of it to that rank's file."""
+    """Read every tensor once, fuse the LoRAs into it, and write each tp rank's part to that rank's file."""
     architecture, tensors, tp_size = source.architecture, source.tensors, layout.tp_size
     sharding = architecture.shardings[layout.tp_layout]
     stored = stored_tensors(architecture, source.model, layout, dtype)

@@ -1,7 +1,7 @@
-"""LoRAs: files with low-rank changes of a model's weights, checked against the model and fused in float32.
+"""LoRAs: low-rank updates of a model's weights, checked against the model and fused in float32.
 
 W becomes W + scale * scaling * B A, with A [rank, in] and B [out, rank]. With DoRA's magnitude m [out], each row is
-then multiplied by m / norm of the row. LoRAs are fused one after the other, as PEFT's `merge` does.
+then multiplied by m / its norm. LoRAs are fused one after the other, as PEFT's `merge` does.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Lora:
     """A LoRA file that fits a model.
 
     Attributes:
-        record: what a manifest says about it.
+        record: what a manifest records about it.
         changes: by our names of the modules.
-        left_out: how many of the file's tensors are for text encoders.
+        left_out: number of the file's tensors that are for text encoders.
     """
 
     record: LoraRecord
@@ -45,10 +45,10 @@ class Lora:
 
         Args:
             source: see `find_lora`.
-            scale: multiplies the change, as in diffusers' `fuse_lora(lora_scale=scale)`.
+            scale: multiplies the update, as in diffusers' `fuse_lora(lora_scale=scale)`.
 
         Raises:
-            ValueError: in one line, naming the first tensor that is unknown, missing, of another shape or not finite.
+            ValueError: one line that names the first tensor that is unknown, missing, of the wrong shape or not finite.
         """
         if not math.isfinite(scale):
             raise ValueError(f"LoRA {source}: scale {scale}: give a finite number")
@@ -59,7 +59,7 @@ class Lora:
             keys = _parsed(tensors, architecture, model)
             ours = {name: key for name, key in keys.items() if key is not None}
             if not ours:
-                raise ValueError("no tensor is for the transformer")
+                raise ValueError("no tensors for the transformer")
             changes = changes_of(tensors, ours, config, architecture, model)
             for name in ours:
                 if not read(tensors[name]).isfinite().all():
@@ -71,11 +71,13 @@ class Lora:
         return cls(record, changes, len(keys) - len(ours))
 
     def names(self) -> set[str]:
-        """Our names of the weights and biases that it changes."""
+        """The weights and biases that it changes, by our names."""
         return {f"{module}.{kind}" for module, change in self.changes.items() for kind in change.kinds()}
 
     def fused(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The full tensor `name` with the LoRA: in float32 if it changes it. May overwrite `tensor`."""
+        """The full tensor `name` with the LoRA fused, in float32; unchanged if the LoRA does not affect it.
+
+        May overwrite `tensor`."""
         module, _, kind = name.rpartition(".")
         change = self.changes.get(module)
         if change is None or kind not in change.kinds():
@@ -88,7 +90,7 @@ class Lora:
 
 
 def _parsed(names: Iterable[str], architecture: Architecture, model: ModelConfig) -> dict[str, LoraKey | None]:
-    """What each tensor is for. Raises `ValueError` for the first unknown one, with the number of others."""
+    """What each tensor is for. Raises `ValueError` naming the first unknown tensor, with the number of others."""
     keys, faults = {}, []
     for name in names:
         try:
@@ -101,19 +103,17 @@ def _parsed(names: Iterable[str], architecture: Architecture, model: ModelConfig
 
 
 def open_loras(loras: Iterable[GivenLora], architecture: Architecture, model: ModelConfig) -> tuple[Lora, ...]:
-    """Open LoRAs, and log what they have for text encoders. Raises `ValueError`."""
+    """Open LoRAs, and warn of tensors for text encoders. Raises `ValueError`."""
     opened = tuple(Lora.open(*with_scale(lora), architecture, model) for lora in loras)
     for lora in opened:
         if lora.left_out:
-            log.warning(
-                "LoRA %s: %d of its tensors are for text encoders and are left out: "
-                "only the transformer's are fused", lora.record.source, lora.left_out,
-            )  # fmt: skip
+            message = "LoRA %s: ignoring %d tensors for text encoders; only the transformer's are fused"
+            log.warning(message, lora.record.source, lora.left_out)
     return opened
 
 
 def fuse(name: str, tensor: torch.Tensor, loras: Sequence[Lora]) -> torch.Tensor:
-    """As `Lora.fused`, with one LoRA after the other."""
+    """As `Lora.fused`, with several LoRAs in this order."""
     for lora in loras:
         tensor = lora.fused(name, tensor)
     return tensor

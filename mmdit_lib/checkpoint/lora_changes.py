@@ -1,4 +1,4 @@
-"""From the tensors of a LoRA file to one change per module, checked against the model's shapes."""
+"""One change per module from the tensors of a LoRA file, checked against the model's shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {"A": "lora_A (lora_down)", "B": "lora_B (lora_up)"}
 
 @dataclass(frozen=True)
 class Change:
-    """The tensors of a file that change one module, and the factor of their product."""
+    """The tensors of a file that change one module, and the scaling of their product."""
 
     tensors: dict[str, StoredTensor]
     """By part (see `LoraKey`)."""
@@ -68,7 +68,7 @@ def changes_of(
         config: PEFT's config, if the file has one.
 
     Raises:
-        ValueError: naming the first tensor that belongs to no module, has no counterpart or does not fit.
+        ValueError: naming the first tensor that belongs to no module, has no counterpart or has the wrong shape.
     """
     shapes = architecture.parameters(model)
     named: dict[str, dict[str, str]] = {}
@@ -98,7 +98,7 @@ def changes_of(
 
 
 def _weight(module: str, architecture: Architecture) -> str:
-    """Our name of a module's weight; empty if the model cannot have it."""
+    """Our name of a module's weight; empty if no model has it."""
     try:
         return architecture.keys.from_diffusers(f"{module}.weight")
     except ValueError:
@@ -108,10 +108,10 @@ def _weight(module: str, architecture: Architecture) -> str:
 def _check(
     names: dict[str, str], tensors: dict[str, StoredTensor], shape: tuple[int, ...], rows: tuple[int, ...], of: int
 ) -> int:
-    """The rank of one module's tensors. Raises `ValueError` if they do not fit each other or the weight's `shape`."""
+    """The rank of one module's tensors. Raises `ValueError` if they do not match each other or the weight's `shape`."""
     for part in "AB":
         if part not in names:
-            raise ValueError(f"tensor '{next(iter(names.values()))}' has no {NAMES[part]} beside it")
+            raise ValueError(f"tensor '{next(iter(names.values()))}' has no matching {NAMES[part]}")
     outputs = shape[0] // len(rows) * of
     rank_a = tensors["A"].shape[:1]
     rank_b = tensors["B"].shape[1:2] or rank_a
@@ -125,7 +125,7 @@ def _check(
         if part in expected and tensor.shape != expected[part]:
             raise ValueError(
                 f"tensor '{names[part]}' is {list(tensor.shape)}, expected {list(expected[part])}: "
-                "the LoRA is for another model"
+                "the LoRA is for a different model"
             )
     if rank_a != rank_b:
         raise ValueError(
@@ -138,7 +138,7 @@ def _check(
 def _scaling(
     module: str, names: dict[str, str], tensors: dict[str, StoredTensor], config: PeftConfig | None, rank: int
 ) -> float:
-    """alpha / rank. Without an alpha, in the file or in PEFT's config, alpha is the rank."""
+    """alpha / rank. If neither the file nor PEFT's config gives alpha, it is the rank."""
     if "alpha" in tensors:
         if tensors["alpha"].shape not in ((), (1,)):
             raise ValueError(f"tensor '{names['alpha']}' is {list(tensors['alpha'].shape)}, expected a single number")

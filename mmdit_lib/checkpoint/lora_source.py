@@ -1,4 +1,4 @@
-"""Finding a LoRA: in a file, a folder or on the hub."""
+"""Finding a LoRA: a file, in a folder or on the hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GivenLora = str | Path | tuple[str | Path, float]
 def with_scale(lora: GivenLora) -> tuple[str | Path, float]:
     """The two parts of PATH:SCALE, for instance 'style.safetensors:0.8' or 'owner/name'; the scale is 1 by default.
 
-    A path may contain colons: only a number after the last one is a scale, and not if a file has that name.
+    A path may contain colons: only a number after the last one is a scale, unless a file has the whole name.
     """
     if isinstance(lora, (tuple, list)):
         return lora
@@ -75,5 +75,5 @@ def _in_folder(folder: Path, where: object) -> Path:
     if len(found) == 1:
         return found[0]
     refuse_pickles(sorted(folder.iterdir()))
-    what = f"{len(found)} safetensors files" if found else f"none of {', '.join(FILES)}"
-    raise ValueError(f"{where} has {what}: name the file, as {where}/FILE.safetensors")
+    what = f"has {len(found)} safetensors files" if found else f"has no {' or '.join(FILES)}"
+    raise ValueError(f"{where} {what}; give the file, as {where}/FILE.safetensors")

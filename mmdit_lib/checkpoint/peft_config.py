@@ -1,4 +1,4 @@
-"""PEFT's `LoraConfig`: what it says about scaling, and what asks for more than a low-rank update."""
+"""PEFT's `LoraConfig`: its scaling, and what requires more than a low-rank update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PEFT_CONFIG = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"
 """diffusers stores PEFT's config under this key of the file's metadata."""
 HARMLESS_INITS = (None, True, False, "gaussian", "orthogonal")
-"""Others also change the weights that the LoRA is added to."""
+"""Others also change the base weights."""
 REFUSED = (
     "modules_to_save", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "target_parameters",
     "kasa_config",
@@ -51,10 +51,10 @@ class PeftConfig(FileConfig):
         """The config in the metadata of a LoRA file, or in `adapter_config.json` beside PEFT's; None if neither.
 
         Args:
-            prefixes: of the keys, in the order of preference: diffusers' pipelines store one config for each model.
+            prefixes: of the keys, in order of preference: diffusers' pipelines store one config for each model.
 
         Raises:
-            ValueError: if it is damaged, or asks for what cannot be fused.
+            ValueError: if it is damaged, or specifies what cannot be fused.
         """
         where: object = f"{path}: {METADATA_KEY}"
         content: object = None
@@ -80,18 +80,18 @@ class PeftConfig(FileConfig):
             raise ValueError(f"{where}: peft_type {shown(self.peft_type)}: only LORA can be fused")
         if self.init_lora_weights not in HARMLESS_INITS:
             raise ValueError(
-                f"{where}: init_lora_weights {shown(self.init_lora_weights)} also changes the weights that the LoRA is "
-                "added to: let PEFT convert it to a plain LoRA when saving (path_initial_model_for_weight_conversion)"
+                f"{where}: init_lora_weights {shown(self.init_lora_weights)} also changes the base weights: "
+                "have PEFT convert it to a plain LoRA when saving (path_initial_model_for_weight_conversion)"
             )
         for name in REFUSED:
             if getattr(self, name):
                 raise ValueError(f"{where}: {name} {shown(getattr(self, name))} cannot be fused")
 
     def scaling(self, module: str, rank: int) -> float:
-        """The factor of B A. Raises `ValueError` if the tensors have another rank than this config says."""
+        """The factor of B A. Raises `ValueError` if the tensors' rank differs from the config's."""
         expected = _of_pattern(self.rank_pattern, module, self.r)
         if expected != rank:
-            raise ValueError(f"its tensors have rank {rank}, its config says {expected}")
+            raise ValueError(f"its rank is {rank}, but its config has {expected}")
         return _of_pattern(self.alpha_pattern, module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's full tensors, whatever the number of ranks that share them."""
+"""Reading a checkpoint's full tensors from any number of rank files."""
 
 from __future__ import annotations
 

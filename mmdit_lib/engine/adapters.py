@@ -1,4 +1,4 @@
-"""LoRAs in the weights of an open engine: fused into the checkpoint's weights, replaced without a rebuild."""
+"""LoRAs in the weights of an open engine: fused into the checkpoint's weights, without a rebuild."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .folder import EngineFolder
 class Adapters:
     """The LoRAs of one rank.
 
-    The checkpoint folder stays the source of the weights, so no second copy is kept: whatever a LoRA changes is read
-    from there again, in full, and this rank's part of the result replaces what the backend holds.
+    The checkpoint folder remains the source of the weights, so no second copy is kept in memory. What a LoRA changes is
+    read from there in full, and this rank's part of the result replaces the backend's weights.
 
     Attributes:
         active: the LoRAs that are in the weights now.
@@ -33,7 +33,7 @@ class Adapters:
         self.active: tuple[Lora, ...] = ()
 
     def set(self, adapters: Iterable[GivenLora]) -> None:
-        """Replace the active LoRAs; none restores the checkpoint's bits. Every rank must call it.
+        """Replace the active LoRAs; none restores the checkpoint's weights bit for bit. Every rank must call it.
 
         Raises:
             ValueError: if a LoRA does not fit the model, the ranks' LoRAs differ, the checkpoint has changed, or the
@@ -59,7 +59,7 @@ class Adapters:
         self.active = loras
 
     def _agreed(self, adapters: Iterable[GivenLora]) -> tuple[Lora, ...]:
-        """Open the LoRAs. Raises `ValueError` on every rank if one of them cannot, or has others."""
+        """Open the LoRAs. Raises `ValueError` on every rank if one rank cannot open them or the ranks' LoRAs differ."""
         try:
             loras, error = open_loras(adapters, self._folder.architecture, self._folder.model), None
         except (ValueError, OSError) as caught:
@@ -80,7 +80,7 @@ class Adapters:
         return architecture.shardings[mapping.layout.tp_layout].shard(name, full, mapping.tp_size, mapping.tp_rank)
 
     def _checkpoint(self) -> RankFiles:
-        """The checkpoint's files; verified again, if the options say so, when one of them has changed."""
+        """The checkpoint's files; opened and (if the options say so) verified again when one of them has changed."""
         if self._files is None or _stamps(self._files.paths) != self._stamps:
             checkpoint = self._folder.open_checkpoint(self._options.checkpoint_dir, verify=self._options.verify)
             self._files = RankFiles(checkpoint)
@@ -89,6 +89,6 @@ class Adapters:
 
 
 def _stamps(paths: list[Path]) -> list[tuple]:
-    """What differs if a file was written or replaced."""
+    """Changes if a file is written or replaced."""
     found = [path.stat() for path in paths if path.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]

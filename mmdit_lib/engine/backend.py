@@ -82,14 +82,14 @@ class Backend(Protocol):
         """Every named tensor of the network, by name. Raises `ValueError` if the backend does not keep them."""
 
     def replace_weights(self, names: Collection[str], read: Callable[[str], torch.Tensor]) -> None:
-        """Replace checkpoint tensors in place: captured CUDA graphs and compiled code see the new values.
+        """Replace checkpoint tensors; later calls use the new values, also with CUDA graphs and compiled code.
 
         Args:
             names: of the tensors to replace.
             read: this rank's part of a tensor, by name, on the CPU; its memory is reused by the next call.
 
         Raises:
-            ValueError: if the backend cannot replace them; then none is.
+            ValueError: if the backend cannot replace weights; some may then be replaced already.
         """
 
     def profile(self, inputs: Inputs, repeats: int) -> dict[str, float]:

@@ -68,8 +68,8 @@ def build(
         cp_size: ranks of context parallelism; by default the checkpoint's.
         cfg_size: 2 for CFG parallelism; by default the checkpoint's.
         cp_method: allgather (keys and values are gathered) or ulysses (heads are scattered).
-        skip_layers: let calls skip blocks, for skip-layer guidance.
-        controlnet_residuals: take the residuals of a ControlNet with this many blocks (its num_layers).
+        skip_layers: allow calls to skip blocks, for skip-layer guidance.
+        controlnet_residuals: add inputs for a ControlNet with this many blocks (its num_layers); 0 for none.
         builder: tensorrt, or trtllm to run TensorRT-LLM's trtllm-build: one image size, 333 text tokens, and the
             checkpoint's layout; of the other options it takes only max_batch_size.
         compute_capability: GPUs to build for, for instance 8.9 12.0 (tensorrt_rtx only, which has a default list).

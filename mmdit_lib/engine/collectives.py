@@ -1,4 +1,4 @@
-"""Collectives of `torch.distributed`, as TensorRT's layers."""
+"""TensorRT's collectives, by `torch.distributed`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def dist_collective(x, *, operation, group, size):
 
 
 def without_ranks(x: torch.Tensor, operation: str, size: int) -> torch.Tensor:
-    """A tensor shaped like the result of a collective over `size` ranks, for a run on shapes alone."""
+    """An empty tensor shaped like the result of a collective over `size` ranks, for shape-only runs."""
     rows = x.shape[0] * (size if operation == "ALL_GATHER" else 1)
     return x.new_empty(rows, *x.shape[1:])

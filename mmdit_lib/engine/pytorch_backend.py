@@ -108,7 +108,7 @@ class PyTorchBackend:
 
     @torch.inference_mode()
     def replace_weights(self, names: Collection[str], read: Callable[[str], torch.Tensor]) -> None:
-        """As `Backend.replace_weights`: copied into the memory that the operators read, merged weights included.
+        """As `Backend.replace_weights`, by copying into the memory that the operators read, merged weights included.
 
         Weights that are memory-mapped are private to this process: the checkpoint's files do not change.
         """

@@ -1,7 +1,7 @@
 """Fused operators that communicate: attention under context parallelism, and the sums of tensor parallelism.
 
-On one machine's GPUs the Triton kernel that makes a value writes it into the other ranks' memory, or reads theirs (see
-`symmetric.py`); elsewhere the same formula runs with a collective of `torch.distributed`.
+If GPUs can access each other's memory, Triton kernels write their results into the other ranks' memory or read theirs
+(see `symmetric.py`); otherwise the same formula runs with a collective of `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def gathered_attention(*streams, heads: int, eps: float, scale: float, group: st
     """`qkv_attention` of this rank's queries over the keys and values of all ranks.
 
     Args:
-        streams: for each stream as in `qkv_attention`, with this rank's tokens, and the stream's length, a tuple of
-            one int. Rank r has the tokens from r S on; rows past the length are padding.
+        streams: for each stream, the inputs of `qkv_attention` with this rank's S tokens, and the stream's length over
+            all ranks as a tuple of one int. Rank r has the tokens from r S on; rows past the length are padding.
         group: name of the process group of `size` ranks.
         first: whether this is the step's first exchange in its group.
 
@@ -42,7 +42,7 @@ def gathered_attention(*streams, heads: int, eps: float, scale: float, group: st
 
 
 def ulysses_attention(*streams, heads: int, eps: float, scale: float, group: str, size: int, first: bool = False):
-    """As `gathered_attention`; here each rank computes the attention of some heads over all tokens."""
+    """As `gathered_attention`, but each rank computes the attention of some of the heads over all tokens."""
     parts, lengths = _parts(streams)
     x = parts[0][0]
     if x.is_meta:
@@ -88,7 +88,7 @@ def reduced_gated_norm(
 
 
 def _pair(x: torch.Tensor, group: str, size: int):
-    """Each of two ranks reads the other's part once; with more ranks, an all-reduce moves less."""
+    """The exchange between two ranks, each reading the other's part once; with more, an all-reduce moves less."""
     return exchange(x, group) if size == 2 and kernels.on_gpu(x) else None
 
 
@@ -116,7 +116,7 @@ def _whole(everyone: torch.Tensor, parts: list[tuple], lengths: list[int]) -> to
 
 
 def slot_bytes(function, arguments: tuple, options: dict) -> int:
-    """The memory that one of these operators exchanges with other ranks through."""
+    """Bytes of symmetric memory that one of these operators needs."""
     if function in (reduced_gated_sum, reduced_gated_norm):
         return arguments[0].nbytes if options["size"] == 2 else 0
     if function not in (gathered_attention, ulysses_attention):

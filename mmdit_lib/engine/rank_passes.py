@@ -1,4 +1,4 @@
-"""Graph passes for GPUs that reach each other's memory: collectives and their neighbors become `rank_kernels`.
+"""Graph passes for multiple GPUs: collectives and their neighbors become `rank_kernels`.
 
 They follow the passes of `kernel_passes.py`. TensorRT's plan keeps its collectives.
 """
@@ -82,7 +82,7 @@ def _whole(index: Index, *parts: str) -> str | None:
 
 
 def _exchanged(index: Index, whole: str, received: Op) -> tuple[tuple[str, ...], tuple[str, ...], list[int]] | None:
-    """What was sent, side by side in the last dimension; the streams' lengths; and the group."""
+    """What was sent, concatenated in the last dimension; the streams' lengths; and the group."""
     streams = [STREAM.match(index.made_by.get(name), index) for name in index.parts(whole, 2)]
     if not all(streams) or len({stream["everyone"] for stream in streams}) > 1:
         return None
@@ -95,7 +95,7 @@ def _exchanged(index: Index, whole: str, received: Op) -> tuple[tuple[str, ...],
 
 
 def _copies(everyone: Layer, index: Index) -> dict | None:
-    """In a group of some of the ranks, an all-gather is an all-to-all of copies."""
+    """Among a subset of the ranks, an all-gather is expressed as an all-to-all of copies."""
     found = transposed(collective("ALL_TO_ALL", "copies"), 1, 2, 0, 3, 4).match(everyone, index)
     parts = set(index.parts(found["copies"], 0)) if found else ()
     return reshaped("sent").match(index.made_by.get(*parts), index) if len(parts) == 1 else None
@@ -129,7 +129,7 @@ def reduced_gates(layers: Layers) -> Layers:
 
 
 def first_exchanges(layers: Layers) -> Layers:
-    """Mark the first of these operators in each group: the ranks wait for each other there."""
+    """Mark the first of these operators in each group, where the ranks wait for each other."""
     seen, result = set(), []
     for layer in layers:
         if layer.type != "DIST_COLLECTIVE" and (group := tuple(layer.attributes.get("group", ()))):

@@ -1,4 +1,4 @@
-"""Refitting: new weights for a plan that was built with `--refit`. Not yet run on a GPU."""
+"""Refitting: new weights for a plan built with `--refit`. Not yet run on a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .lowering import constant
 def refit(engine, graph: Graph, names: Collection[str], read: Callable[[str], torch.Tensor]) -> None:
     """Replace checkpoint tensors in a deserialized plan, which must not be running.
 
-    TensorRT may have combined a weight with others when it built the plan; it asks for these too, and gets them.
+    TensorRT may have combined a weight with others when it built the plan; these are then supplied too.
 
     Args:
         engine: the `ICudaEngine`.

@@ -1,8 +1,8 @@
 """Memory that the ranks of a group, on one machine, read and write directly: torch's symmetric memory.
 
-A kernel that produces something for other ranks stores it in their memory, or leaves it in this rank's for them to
-load; then comes a barrier on the GPU. There is no other kernel and no copy. An exchange uses one of two slots in turn:
-while a slow rank still reads one, a fast rank may fill the other, and it cannot get further, because of the barrier.
+A kernel that produces data for other ranks either stores it in their memory, or leaves it in this rank's memory for
+them to load; a barrier on the GPU follows. No other kernel or copy is needed. Exchanges alternate between two slots:
+while a slow rank still reads one, a fast rank can write the other, and the barrier keeps it from getting further ahead.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 
 class Slot:
-    """A piece of memory of the same size on each rank.
+    """A buffer of the same size on each rank.
 
     Attributes:
-        addresses: where it begins on each rank, [ranks] int64 on this rank's GPU; valid for this rank's kernels.
+        addresses: its address on each rank, [ranks] int64 on this rank's GPU, as seen by this rank's kernels.
     """
 
     def __init__(self, nbytes: int, group: str, device: torch.device):
@@ -32,11 +32,11 @@ class Slot:
         self.addresses = torch.tensor(self.handle.buffer_ptrs, dtype=torch.int64, device=device)
 
     def view(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """The beginning of this rank's piece."""
+        """The beginning of this rank's buffer."""
         return self.memory[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def barrier(self) -> None:
-        """The GPU waits until all ranks' GPUs are here, and sees what they have written."""
+        """Make the GPU wait until all ranks' GPUs get here; it then sees what they have written."""
         self.handle.barrier()
 
 
@@ -53,8 +53,8 @@ class Exchange:
         """The slot for the next exchange.
 
         Args:
-            first: whether a step begins. The ranks then wait for each other, because the number of exchanges in the
-                step before may be odd.
+            first: whether this is the step's first exchange. The ranks then wait for each other, because the previous
+                step may have had an odd number of exchanges.
         """
         found = min((size for size in self._pairs if size >= nbytes), default=None)
         if found is None:
@@ -85,7 +85,7 @@ def exchange(x: torch.Tensor, group: str) -> Exchange | None:
 
 
 def _open(group: str, ranks: dist.ProcessGroup, device: torch.device) -> Exchange | None:
-    # NVLink multicast is not used, and setting it up fails on some machines.
+    # NVLink multicast is not used here, and its setup fails on some machines.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     places = [None] * ranks.size()
     mine = (socket.gethostname(), device.index)

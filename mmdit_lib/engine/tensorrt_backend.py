@@ -114,8 +114,8 @@ class TensorRTBackend:
         """As `Backend.replace_weights`, by refitting the plan; CUDA graphs are captured again."""
         if self._graph is None:
             raise ValueError(
-                "the plan's weights cannot be replaced, because it was not built with --refit: build it again with "
-                "this option, or use backend pytorch"
+                "the plan's weights cannot be replaced, because it was built without --refit: build it again with "
+                "--refit, or use the pytorch backend"
             )
         with torch.cuda.device(self.device):
             torch.cuda.synchronize(self.device)

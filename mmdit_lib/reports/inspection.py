@@ -140,7 +140,7 @@ def _describe_engine(report: EngineReport) -> Group:
         sizes = f"batch {build.max_batch_size}, {build.max_resolution} pixels, {build.max_text_tokens} text tokens"
         memory = f"{size(report.memory.weights)} of weights, {size(report.memory.activations)} of activations"
         if report.memory.exchange:
-            memory += f", {size(report.memory.exchange)} to exchange with the other ranks"
+            memory += f", {size(report.memory.exchange)} of symmetric memory"
         about.append(("GPU memory", f"{memory} per rank at {sizes} (pytorch backend)"))
     if given := engine.plan_options.given():
         about.append(("plan options", ", ".join(f"{name} {value}" for name, value in given.items())))

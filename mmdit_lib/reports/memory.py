@@ -34,7 +34,7 @@ class Memory:
     activations: int
     """The peak beyond the weights, not counting what CUDA, cuBLAS and cuDNN reserve."""
     exchange: int
-    """The two slots that the ranks of one machine exchange through."""
+    """Symmetric memory: two slots through which the ranks of one machine exchange data."""
 
 
 def memory_of(

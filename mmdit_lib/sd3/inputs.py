@@ -21,12 +21,12 @@ OUTPUT = Input("output", ("batch", "out_channels", *LATENT))
 KEPT_LAYERS = Input("kept_layers", ("num_layers",), dtype="bool", default=True)
 """False for a block that is skipped."""
 RESIDUALS = "block_controlnet_hidden_states"
-"""diffusers' argument; its tensors are inputs of their own, `block_controlnet_hidden_states_0` and so on. Stacked into
-one input, all of them would be copied; and if a call gives none, one tensor of zeros serves all."""
+"""diffusers' argument; each of its tensors is a separate input, `block_controlnet_hidden_states_0` and so on. Stacking
+them would copy them all; and in a call without residuals, one tensor of zeros serves all of them."""
 
 
 def optional_inputs(config: SD3Config, build: BuildConfig) -> tuple[Input, ...]:
-    """What skip-layer guidance and a ControlNet need."""
+    """The inputs for skip-layer guidance and a ControlNet."""
     names = dict.fromkeys(name for name in residual_inputs(config, build) if name)
     residuals = (Input(name, ("batch", IMAGE_TOKENS, "hidden_size"), uniform=1.0, default=0.0) for name in names)
     return (*([KEPT_LAYERS] if build.skip_layers else []), *residuals)

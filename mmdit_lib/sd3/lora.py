@@ -1,4 +1,4 @@
-"""Names of the tensors in LoRA files for SD3: diffusers' and PEFT's, diffusers' older ones, and kohya's sd-scripts'."""
+"""Tensor names in LoRA files for SD3: of diffusers and PEFT, of older diffusers, and of kohya's sd-scripts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def parse(key: str, config: SD3Config) -> LoraKey | None:
     if key.startswith(TEXT_ENCODERS):
         return None
     if key.endswith(".dora_scale"):
-        raise ValueError(f"tensor '{key}': DoRA is supported as PEFT stores it (lora_magnitude_vector), not this form")
+        raise ValueError(f"tensor '{key}': DoRA is supported only as PEFT stores it (lora_magnitude_vector)")
     if key.startswith(KOHYA):
         module, _, rest = key.partition(".")
         if rest in PARTS:
@@ -71,7 +71,7 @@ def kohya_rows(name: str, config: SD3Config) -> dict[str, tuple[int, ...]]:
         return {"norm_out.linear": (1, 0)}  # the original layout has the shift before the scale
     found = IN_BLOCK.fullmatch(name)
     if found is None:
-        raise ValueError(f"no module of the transformer has sd-scripts' name '{KOHYA}{name}'")
+        raise ValueError(f"sd-scripts' name '{KOHYA}{name}' matches no module of the transformer")
     block, stream, layer = f"transformer_blocks.{found[1]}", found[2], found[3]
     qkv, out, norm, mlp = (f"{block}.{path}" for path in STREAMS[stream])
     if layer.startswith("attn2"):

@@ -34,7 +34,7 @@ def default_class() -> type:
 
 
 def pos_embed(config: SD3Config, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """diffusers' module; the ControlNets of SD3.5-large have none of their own and copy the transformer's."""
+    """diffusers' module. The ControlNets of SD3.5-large have none of their own and copy the transformer's."""
     from diffusers.models.embeddings import PatchEmbed
 
     side = config.sample_size
@@ -55,7 +55,7 @@ def adapt(pipe, config: SD3Config) -> None:
 
 
 def to_inputs(arguments: dict[str, Any], config: SD3Config, build: BuildConfig) -> dict[str, torch.Tensor]:
-    """The optional inputs for those arguments of `SD3Transformer2DModel` that are no inputs themselves.
+    """The optional inputs for those arguments of `SD3Transformer2DModel` that are not inputs themselves.
 
     Raises `ValueError` naming an argument that is invalid, or that the engine does not support.
     """
@@ -68,7 +68,7 @@ def to_inputs(arguments: dict[str, Any], config: SD3Config, build: BuildConfig) 
 def kept_layers(
     skipped: Any, config: SD3Config, build: BuildConfig, name: str = "skip_layers"
 ) -> dict[str, torch.Tensor]:
-    """True for each block that is not in `skipped`, which the argument `name` gave."""
+    """The input that is True for each block not in `skipped`, the value of the argument `name`."""
     skipped = [] if skipped is None else as_list(name, skipped)
     if not skipped:
         return {}
@@ -76,7 +76,7 @@ def kept_layers(
     if not build.skip_layers:
         raise ValueError(f"{named}: the engine always runs every layer; build with --skip_layers")
     if any(isinstance(i, bool) or not isinstance(i, Integral) for i in skipped):
-        raise ValueError(f"{named}: give the numbers of blocks")
+        raise ValueError(f"{named}: give block numbers")
     if any(not 0 <= i < config.num_layers for i in skipped):
         raise ValueError(f"{named}: the model's blocks are 0 to {config.num_layers - 1}")
     if len(set(skipped)) < len(skipped):
@@ -101,7 +101,7 @@ def residual_tensors(residuals: Any, config: SD3Config, build: BuildConfig) -> d
 
 
 def as_list(name: str, values: Any) -> list:
-    """Raises `ValueError` for what is not a collection."""
+    """Raises `ValueError` if it is not a collection."""
     if not isinstance(values, Iterable) or isinstance(values, str):
         raise ValueError(f"{name}={shown(values)}: give a list")
     return list(values)
@@ -140,7 +140,7 @@ def encode(pipe, prompt, *, generator, latents, options: dict, encoding: dict) -
     texts = {"prompt_2": None, "prompt_3": None} | encoding
     found = pipe.encode_prompt(prompt, device=pipe._execution_device, do_classifier_free_guidance=guidance, **texts)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    # Embeddings of a prompt come repeated for each of its images, and given ones as they are.
+    # The pipeline repeats a prompt's embeddings for each of its images, but not embeddings that it is given.
     images = 1 if encoding.get("prompt_embeds") is None else encoding.get("num_images_per_prompt", 1)
     given = {name: value for name, value in zip(names, found, strict=True) if value is not None}
     side = pipe.default_sample_size * pipe.vae_scale_factor

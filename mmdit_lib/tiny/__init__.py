@@ -22,6 +22,6 @@ def lora_path() -> Path:
 def controlnet_path() -> Path:
     """The folder of a ControlNet for the tiny model, for `SD3ControlNetModel.from_pretrained`.
 
-    It puts things where an image of white outlines on black shows them.
+    It places objects where an image of white outlines on black shows them.
     """
     return model_path().parent / "controlnet"
