@@ -31,7 +31,7 @@ from . import common
 from .single_gpu import MODELS
 
 WAYS = ("diffusers", "diffusers compiled", "ours", "ours + CUDA graph")
-ROUNDS, SIDE, T5_TOKENS = 3, 1024, 256
+SIDE, T5_TOKENS = 1024, 256
 
 
 class Case(NamedTuple):
@@ -125,14 +125,14 @@ def now() -> float:
 
 
 @torch.inference_mode()
-def measure(case: Case, parts: Parts, weights: dict, root, device: torch.device) -> dict:
+def measure(case: Case, parts: Parts, weights: dict, options: Namespace, device: torch.device) -> dict:
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     torch._dynamo.reset()
     config = MODELS[case.model]
     eager, compiled = (common.diffusers_transformer(config, weights) for _ in range(2))
     common.compile_blocks(compiled)
-    backend = PyTorchBackend(Graph.load(root / f"{case.model}.graph.json"), weights, device=device)
+    backend = PyTorchBackend(Graph.load(options.folder / f"{case.model}.graph.json"), weights, device=device)
     ours = [Ours(step, config, device) for step in (backend._run, GraphedStep(backend._run))]
     others = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     paints = {}
@@ -143,7 +143,7 @@ def measure(case: Case, parts: Parts, weights: dict, root, device: torch.device)
         paints[way] = partial(paint, pipe, parts, case)
     row = {"case": case._asdict(), "first": {way: round(sum(one()), 2) for way, one in paints.items()}}
     times = {way: [] for way in WAYS}
-    for _ in range(ROUNDS):
+    for _ in range(options.repeats):
         for way, one in paints.items():
             times[way].append(one())
     row["seconds"] = {
@@ -152,17 +152,21 @@ def measure(case: Case, parts: Parts, weights: dict, root, device: torch.device)
     return row
 
 
+def write_graphs(options: Namespace) -> None:
+    raise SystemExit("python -m benchmarks.single_gpu graphs writes the graphs")
+
+
 def run(options: Namespace) -> None:
     device = torch.device("cuda")
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # diffusers' blocks share one function
     parts = Parts(device)
-    result = {"conditions": conditions(device), "rounds": ROUNDS, "date": time.strftime("%Y-%m-%d"), "rows": []}
+    result = {"conditions": conditions(device), "rounds": options.repeats, "date": time.strftime("%Y-%m-%d"), "rows": []}
     for model in options.models:
         weights = common.draw_weights(MODELS[model], device)
         for case in CASES:
             if case.model == model:
-                result["rows"].append(measure(case, parts, weights, options.folder, device))
+                result["rows"].append(measure(case, parts, weights, options, device))
                 print(json.dumps(result["rows"][-1]), flush=True)
                 common.save(result, options.output)
                 common.free()
@@ -194,8 +198,8 @@ def table(result: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = common.parser(__doc__, MODELS, ["3.5-medium", "3.5-large"], "pictures.json", repeats=ROUNDS)
-    common.main(parser.parse_args(), lambda options: None, run, "Whole images", table)
+    parser = common.parser(__doc__, MODELS, ["3.5-medium", "3.5-large"], "pictures.json", repeats=3)
+    common.main(parser.parse_args(), write_graphs, run, "Whole images", table)
 
 
 if __name__ == "__main__":

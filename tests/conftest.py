@@ -15,6 +15,7 @@ LONGEST_FIRST = [
     "tests/test_parallel.py::TestRanks",
     "tests/test_browser.py",
     "notebooks/05",
+    "notebooks/09",
     "notebooks/04",
     "tests/test_parallel_faults.py",
     "tests/test_parallel.py",
