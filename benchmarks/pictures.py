@@ -161,7 +161,8 @@ def run(options: Namespace) -> None:
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # diffusers' blocks share one function
     parts = Parts(device)
-    result = {"conditions": conditions(device), "rounds": options.repeats, "date": time.strftime("%Y-%m-%d"), "rows": []}
+    date = time.strftime("%Y-%m-%d")
+    result = {"conditions": conditions(device), "rounds": options.repeats, "date": date, "rows": []}
     for model in options.models:
         weights = common.draw_weights(MODELS[model], device)
         for case in CASES:
