@@ -76,7 +76,7 @@ def load_pipeline(
             for module in component if isinstance(component, (list, tuple)) else [component]:
                 module.to(dtype)
         # With the transformer, which these components may read when the pipeline is created.
-        return pipeline_class(**pipe.components, **added).to(runner.device)
+        return install(pipeline_class(**pipe.components, **added).to(runner.device), runner)
 
 
 def install(pipe, runner: MMDiTRunner):
