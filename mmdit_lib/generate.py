@@ -13,7 +13,8 @@ import torch
 from PIL.Image import Image
 
 from .checkpoint.hub import resolve_model
-from .checkpoint.lora_source import GivenLora
+from .checkpoint.lora import Lora
+from .checkpoint.lora_source import GivenLora, with_scales
 from .config import Resolution, Sizes, dtype_option
 from .engine.backend import RunnerOptions
 from .engine.folder import EngineFolder
@@ -63,8 +64,8 @@ def generate(
         call_options: for the pipeline's call, for instance `num_inference_steps` or `skip_guidance_layers`.
 
     Raises:
-        ValueError: before anything is loaded, if steps or guidance are invalid or a size is outside the engine's
-            profile; then as `load_pipeline`.
+        ValueError: before anything is loaded, if steps or guidance are invalid, a size is outside the engine's profile
+            or a LoRA does not fit the model; then as `load_pipeline`.
     """
     if call_options.get("num_inference_steps", 1) < 1:
         raise ValueError(f"num_inference_steps {call_options['num_inference_steps']}: give 1 or more")
@@ -76,6 +77,9 @@ def generate(
         folder, Sizes(height=size.height, width=size.width, **folder.architecture.pipelines.call_sizes(call_options))
     )
     folder.architecture.pipelines.check_call(call_options, folder.model, folder.build_config)
+    adapters = with_scales(adapters)
+    for adapter in adapters:
+        Lora.open(*adapter, folder.architecture, folder.model)
     call_options |= {"height": size.height, "width": size.width, "generator": torch.Generator().manual_seed(seed)}
     parallel = folder.layout.world_size > 1
     pipe = load_pipeline(model, engine_dir, device=device, runner_options=runner_options, encode_on_rank_0=parallel)

@@ -57,6 +57,9 @@ def load_pipeline(
     added = {name: options.pop(name) for name in special.ADDED_COMPONENTS if options.get(name)}
     if added and pipeline_class is None:
         raise ValueError(f"{next(iter(added))}: pass a pipeline_class that accepts it")
+    modules = [x for part in added.values() for x in (part if isinstance(part, (list, tuple)) else [part])]
+    if not all(isinstance(module, torch.nn.Module) for module in modules):
+        raise ValueError(f"{next(iter(added))}: pass a loaded model, as from_pretrained returns it")
     if not isinstance(runner_options, RunnerOptions):
         runner_options = with_changes(RunnerOptions(), runner_options or {})
     if device is not None:
@@ -72,11 +75,11 @@ def load_pipeline(
         pipe = install(first_class.from_pretrained(resolve_model(model), **options).to(runner.device), runner)
         if not added:
             return pipe
-        for component in added.values():
-            for module in component if isinstance(component, (list, tuple)) else [component]:
+        for module in modules:
+            if module.dtype != dtype:
                 module.to(dtype)
         # With the transformer, which these components may read when the pipeline is created.
-        return pipeline_class(**pipe.components, **added).to(runner.device)
+        return install(pipeline_class(**pipe.components, **added).to(runner.device), runner)
 
 
 def install(pipe, runner: MMDiTRunner):

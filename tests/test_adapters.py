@@ -21,6 +21,7 @@ from mmdit_lib.engine.folder import EngineFolder
 from mmdit_lib.engine.kernel_passes import KERNELS
 from mmdit_lib.engine.lowering import constant
 from mmdit_lib.engine.passes import NUMERICS, SPEED
+from mmdit_lib.generate import generate
 from mmdit_lib.tiny import model_path
 
 BOUND = 5e-6
@@ -173,6 +174,12 @@ def test_a_lora_that_does_not_fit_changes_nothing(case, given, tmp_path):
         runner.set_adapters(before)
         unchanged_after(runner, inputs, [*given, wrong], "expected .*: the LoRA is for a different model")
         unchanged_after(runner, inputs, [tmp_path / "missing.safetensors"], "does not exist and is not a hub id")
+
+
+def test_generate_refuses_a_lora_before_it_loads_anything(case, tmp_path):
+    path = loras.write(tmp_path / "none.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"none\.safetensors: unknown tensor 'transformer.x'"):
+        generate("a circle", tmp_path / "no model", case.engine(plan=False), adapters=[path])
 
 
 def test_an_overflow_halfway_is_undone(case, given, tmp_path):

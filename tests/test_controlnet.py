@@ -318,9 +318,20 @@ def test_every_component_has_the_engines_dtype(model, tmp_path):
     assert paint(pipe, control_image=picture(1)).std() > 5
 
 
+def test_saving_is_refused_before_anything_is_written(model, engine, tmp_path):
+    net = control_net(StableDiffusion3Pipeline.from_pretrained(model))
+    kind = StableDiffusion3ControlNetPipeline
+    pipe = load_pipeline(model, engine, pipeline_class=kind, controlnet=net, device="cpu")
+    with pytest.raises(ValueError, match="save_pretrained: the transformer is the engine"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_component_needs_its_pipeline(model, engine):
     with pytest.raises(ValueError, match=r"^controlnet: pass a pipeline_class that accepts it$"):
         load_pipeline(model, engine, controlnet=object())
+    with pytest.raises(ValueError, match=r"^controlnet: pass a loaded model, as from_pretrained returns it$"):
+        load_pipeline(model, engine, pipeline_class=StableDiffusion3ControlNetPipeline, controlnet="path/to/controlnet")
 
 
 def test_the_runner_has_what_a_pipeline_reads(model, engine):

@@ -13,7 +13,7 @@ from helpers import diffusers_output, mmdit, quiet, random_transformer, relative
 from safetensors.torch import load_file, save_file
 
 from mmdit_lib import Checkpoint, MMDiTRunner, build, convert, export
-from mmdit_lib.checkpoint.lora_source import find_lora, with_scale
+from mmdit_lib.checkpoint.lora_source import find_lora, with_scale, with_scales
 from mmdit_lib.sd3 import SD3
 from mmdit_lib.sd3.keys import from_diffusers
 
@@ -314,6 +314,7 @@ def test_text_encoders_are_left_out_with_a_warning(case, state, style, tmp_path,
         ("a:b:1e-1", ("a:b", 0.1)),
         (":0.5", (":0.5", 1.0)),
         (("a:0.5", 0.3), ("a:0.5", 0.3)),
+        (["a", "2"], ("a", 2.0)),
     ],
 )
 def test_a_scale_is_the_number_after_the_last_colon(text, expected):
@@ -324,6 +325,21 @@ def test_a_file_with_a_colon_and_a_number_in_its_name(tmp_path):
     (tmp_path / "style:0.5").touch()
     assert with_scale(tmp_path / "style:0.5") == (tmp_path / "style:0.5", 1.0)
     assert with_scale(f"{tmp_path}/style:0.5:0.25") == (f"{tmp_path}/style:0.5", 0.25)
+
+
+@pytest.mark.parametrize(
+    "lora", [("a", "b"), ("a", None), ("a",), ("a", 1, 2), ("a", 10**400), (1, 1), None, 0.5, {"a": 1, "b": 2}]
+)
+def test_neither_a_path_nor_a_pair(lora):
+    with pytest.raises(ValueError, match=r"LoRA .*: give a path, or a path and a number as its scale"):
+        with_scales([lora])
+
+
+def test_a_path_is_not_a_list_of_loras():
+    with pytest.raises(ValueError, match=r"LoRA ab: give a list of LoRAs, for instance \['ab'\]"):
+        with_scales("ab")
+    with pytest.raises(ValueError, match=r"LoRAs None: give a list; an empty one for none"):
+        with_scales(None)
 
 
 def test_the_file_of_a_folder(tmp_path):

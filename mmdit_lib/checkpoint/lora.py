@@ -17,7 +17,7 @@ import torch
 from ..architecture import Architecture, LoraKey, ModelConfig
 from ..files.records import sha256_of
 from .lora_changes import Change, changes_of, read
-from .lora_source import GivenLora, find_lora, with_scale
+from .lora_source import GivenLora, find_lora, with_scales
 from .manifest import LoraRecord
 from .peft_config import PeftConfig
 from .tensor_file import read_header_and_metadata
@@ -104,7 +104,7 @@ def _parsed(names: Iterable[str], architecture: Architecture, model: ModelConfig
 
 def open_loras(loras: Iterable[GivenLora], architecture: Architecture, model: ModelConfig) -> tuple[Lora, ...]:
     """Open LoRAs, and warn of tensors for text encoders. Raises `ValueError`."""
-    opened = tuple(Lora.open(*with_scale(lora), architecture, model) for lora in loras)
+    opened = tuple(Lora.open(*lora, architecture, model) for lora in with_scales(loras))
     for lora in opened:
         if lora.left_out:
             message = "LoRA %s: ignoring %d tensors for text encoders; only the transformer's are fused"

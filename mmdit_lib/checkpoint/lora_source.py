@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ..config import shown
 from . import hub
 from .peft_config import PEFT_CONFIG, PEFT_FILE
 from .tensor_file import refuse_pickles
@@ -22,9 +24,10 @@ def with_scale(lora: GivenLora) -> tuple[str | Path, float]:
     """The two parts of PATH:SCALE, for instance 'style.safetensors:0.8' or 'owner/name'; the scale is 1 by default.
 
     A path may contain colons: only a number after the last one is a scale, unless a file has the whole name.
+    Raises `ValueError` for anything but a path or a pair.
     """
-    if isinstance(lora, (tuple, list)):
-        return lora
+    if not isinstance(lora, (str, Path)):
+        return _pair(lora)
     path, _, scale = str(lora).rpartition(":")
     if not path or Path(lora).expanduser().exists():
         return lora, 1.0
@@ -32,6 +35,25 @@ def with_scale(lora: GivenLora) -> tuple[str | Path, float]:
         return path, float(scale)
     except ValueError:
         return lora, 1.0
+
+
+def with_scales(loras: Iterable[GivenLora]) -> list[tuple[str | Path, float]]:
+    """`with_scale` of each. Raises `ValueError` for no list, above all for a path, which is one of letters."""
+    if isinstance(loras, (str, Path)):
+        raise ValueError(f"LoRA {loras}: give a list of LoRAs, for instance ['{loras}']")
+    if not isinstance(loras, Iterable):
+        raise ValueError(f"LoRAs {shown(loras)}: give a list; an empty one for none")
+    return [with_scale(lora) for lora in loras]
+
+
+def _pair(lora: object) -> tuple[str | Path, float]:
+    try:
+        source, scale = lora
+        if isinstance(source, (str, Path)):
+            return source, float(scale)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"LoRA {shown(lora)}: give a path, or a path and a number as its scale")
 
 
 class LoraFile(NamedTuple):
