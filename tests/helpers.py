@@ -21,6 +21,7 @@ from mmdit_lib.checkpoint.random_weights import randomize
 from mmdit_lib.config import Sizes
 from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.parallel import mpi_environment
+from mmdit_lib.parallel.launch import session_environment
 from mmdit_lib.sd3 import SD3, SD3Config
 from mmdit_lib.sd3.keys import from_diffusers
 
@@ -253,14 +254,21 @@ def mpirun(ranks: int, *arguments, timeout: float) -> subprocess.CompletedProces
     beside = Path(sys.executable).parent / "mpirun"
     command = [str(beside) if beside.exists() else "mpirun", "-n", str(ranks), sys.executable, *map(str, arguments)]
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | mpi_environment(ranks) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    with subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # mpirun ends its ranks
-            out, err = process.communicate(timeout=20)
-            raise AssertionError(f"{ranks} ranks did not end within {timeout} s\n{err[-3000:]}") from None
+    paths_and_ranks = mpi_environment(ranks) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as session:
+        environment = os.environ | paths_and_ranks | session_environment(session)
+        with subprocess.Popen(
+            command,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+        ) as process:
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # mpirun ends its ranks
+                out, err = process.communicate(timeout=20)
+                raise AssertionError(f"{ranks} ranks did not end within {timeout} s\n{err[-3000:]}") from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)

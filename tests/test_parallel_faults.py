@@ -87,6 +87,8 @@ def test_cluster(engine, own_ipython, capsys):
 
     with parallel.cluster(2) as ranks:
         assert ranks.run(greet, "hello") == [0, 1]
+        folder = ranks._fault_file.parent
+        assert list(folder.glob("ompi*")), "mpiexec keeps its files in /tmp, where those of a killed one may stop it"
         assert capsys.readouterr().out.splitlines() == ["[rank 0] hello", "[rank 1] hello"]
         assert ranks.run(join_twice, str(engine)) == [[0, 0, 0], [1, 1, 1]]
         start = time.time()

@@ -20,7 +20,7 @@ from typing import Any
 
 from .faults import START_SECONDS, start_mpi
 from .heartbeat import HEARTBEAT_SECONDS, watch
-from .launch import FAULT_FILE, RANK_VARIABLES, mpi_environment
+from .launch import FAULT_FILE, RANK_VARIABLES, mpi_environment, session_environment
 
 PROFILE = "mmdit_lib"
 """The ipyparallel profile of our clusters; clusters with other profiles are never touched."""
@@ -41,7 +41,7 @@ class Ranks:
         self._cluster = None
         self._client = None
         self._local: dict[int, Any] = {}  # the processes of the ranks on this machine
-        self._folder: tempfile.TemporaryDirectory | None = None  # of the file with the watchdogs' verdict
+        self._folder: tempfile.TemporaryDirectory | None = None  # of the watchdogs' verdict and mpiexec's files
 
     def start(self) -> Ranks:
         """Start the processes. If they take too long, stops them and raises `TimeoutError`."""
@@ -56,9 +56,10 @@ class Ranks:
             engine_timeout=self.seconds, log_level=logging.ERROR, parent=None,
         )  # fmt: skip
         self._cluster.config.MPILauncher.mpi_cmd = [program]
-        self._folder = tempfile.TemporaryDirectory(prefix="mmdit-cluster-")
+        self._folder = tempfile.TemporaryDirectory(prefix="mmdit-cluster-", ignore_cleanup_errors=True)
         try:
-            with environment(mpi_environment(self.n) | {FAULT_FILE: str(self._fault_file)}):
+            session = session_environment(self._folder.name)
+            with environment(mpi_environment(self.n) | session | {FAULT_FILE: str(self._fault_file)}):
                 self._client = self._cluster.start_and_connect_sync()
         except BaseException as error:
             self.stop()

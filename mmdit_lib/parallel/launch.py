@@ -66,3 +66,12 @@ def mpi_environment(ranks: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
     }
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def session_environment(folder: str) -> dict[str, str]:
+    """Variables with which an mpirun on this machine keeps its session files in `folder`.
+
+    In /tmp, what a killed mpirun left stops a later one that gets its process id: "The PMIx server's listener thread
+    failed to start".
+    """
+    return {"OMPI_MCA_orte_tmpdir_base": folder, "PRTE_MCA_prte_tmpdir_base": folder}  # OpenMPI 4 and 5
