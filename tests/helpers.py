@@ -115,9 +115,11 @@ class Case:
     def step(self) -> int:
         return 8 * self.config.patch_size
 
-    def engine(self, dtype: str = "float32", *, plan: bool = True) -> Path:
-        output = self.root / (f"engine-{dtype}" if plan else f"graph-{dtype}")
-        options = dict(
+    def engine(self, dtype: str = "float32", *, plan: bool = True, **options) -> Path:
+        """An engine folder, with other options of `build` too."""
+        named = "".join(f"-{name}-{value}" for name, value in options.items())
+        output = self.root / f"{'engine' if plan else 'graph'}-{dtype}{named}"
+        options |= dict(
             max_batch_size=3, min_resolution=str(2 * self.step), opt_resolution=str(8 * self.step),
             max_resolution=str(20 * self.step), progress=False, plan=plan,
         )  # fmt: skip

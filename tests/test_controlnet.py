@@ -42,13 +42,8 @@ SIZES = [((5, 7), 1), ((3, 4), 2), ((2, 9), 3)]
 """Rows and columns of patches, batch."""
 
 
-@cache
-def folder(name: str, count: int, dtype: str = "float32", **options) -> Path:
-    c = case(name)
-    sizes = dict(min_resolution=str(2 * c.step), opt_resolution=str(8 * c.step), max_resolution=str(20 * c.step))
-    options = dict(max_batch_size=3, plan=False, progress=False, controlnet_residuals=count) | sizes | options
-    output = c.root / f"control-{dtype}-{'-'.join(f'{k}{v}' for k, v in options.items() if k not in sizes)}"
-    return build(c.checkpoint(dtype), output, **options)
+def folder(name: str, count: int, dtype: str = "float32", plan: bool = False, **options) -> Path:
+    return case(name).engine(dtype, plan=plan, controlnet_residuals=count, **options)
 
 
 @cache

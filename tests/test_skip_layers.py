@@ -14,7 +14,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from helpers import MODELS, case, mmdit, relative_error
 
-from mmdit_lib import EngineFolder, MMDiTRunner, build, export_onnx, load_pipeline
+from mmdit_lib import EngineFolder, MMDiTRunner, export_onnx, load_pipeline
 from mmdit_lib.engine.folder import plan_file
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.kernel_passes import KERNELS
@@ -30,13 +30,8 @@ SIZES = [((5, 7), 1), ((3, 4), 2), ((2, 9), 3)]
 """Rows and columns of patches, batch."""
 
 
-@cache
-def folder(name: str, dtype: str = "float32", **options) -> Path:
-    c = case(name)
-    sizes = dict(min_resolution=str(2 * c.step), opt_resolution=str(8 * c.step), max_resolution=str(20 * c.step))
-    options = dict(max_batch_size=3, plan=False, progress=False, skip_layers=True) | sizes | options
-    output = c.root / f"skip-{dtype}-{'-'.join(f'{k}{v}' for k, v in options.items() if k not in sizes)}"
-    return build(c.checkpoint(dtype), output, **options)
+def folder(name: str, dtype: str = "float32", plan: bool = False, **options) -> Path:
+    return case(name).engine(dtype, plan=plan, skip_layers=True, **options)
 
 
 @cache
