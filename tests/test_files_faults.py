@@ -201,6 +201,20 @@ def test_two_writers(case):
     assert os.listdir(case.output.parent) == ["out"]
 
 
+def test_a_folder_that_is_being_replaced_is_not_foreign(tmp_path):
+    """Between the two renames of another writer, the folder looks incomplete to a check without the lock."""
+    folder, looks = tmp_path / "out", [False, True]
+    folder.mkdir()
+    (folder / "file").touch()
+    with atomic._sole_writer(folder), pytest.raises(ValueError, match="another process is writing"):
+        atomic.require_place(folder, "result", lambda found: False)
+    atomic.require_place(folder, "result", lambda found: looks.pop(0))
+    assert not looks
+    with pytest.raises(ValueError, match="something other than a result"):
+        atomic.require_place(folder, "result", lambda found: False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_two_writers_without_locks(tmp_path, monkeypatch):
     """On such a file system both fail: a mix of two results never appears."""
 

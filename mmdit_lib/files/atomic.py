@@ -55,7 +55,8 @@ def complete_folder(folder: Path, kind: str, is_kind: Callable[[Path], bool]) ->
                     if not os.path.samestat(partial.stat(), os.fstat(made)):
                         raise ValueError(f"{folder} was written by another process at the same time")
                     os.fsync(made)  # its entries, so that a power failure leaves all or nothing
-                require_place(folder, kind, is_kind)
+                _require_writable(folder, kind)
+                _require_kind(folder, kind, is_kind)
                 with delayed_interrupts():
                     _swap(partial, folder)
             except FileNotFoundError:
@@ -88,8 +89,15 @@ def complete_file(path: Path) -> Iterator[Path]:
 
 
 def require_place(folder: Path, kind: str, is_kind: Callable[[Path], bool]) -> None:
-    """Raises `ValueError` unless `complete_folder` may write there; creates nothing."""
+    """Raises `ValueError` unless `complete_folder` may write there, or if another process is writing it."""
     folder = _real(folder)
+    _require_writable(folder, kind)
+    if _contains_other(folder, is_kind):
+        with _sole_writer(folder):  # a process that replaces the folder right now makes it look incomplete
+            _require_kind(folder, kind, is_kind)
+
+
+def _require_writable(folder: Path, kind: str) -> None:
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir():
         raise ValueError(f"{there} exists and is a file; give the name of a folder")
@@ -98,9 +106,20 @@ def require_place(folder: Path, kind: str, is_kind: Callable[[Path], bool]) -> N
     parent = folder.parent if there == folder else there
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"no permission to write in {parent}; give a folder elsewhere for the {kind}")
-    if there == folder and any(folder.iterdir()) and not is_kind(folder):
+
+
+def _require_kind(folder: Path, kind: str, is_kind: Callable[[Path], bool]) -> None:
+    if _contains_other(folder, is_kind):
         article = "an" if kind[0] in "aeiou" else "a"
         raise ValueError(f"{folder} contains something other than {article} {kind}; nothing there is overwritten")
+
+
+def _contains_other(folder: Path, is_kind: Callable[[Path], bool]) -> bool:
+    """Whether it exists, is not empty and is of another kind."""
+    try:
+        return any(folder.iterdir()) and not is_kind(folder)
+    except FileNotFoundError:
+        return False
 
 
 def picture_file(name: str | Path) -> Path:
