@@ -106,6 +106,15 @@ def test_links_lead_somewhere(path):
 
 
 @each_notebook
+def test_writes_only_into_its_own_folder(path):
+    """Notebooks run at the same time: one that rewrites another's checkpoint breaks it."""
+    own = re.match(r"[^-]*", path.stem)[0]
+    for cell in cells(path, "code"):
+        used = set(re.findall(r"(?<!\w)work/([^/\"']*)", cell.source))
+        assert used <= {own}, f"folders of other notebooks: {sorted(used - {own})}"
+
+
+@each_notebook
 def test_asserts_say_what_is_wrong(path):
     for cell in cells(path, "code"):
         for statement in re.findall(r"^\s*assert .*$", cell.source, flags=re.M):
