@@ -23,7 +23,7 @@ class Statistics(NamedTuple):
 
 
 def notebooks() -> list[Path]:
-    return sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
+    return sorted(NOTEBOOKS.glob("[0-9]*-*.ipynb"))
 
 
 def lines(source: str) -> int:

@@ -23,6 +23,9 @@ KILOBYTES = 500
 LARGEST_CELL = 20
 MEDIAN_CELL = 5
 SNIPPETS = 3
+CELLS = range(40, 71)
+"""A sitting. The solutions are not counted."""
+EXERCISES = range(2, 4)
 SECONDS = 300
 """Of one snippet; on two idle cores they take 1 to 30."""
 PRELOADED = ["diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3", "matplotlib.pyplot", "pandas"]
@@ -33,6 +36,11 @@ each_notebook = pytest.mark.parametrize("path", notebooks(), ids=lambda path: pa
 
 def cells(path: Path, kind: str | None = None) -> list:
     return [cell for cell in nbformat.read(path, as_version=4).cells if kind in (None, cell.cell_type)]
+
+
+def number(path: Path) -> str:
+    """`00b` of `00b-the-mmdit`: what its title and its folder in `work/` begin with."""
+    return path.stem.split("-")[0]
 
 
 def tags(cell) -> list[str]:
@@ -86,16 +94,36 @@ def test_cells_are_short_and_explained(path):
 @each_notebook
 def test_begins_and_ends_as_all_do(path):
     first, *_ = cells(path)
-    number = path.stem[:2]
-    assert first.cell_type == "markdown" and first.source.startswith(f"# {number}")
+    assert first.cell_type == "markdown" and first.source.startswith(f"# {number(path)} · ")
     assert "**At the end you will have**" in first.source and "**It takes**" in first.source
     assert "__version__" in cells(path, "code")[0].source, "the first code cell prints the versions"
     words = [cell.source for cell in cells(path, "markdown")]
     takeaways = [text for text in words if text.startswith("## Takeaways")]
     assert len(takeaways) == 1 and "../mmdit_lib/" in takeaways[0], "takeaways link to the files that were read"
-    assert [i for i, cell in enumerate(cells(path, "code")) if "snippet" in tags(cell)] == [
-        len(cells(path, "code")) - SNIPPETS + i for i in range(SNIPPETS)
-    ], f"the last {SNIPPETS} code cells are the snippets"
+    kinds = [set(tags(cell)) & {"snippet", "solution"} for cell in cells(path, "code")]
+    while kinds[-1] == {"solution"}:
+        kinds.pop()
+    last = len(kinds) - SNIPPETS
+    assert all(kinds[last:]) and not any(kinds[:last]), f"the {SNIPPETS} snippets are last, but for the solutions"
+
+
+@each_notebook
+def test_is_a_sitting(path):
+    kinds = [cell.source for cell in cells(path)]
+    end = next((i for i, source in enumerate(kinds) if source.startswith("## Solutions")), len(kinds))
+    assert end in CELLS
+
+
+@each_notebook
+def test_every_exercise_has_a_solution_that_runs(path):
+    words = "\n".join(cell.source for cell in cells(path, "markdown"))
+    exercises, solutions = (re.findall(rf"^### {kind} (\d)", words, flags=re.M) for kind in ("Exercise", "Solution"))
+    assert exercises == solutions and len(exercises) in EXERCISES
+    code = [cell for cell in cells(path, "code") if "solution" in tags(cell)]
+    assert len(code) >= len(exercises)
+    for cell in code:  # collapsed in JupyterLab and on the website
+        assert cell.metadata.get("jupyter", {}) == {"source_hidden": True, "outputs_hidden": True}
+        assert "hide-cell" in tags(cell)
 
 
 @each_notebook
@@ -108,10 +136,9 @@ def test_links_lead_somewhere(path):
 @each_notebook
 def test_writes_only_into_its_own_folder(path):
     """Notebooks run at the same time: one that rewrites another's checkpoint breaks it."""
-    own = re.match(r"[^-]*", path.stem)[0]
     for cell in cells(path, "code"):
         used = set(re.findall(r"(?<!\w)work/([^/\"']*)", cell.source))
-        assert used <= {own}, f"folders of other notebooks: {sorted(used - {own})}"
+        assert used <= {number(path)}, f"folders of other notebooks: {sorted(used - {number(path)})}"
 
 
 @each_notebook
