@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import MODELS
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from mmdit_lib import plots
+from mmdit_lib.engine.graph import Graph, Layer, Value
 from mmdit_lib.sd3 import KNOWN_MODELS
 
 MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
@@ -141,3 +143,74 @@ def test_bars_carry_numbers_and_ratios():
 def test_bars_are_of_one_colour():
     bars = plots.time_bars({"a": 1.0, "b": 2.0, "c": 3.0}).axes[0].patches
     assert len(bars) == 3 and len({to_hex(bar.get_facecolor()) for bar in bars}) == 1
+
+
+def layer(name, type_, inputs=(), dtype="float32", **attributes) -> Layer:
+    return Layer(name, type_, tuple(inputs), Value(name, dtype, (-1, 4)), attributes)
+
+
+def small_graph() -> Graph:
+    """block.ff(x) + 2 times x, and a size that nothing shows."""
+    layers = (
+        layer("size", "SHAPE", ["x"], dtype="int64"),
+        layer("block.ff.proj/weight", "CONSTANT", weight="block.ff.proj.weight"),
+        layer("block.ff.proj/matmul", "MATRIX_MULTIPLY", ["x", "block.ff.proj/weight"]),
+        layer("block.ff/gelu_tanh", "ACTIVATION", ["block.ff.proj/matmul"], kind="GELU_TANH"),
+        layer("two", "CONSTANT", values=[2.0]),
+        layer("block/prod", "ELEMENTWISE", ["x", "two"], op="PROD"),
+        layer("block/sum", "ELEMENTWISE", ["block/prod", "block.ff/gelu_tanh"], op="SUM"),
+    )
+    return Graph(inputs=(Value("x", "float32", (-1, 4)),), outputs=("block/sum",), layers=layers, modules={})
+
+
+def test_network_diagram_shows_every_layer():
+    said = texts(plots.network_diagram(small_graph())).split("\n")
+    assert [said.count(word) for word in ("MATRIX_MULTIPLY", "GELU_TANH", "CONSTANT", "×", "+", "SHAPE")] == [
+        1,
+        1,
+        2,
+        1,
+        1,
+        0,
+    ]
+    assert "ff.proj.weight" in said and "2" in said
+
+
+def test_network_diagram_counts_the_layers_of_each_child():
+    said = texts(plots.network_diagram(small_graph(), module="block", title="a block"))
+    assert "ff\n3 layers" in said and "× 2" in said and "CONSTANT" not in said and "a block" in said
+
+
+def test_parameters_by_part_knows_every_parameter():
+    figure = plots.parameters_by_part({"medium": MEDIUM, "small": MODELS["sd3-medium"]})
+    bars = [p for p in figure.axes[0].patches if isinstance(p, Rectangle)]
+    assert sum(bar.get_width() for bar in bars) == pytest.approx(200)
+    said = texts(figure)
+    assert "position table" in said and "2.47 billion parameters" in "".join(
+        label.get_text() for label in figure.axes[0].get_yticklabels()
+    )
+
+
+def test_position_maps_mark_the_center():
+    table = torch.arange(36.0).reshape(1, 36, 1) / 36
+    figure = plots.position_maps(table, [0], {"two": 2, "four": 4})
+    shown = figure.axes[0].images[0].get_array()
+    assert shown.shape == (6, 6) and shown[1, 0] == 6 / 36
+    frames = [p for p in figure.axes[0].patches if isinstance(p, Rectangle)]
+    assert [(p.get_x(), p.get_width()) for p in frames] == [(1.5, 2), (0.5, 4)]
+    assert "two\nfour" in texts(figure)
+
+
+def test_rounding_costs():
+    assert plots.rounding_error(torch.tensor([1.0, 0.5]), torch.float16) == 0
+    assert plots.rounding_error(torch.tensor([1 + 2**-9]), torch.bfloat16) == pytest.approx(2**-9, rel=0.01)
+    figure = plots.rounding_costs({"a": torch.randn(999), "b": torch.ones(9)}, torch.bfloat16)
+    (_, wide), (_, same) = figure.axes[0].collections[0].get_offsets()
+    assert 1e-3 < wide < 3e-3 and same == plots.rounding.EXACT
+    assert "2 tensors in bfloat16" in texts(figure) and "exactly 0" in texts(figure)
+
+
+def test_memory_over_time_labels_the_peak():
+    figure = plots.memory_over_time({"a": [(0.0, 0.0), (0.1, 42.4)], "b": [(0.0, 1.0)]}, {"a": 40.0})
+    said = texts(figure)
+    assert "a: peak 42 MB" in said and "predicted 40 MB" in said and "b: peak 1 MB" in said

@@ -5,12 +5,23 @@ from .block import block_diagram
 from .errors import error_by_depth
 from .images import images_side_by_side
 from .layers import time_by_block
+from .memory import memory_over_time
+from .network import network_diagram
+from .parts import parameters_by_part
+from .positions import position_maps
+from .rounding import rounding_costs, rounding_error
 from .shards import shard_map
 
 __all__ = [
     "block_diagram",
     "error_by_depth",
     "images_side_by_side",
+    "memory_over_time",
+    "network_diagram",
+    "parameters_by_part",
+    "position_maps",
+    "rounding_costs",
+    "rounding_error",
     "shard_map",
     "time_bars",
     "time_by_block",
