@@ -1,6 +1,7 @@
 """Memory from the graph alone, beside what a GPU measured."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mmdit_lib.config import BuildConfig, Layout, Resolution, Sizes
 from mmdit_lib.engine.dry_graph import dry_graph
 from mmdit_lib.reports.inspection import inspect
 from mmdit_lib.reports.memory import memory_of
+from mmdit_lib.reports.resident import resident_during
 from mmdit_lib.sd3 import KNOWN_MODELS, SD3
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
@@ -67,3 +69,9 @@ def test_layouts_share_weights_and_activations():
     assert one.exchange == cfg.exchange == 0
     assert cp.exchange == 2 * (image + text) * 2 * token
     assert tp.exchange == 2 * max(image, text) * token
+
+
+def test_resident_memory_is_watched():
+    run = resident_during(lambda: [bytearray(50_000_000), time.sleep(0.1)])
+    seconds, megabytes = zip(*run, strict=True)
+    assert max(megabytes) > 40 and list(seconds) == sorted(seconds)
