@@ -19,7 +19,8 @@ def memory_over_time(
         if label in expected:
             axes.axhline(expected[label], color=colour, linestyle=":", linewidth=1.2)
             axes.annotate(f"predicted {expected[label]:.0f} MB", (max(ends), expected[label]), (0, 2), fontsize=8,
-                          textcoords="offset points", color=colour, ha="right", va="bottom")  # fmt: skip
+                          textcoords="offset points", color=colour, ha="right", va="bottom",
+                          bbox=dict(facecolor="white", edgecolor="none", pad=0.8, alpha=0.85))  # fmt: skip
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds")
