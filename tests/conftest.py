@@ -1,6 +1,7 @@
 """Tests use no network and no display; those marked `gpu` are skipped without a GPU. The longest start first."""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -12,13 +13,15 @@ LONGEST_FIRST = [
     "notebooks/07",
     "notebooks/06",
     "tests/test_notebooks.py",
-    "tests/test_parallel.py::TestRanks",
+    "4 ranks",
     "tests/test_browser.py",
+    "2 ranks",
     "notebooks/05",
     "notebooks/09",
     "notebooks/04",
     "tests/test_parallel_faults.py",
     "tests/test_parallel.py",
+    "3 ranks",
     "tests/test_network.py",
     "tests/test_controlnet.py",
     "tests/test_skip_layers.py",
@@ -29,11 +32,43 @@ LONGEST_FIRST = [
 end. Which two run at a time makes no difference."""
 
 
+def ranks_of(nodeid: str) -> str | None:
+    """'2 ranks' if a test gives tasks to so many (`ranks.py`), by its name: `TestRanks` and `..._on_ranks[2]`."""
+    found = re.search(r"(?:TestRanks::|_on_ranks\[).*?(\d)\]$", nodeid)
+    return found and f"{found[1]} ranks"
+
+
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: next((i for i, s in enumerate(LONGEST_FIRST) if item.nodeid.startswith(s)), 99))
+    def place(item) -> int:
+        name = ranks_of(item.nodeid) or item.nodeid
+        return next((i for i, start in enumerate(LONGEST_FIRST) if name.startswith(start)), 99)
+
+    items.sort(key=place)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    ranks = ranks_of(item.nodeid)
+    if ranks and (nextitem is None or ranks_of(nextitem.nodeid) != ranks):
+        from ranks import stop_ranks
+
+        stop_ranks()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """As `--dist=loadscope`, but tests that give tasks to the same ranks belong together, whatever file they are in."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByScope(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return ranks_of(nodeid) or super()._split_scope(nodeid)
+
+    return ByScope(config, log)
