@@ -7,8 +7,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet -
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 NBVAL := $(if $(NOTEBOOKS),--nbval-lax --nbval-current-env --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=120)
 
-# Each process takes a whole test file or notebook at a time, in the order of tests/conftest.py. Two keep two cores
-# busy with the fast tests; clusters and kernels also wait, so all tests get three. One process: PYTEST_ARGS='-n 0'
+# Each process takes a whole test file or notebook at a time, or all tests that share ranks, in the order of
+# tests/conftest.py. Two keep two cores busy with the fast tests; clusters and kernels also wait, so all tests get
+# three. One process: PYTEST_ARGS='-n 0'
 XDIST := --dist=loadscope --no-loadscope-reorder
 
 # Idle OpenMP threads sleep instead of spinning, which would slow down the other process.

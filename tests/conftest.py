@@ -1,6 +1,7 @@
 """Tests use no network and no display; those marked `gpu` are skipped without a GPU. The longest start first."""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -12,28 +13,70 @@ LONGEST_FIRST = [
     "notebooks/07",
     "notebooks/06",
     "tests/test_notebooks.py",
-    "tests/test_parallel.py::TestRanks",
+    "4 ranks",
     "tests/test_browser.py",
     "notebooks/05",
+    "2 ranks",
     "notebooks/09",
     "notebooks/04",
+    "notebooks/",
     "tests/test_parallel_faults.py",
     "tests/test_parallel.py",
+    "tests/test_two_hosts.py",
     "tests/test_network.py",
     "tests/test_controlnet.py",
     "tests/test_skip_layers.py",
-    "tests/test_passes.py",
-    "notebooks/",
+    "tests/test_compat.py",
+    "3 ranks",
+    "tests/test_files_faults.py",
+    "tests/test_engine.py",
+    "tests/test_traffic.py",
+    "tests/test_usage.py",
+    "tests/test_lora.py",
+    "tests/test_supply_chain.py",
+    "tests/test_tiny_trained.py",
 ]
 """Test files and notebooks that take 20 s or more, by their duration, so that no process has a long one left at the
 end. Which two run at a time makes no difference."""
 
 
+def ranks_of(nodeid: str) -> str | None:
+    """'2 ranks' if a test gives tasks to so many (`ranks.py`), by its name: `TestRanks` and `..._on_ranks[2]`."""
+    found = re.search(r"(?:TestRanks::|_on_ranks\[).*?(\d)\]$", nodeid)
+    return found and f"{found[1]} ranks"
+
+
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: next((i for i, s in enumerate(LONGEST_FIRST) if item.nodeid.startswith(s)), 99))
+    def place(item) -> int:
+        name = ranks_of(item.nodeid) or item.nodeid
+        return next((i for i, start in enumerate(LONGEST_FIRST) if name.startswith(start)), 99)
+
+    items.sort(key=place)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    ranks = ranks_of(item.nodeid)
+    if ranks and (nextitem is None or ranks_of(nextitem.nodeid) != ranks):
+        from ranks import stop_ranks
+
+        stop_ranks()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """As `--dist=loadscope`, but tests that give tasks to the same ranks belong together, whatever file they are in."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByScope(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return ranks_of(nodeid) or super()._split_scope(nodeid)
+
+    return ByScope(config, log)

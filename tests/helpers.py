@@ -251,14 +251,19 @@ def mmdit(*arguments) -> tuple[int, str, str]:
 # Ranks -----------------------------------------------------------------------------------------------
 
 
-def mpirun(ranks: int, *arguments, timeout: float) -> subprocess.CompletedProcess:
-    """`mpirun -n ranks python arguments` in its own process group, which is killed on a timeout."""
+def mpirun_command(ranks: int, *arguments, session: str) -> tuple[list[str], dict[str, str]]:
+    """`mpirun -n ranks python arguments` and its environment; `session`: a folder for mpirun's own files."""
     beside = Path(sys.executable).parent / "mpirun"
     command = [str(beside) if beside.exists() else "mpirun", "-n", str(ranks), sys.executable, *map(str, arguments)]
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     paths_and_ranks = mpi_environment(ranks) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return command, os.environ | paths_and_ranks | session_environment(session)
+
+
+def mpirun(ranks: int, *arguments, timeout: float) -> subprocess.CompletedProcess:
+    """`mpirun -n ranks python arguments` in its own process group, which is killed on a timeout."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as session:
-        environment = os.environ | paths_and_ranks | session_environment(session)
+        command, environment = mpirun_command(ranks, *arguments, session=session)
         with subprocess.Popen(
             command,
             env=environment,

@@ -1,4 +1,4 @@
-"""What test_parallel.py runs on every rank: `mpirun -n N python parallel_ranks.py tasks.json results.json`."""
+"""What tests run on every rank, by `ranks.py` or `mpirun -n N python parallel_ranks.py tasks.json results.json`."""
 
 import hashlib
 import json

@@ -1,12 +1,10 @@
 """LoRAs set on the ranks of an engine, over MPI and gloo: each rank replaces its own part of the weights."""
 
-import json
-from pathlib import Path
-
 import loras
 import pytest
 import torch
-from helpers import diffusers_output, model_config, mpirun, random_transformer
+from helpers import diffusers_output, model_config, random_transformer
+from ranks import run_on_ranks
 
 from mmdit_lib import build, convert
 from mmdit_lib.config import Sizes
@@ -34,7 +32,7 @@ PROFILE = dict(max_batch_size=4, min_resolution="32x32", opt_resolution="128x128
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
-def test_each_layout_equals_diffusers_and_a_conversion(tmp_path, world):
+def test_each_layout_equals_diffusers_and_a_conversion_on_ranks(tmp_path, world):
     random_transformer(CONFIG).save_pretrained(tmp_path / "transformer")
     state = random_transformer(CONFIG).state_dict()
     given = [
@@ -55,11 +53,7 @@ def test_each_layout_equals_diffusers_and_a_conversion(tmp_path, world):
             engines[name] = str(build(folder / "checkpoint", folder / "engine", progress=False, **PROFILE, **building))
         named = [[str(path), scale] for path, scale in given]
         tasks[layout] = {"kind": "adapters", "cases": str(tmp_path / "cases.pt"), "loras": named, **engines}
-    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
-    script = Path(__file__).parent / "parallel_ranks.py"
-    done = mpirun(world, script, tmp_path / "tasks.json", tmp_path / "results.json", timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = run_on_ranks(world, tasks)
     assert results.keys() == LAYOUTS[world].keys()
     for layout, found in results.items():
         print(f"{layout}: {max(map(max, found['errors'])):.1e}")

@@ -3,7 +3,6 @@
 Tolerances as in test_network: float32 5e-6 of the norm; float16 and bfloat16 no further from float32 than diffusers.
 """
 
-import json
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -17,8 +16,9 @@ from diffusers import (
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Pipeline,
 )
-from helpers import MODELS, case, mmdit, model_config, mpirun, random_transformer, relative_error
+from helpers import MODELS, case, mmdit, model_config, random_transformer, relative_error
 from PIL import Image
+from ranks import run_on_ranks
 
 from mmdit_lib import EngineFolder, MMDiTRunner, build, convert, export_onnx, load_pipeline
 from mmdit_lib.checkpoint.random_weights import randomize
@@ -221,9 +221,11 @@ def test_memory_counts_residuals():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("sd3-medium", "bfloat16"), ("sd3.5-medium", "float32"), ("sd3.5-large", "float16")]
+)
 def test_a_plan_is_built(name, dtype):
+    """Each model and each dtype once: test_network builds all of them, to which this adds sums of the image stream."""
     found = EngineFolder.open(folder(name, 2, dtype, plan=True, skip_layers=name != "sd3-medium"))
     weights = sum(t.numel() * t.element_size() for t in found.open_checkpoint().weights().values())
     assert found.files[plan_file(0)].nbytes > 0.3 * weights
@@ -378,7 +380,7 @@ def parity_cases(reference, build_config: BuildConfig) -> list:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", LAYOUTS)
-def test_several_ranks(world, tmp_path):
+def test_every_layout_on_ranks(world, tmp_path):
     pytest.importorskip("mpi4py")
     reference, tasks = random_transformer(TWELVE), {}
     reference.save_pretrained(tmp_path / "source")
@@ -388,18 +390,15 @@ def test_several_ranks(world, tmp_path):
         engine = build(checkpoint, output, plan=False, **PROFILE, **building)
         tasks[name] = {"kind": "parity", "engine": str(engine), "cases": str(tmp_path / "cases.pt")}
     torch.save(parity_cases(reference, EngineFolder.open(engine).build_config), tmp_path / "cases.pt")
-    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
-    script = Path(__file__).parent / "parallel_ranks.py"
-    done = mpirun(world, script, tmp_path / "tasks.json", tmp_path / "results.json", timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    errors = json.loads((tmp_path / "results.json").read_text())
+    errors = run_on_ranks(world, tasks)
     assert errors.keys() == tasks.keys() and all(len(found) == 2 * 4 * len(CASES) for found in errors.values())
     print({name: max(found) for name, found in errors.items()})
     assert max(max(found) for found in errors.values()) <= FLOAT32_LIMIT, errors
 
 
 @pytest.mark.slow
-def test_the_pipeline_on_two_ranks(model, tmp_path):
+@pytest.mark.parametrize("world", [2])
+def test_the_pipeline_on_ranks(model, tmp_path, world):
     """`sample`: rank 0 encodes the prompt; every rank runs the ControlNet, with rank 0's random numbers."""
     pytest.importorskip("mpi4py")
     plain = StableDiffusion3Pipeline.from_pretrained(model)
@@ -407,18 +406,14 @@ def test_the_pipeline_on_two_ranks(model, tmp_path):
     net.save_pretrained(tmp_path / "controlnet")
     image.save(tmp_path / "control.png")
     checkpoint = convert(model, tmp_path / "checkpoint", dtype="float32", progress=False)
-    options = dict(cp_size=2, max_batch_size=2, controlnet_residuals=2, plan=False, progress=False)
+    options = dict(cp_size=world, max_batch_size=2, controlnet_residuals=2, plan=False, progress=False)
     task = {
         "kind": "controlled", "model": str(model), "engine": str(build(checkpoint, tmp_path / "engine", **options)),
         "controlnet": str(tmp_path / "controlnet"), "image": str(tmp_path / "control.png"), "seed": SEED,
         "options": CALL, "png": str(tmp_path / "picture.png"),
     }  # fmt: skip
-    (tmp_path / "tasks.json").write_text(json.dumps({"picture": task}))
-    script = Path(__file__).parent / "parallel_ranks.py"
-    done = mpirun(2, script, tmp_path / "tasks.json", tmp_path / "results.json", timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    hashes = json.loads((tmp_path / "results.json").read_text())["picture"]
-    assert len(hashes) == 2 and len(set(hashes)) == 1
+    hashes = run_on_ranks(world, {"picture": task})["picture"]
+    assert len(hashes) == world and len(set(hashes)) == 1
     found = np.asarray(Image.open(tmp_path / "picture.png"), dtype=int)
     expected = paint(StableDiffusion3ControlNetPipeline(**plain.components, controlnet=net), control_image=image)
     assert np.abs(found - expected).max() <= 1

@@ -2,7 +2,6 @@
 transformer, in float32. Latents are compared, and the pictures that they decode to."""
 
 import inspect
-import json
 from pathlib import Path
 from unittest import mock
 
@@ -10,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
-from helpers import mmdit, mpirun, relative_error
+from helpers import mmdit, relative_error
+from ranks import run_on_ranks
 
 from mmdit_lib import MMDiTRunner, build, convert, load_pipeline
 from mmdit_lib.models import KNOWN_MODELS
@@ -237,7 +237,8 @@ def test_a_pipeline_with_diffusers_transformer_again_is_saved(pipes, model, engi
 
 
 @pytest.mark.slow
-def test_with_cfg_parallelism(pipes, model, checkpoint, tmp_path):
+@pytest.mark.parametrize("world", [2])
+def test_cfg_parallelism_on_ranks(pipes, model, checkpoint, tmp_path, world):
     """`sample` on two ranks, of which only rank 0 has text encoders."""
     pytest.importorskip("mpi4py")
     theirs, _ = pipes
@@ -249,13 +250,10 @@ def test_with_cfg_parallelism(pipes, model, checkpoint, tmp_path):
         "embeddings": dict(prompt=None, **embeddings(theirs, True)),
     }
     torch.save({name: CALL | call for name, call in calls.items()}, tmp_path / "calls.pt")
-    folder = engine_of(checkpoint, "cfg2", max_batch_size=6, cfg_size=2)
+    folder = engine_of(checkpoint, "cfg2", max_batch_size=6, cfg_size=world)
     task = {"kind": "usage", "model": str(model), "engine": str(folder), "calls": str(tmp_path / "calls.pt"),
             "output": str(tmp_path / "pictures.pt")}  # fmt: skip
-    (tmp_path / "tasks.json").write_text(json.dumps({"usage": task}))
-    script = Path(__file__).parent / "parallel_ranks.py"
-    done = mpirun(2, script, tmp_path / "tasks.json", tmp_path / "results.json", timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_ranks(world, {"usage": task})
     found = torch.load(tmp_path / "pictures.pt", weights_only=True)
     for name, call in calls.items():
         expected = pixels(theirs(**CALL | call, generator=torch.Generator().manual_seed(7)).images)

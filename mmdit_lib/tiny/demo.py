@@ -16,8 +16,6 @@ from ..config import TORCH_DTYPES, Dtype
 from ..engine.build import build
 from ..engine.folder import EngineFolder, plan_file
 from ..generate import Picture, generate, generate_by_diffusers
-from ..plots import images_side_by_side
-from ..reports.parity import all_ok, compare_layers, parity_report
 from . import model_path
 
 PROMPT = "a small red circle to the left of a large blue triangle on a yellow background"
@@ -45,6 +43,8 @@ def demo(
     Raises:
         ValueError: if a module or, in float32, the image differs from diffusers'.
     """
+    from ..plots import images_side_by_side  # imports matplotlib, which other commands do not need
+
     console, stages = Console(), Table("stage", "time", "size", "result")
     model, out = str(model_path()), Path(output_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -90,6 +90,8 @@ def size_of(folder: Path) -> str:
 
 def parity(model: str, engine: Path) -> float:
     """Compare every module with diffusers; returns the worst relative error."""
+    from ..reports.parity import all_ok, compare_layers, parity_report  # imports pandas, likewise
+
     result = compare_layers(model, engine)
     if not all_ok(result):
         Console().print(parity_report(result))
