@@ -15,7 +15,7 @@ XDIST := --dist=loadscope --no-loadscope-reorder
 # Idle OpenMP threads sleep instead of spinning, which would slow down the other process.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test quick lab lint format clean
+.PHONY: help demo test quick lab docs lint format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -33,6 +33,11 @@ quick: $(VENV)/.test-installed ## all but the slow tests, for after each edit (a
 lab: $(VENV)/.test-installed ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=notebooks $(LAB_ARGS)
 
+# Warnings are errors, among them links within the repository that lead nowhere.
+docs: $(VENV)/.docs-installed ## the website in _site/: notebooks as they are committed, guides, API
+	@$(BIN)/python -m sphinx -E -W --keep-going --quiet -d $(VENV)/doctrees -c docs/site . _site $(DOCS_ARGS)
+	@echo 'The website is in _site/; its front page is _site/index.html'
+
 lint: $(VENV)/.lint-installed ## check the code and its format with ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -40,7 +45,7 @@ format: $(VENV)/.lint-installed ## fix what ruff can fix, and format the code
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean: ## remove the environment and everything that was generated here
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo_output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo_output _site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only after its install has succeeded; an interrupted install runs again.
@@ -58,8 +63,13 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/.created
 
 $(VENV)/.test-installed: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo 'Installing everything for tests and notebooks into $(VENV) (some minutes, once)'
-	@$(PIP) --editable '.[rtx,onnx,notebooks,parallel,dev]'
-	@touch $@ $(VENV)/.demo-installed
+	@$(PIP) --editable '.[rtx,onnx,notebooks,parallel,dev,docs]'
+	@touch $@ $(VENV)/.demo-installed $(VENV)/.docs-installed
+
+$(VENV)/.docs-installed: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo 'Installing what the website needs into $(VENV) (some minutes, once)'
+	@$(PIP) --editable '.[docs]'
+	@touch $@
 
 $(VENV)/.lint-installed: constraints.txt | $(VENV)/.created
 	@$(PIP) ruff

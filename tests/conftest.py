@@ -24,6 +24,7 @@ LONGEST_FIRST = [
     "tests/test_parallel.py",
     "tests/test_two_hosts.py",
     "tests/test_network.py",
+    "tests/test_docs.py",
     "tests/test_controlnet.py",
     "tests/test_skip_layers.py",
     "tests/test_compat.py",
