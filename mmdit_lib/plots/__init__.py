@@ -1,18 +1,23 @@
 """The figures of the notebooks and the `mmdit` command. Each function returns a matplotlib `Figure`."""
 
+from .attention import attention_quadrants, word_maps
 from .bars import time_bars, traffic_bars
 from .block import block_diagram
 from .errors import error_by_depth
+from .film import film_strip
 from .images import images_side_by_side
 from .layers import time_by_block
 from .shards import shard_map
 
 __all__ = [
+    "attention_quadrants",
     "block_diagram",
     "error_by_depth",
+    "film_strip",
     "images_side_by_side",
     "shard_map",
     "time_bars",
     "time_by_block",
     "traffic_bars",
+    "word_maps",
 ]
