@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 
 from .figure import GREY, Figure
 
 FAINTEST = 1e-4
 """Attention weights below this are drawn alike."""
 OUTSIDE = "#222222"
+ONE_COLOR = ListedColormap(["#cc1166"])
 
 
 def attention_quadrants(weights, image_tokens: int, text_parts: Mapping[str, int], *, title: str = "") -> Figure:
@@ -30,7 +31,8 @@ def attention_quadrants(weights, image_tokens: int, text_parts: Mapping[str, int
     weights = np.asarray(weights)
     if image_tokens + sum(text_parts.values()) != len(weights):
         raise ValueError(f"{image_tokens} image tokens and text parts {dict(text_parts)} are not {len(weights)} tokens")
-    figure = Figure(figsize=(8.2, 7.2), layout="constrained")
+    figure = Figure(figsize=(6.8, 5.7), layout="constrained")
+    figure.few_colors = True
     axes = figure.subplots()
     shown = axes.imshow(
         weights.clip(FAINTEST), cmap="magma", norm=LogNorm(FAINTEST, 1), interpolation="nearest", aspect="equal"
@@ -52,8 +54,8 @@ def attention_quadrants(weights, image_tokens: int, text_parts: Mapping[str, int
         for key, columns in streams.items():
             share = weights[rows, columns].sum(-1).mean()
             axes.text(
-                columns.start + 2, rows.start + 4, f"{query} → {key} {share:.0%}", color="white", fontsize=10,
-                fontweight="bold", va="center", bbox=dict(facecolor=OUTSIDE, edgecolor="none", alpha=0.75, pad=2),
+                columns.start + 2, rows.start + 5, f"{query} → {key} {share:.0%}", color="white", fontsize=8.5,
+                va="center", bbox=dict(facecolor=OUTSIDE, edgecolor="none", alpha=0.75, pad=2),
             )  # fmt: skip
     figure.colorbar(shown, ax=axes, label="attention weight", shrink=0.8, extend="min")
     if title:
@@ -64,7 +66,7 @@ def attention_quadrants(weights, image_tokens: int, text_parts: Mapping[str, int
 def word_maps(image, maps: Mapping[str, object], *, title: str = "") -> Figure:
     """An image, then for each word its attention over the image's tokens, drawn over the image in gray.
 
-    Each map has its own color scale, from 0 to its largest weight, which stands above it.
+    The stronger the color, the larger the weight, from 0 to the map's largest weight, which stands above it.
 
     Args:
         image: a PIL image, or an array [H, W, 3].
@@ -73,18 +75,17 @@ def word_maps(image, maps: Mapping[str, object], *, title: str = "") -> Figure:
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     gray = pixels.mean(-1)
-    figure = Figure(figsize=(1.75 * (1 + len(maps)), 2.15 + (0.3 if title else 0)), layout="constrained")
+    figure = Figure(figsize=(1.35 * (1 + len(maps)), 1.75 + (0.3 if title else 0)), layout="constrained")
     first, *others = figure.subplots(1, 1 + len(maps))
     first.imshow(pixels)
-    first.set_title("image", fontsize=10)
+    first.set_title("image", fontsize=9)
     for axes, (word, weights) in zip(others, maps.items(), strict=True):
         weights = np.asarray(weights)
-        axes.imshow(gray, cmap="gray", vmin=0, vmax=255)
-        axes.imshow(
-            weights, cmap="inferno", vmin=0, alpha=0.8, extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-            interpolation="nearest",
-        )  # fmt: skip
-        axes.set_title(f"{word}\nat most {weights.max():.1%}", fontsize=10)
+        axes.imshow(gray, cmap="gray", vmin=-255, vmax=255)
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+        alpha = weights / max(weights.max(), np.finfo(float).tiny)
+        axes.imshow(weights, cmap=ONE_COLOR, alpha=alpha, extent=extent, interpolation="nearest")
+        axes.set_title(f"{word}\nat most {weights.max():.1%}", fontsize=9)
     for axes in (first, *others):
         axes.set_xticks([])
         axes.set_yticks([])
