@@ -32,7 +32,6 @@ def attention_quadrants(weights, image_tokens: int, text_parts: Mapping[str, int
     if image_tokens + sum(text_parts.values()) != len(weights):
         raise ValueError(f"{image_tokens} image tokens and text parts {dict(text_parts)} are not {len(weights)} tokens")
     figure = Figure(figsize=(6.8, 5.7), layout="constrained")
-    figure.few_colors = True
     axes = figure.subplots()
     shown = axes.imshow(
         weights.clip(FAINTEST), cmap="magma", norm=LogNorm(FAINTEST, 1), interpolation="nearest", aspect="equal"
