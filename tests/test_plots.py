@@ -214,3 +214,36 @@ def test_memory_over_time_labels_the_peak():
     figure = plots.memory_over_time({"a": [(0.0, 0.0), (0.1, 42.4)], "b": [(0.0, 1.0)]}, {"a": 40.0})
     said = texts(figure)
     assert "a: peak 42 MB" in said and "predicted 40 MB" in said and "b: peak 1 MB" in said
+def test_film_strip_has_a_row_per_label_and_a_column_per_step():
+    image = Image.new("RGB", (16, 16), (200, 30, 30))
+    figure = plots.film_strip({"noisy": [image] * 3, "predicted": [image] * 3}, ["t = 1", "t = 0.5", "t = 0"])
+    assert len(figure.axes) == 6 and figure.axes[3].get_ylabel() == "predicted"
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["t = 1", "t = 0.5", "t = 0"]
+    assert "a red one" in texts(plots.film_strip({"noisy": [image]}, ["t"], title="a red one"))
+    assert Image.open(io.BytesIO(figure._repr_png_())).mode == "P"
+    with pytest.raises(ValueError, match="row 'noisy' has 2 images for 3 columns"):
+        plots.film_strip({"noisy": [image] * 2}, list("abc"))
+
+
+def test_attention_quadrants_add_up():
+    weights = np.zeros((10, 10))
+    weights[:4, :4], weights[:4, 4:] = 0.75 / 4, 0.25 / 6  # image queries
+    weights[4:, :4], weights[4:, 4:] = 0.1 / 4, 0.9 / 6
+    figure = plots.attention_quadrants(weights, 4, {"words": 2, "padding": 4}, title="block 0")
+    said = texts(figure)
+    for share in ("image → image 75%", "image → text 25%", "text → image 10%", "text → text 90%", "block 0"):
+        assert share in said, share
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["image (4)", "words (2)", "padding (4)"]
+    with pytest.raises(ValueError, match="are not 10 tokens"):
+        plots.attention_quadrants(weights, 4, {"words": 5})
+
+
+def test_word_maps_cover_the_image():
+    weights = np.array([[0.0, 0.25], [0.5, 0.25]])
+    figure = plots.word_maps(Image.new("RGB", (32, 16)), {"red": weights, "circle": weights / 2}, title="head 3")
+    said = texts(figure)
+    assert "red\nat most 50.0%" in said and "circle\nat most 25.0%" in said and "head 3" in said
+    picture, heat = figure.axes[1].images
+    assert tuple(heat.get_extent()) == tuple(picture.get_extent()) == (-0.5, 31.5, 15.5, -0.5)
+    assert (np.asarray(heat.get_array()) == weights).all()

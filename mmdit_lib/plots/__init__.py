@@ -1,8 +1,10 @@
 """The figures of the notebooks and the `mmdit` command. Each function returns a matplotlib `Figure`."""
 
+from .attention import attention_quadrants, word_maps
 from .bars import time_bars, traffic_bars
 from .block import block_diagram
 from .errors import error_by_depth
+from .film import film_strip
 from .images import images_side_by_side
 from .layers import time_by_block
 from .memory import memory_over_time
@@ -13,8 +15,10 @@ from .rounding import rounding_costs, rounding_error
 from .shards import shard_map
 
 __all__ = [
+    "attention_quadrants",
     "block_diagram",
     "error_by_depth",
+    "film_strip",
     "images_side_by_side",
     "memory_over_time",
     "network_diagram",
@@ -26,4 +30,5 @@ __all__ = [
     "time_bars",
     "time_by_block",
     "traffic_bars",
+    "word_maps",
 ]
