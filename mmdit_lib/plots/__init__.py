@@ -5,12 +5,14 @@ from .block import block_diagram
 from .errors import error_by_depth
 from .images import images_side_by_side
 from .layers import time_by_block
+from .roofline import roofline
 from .shards import shard_map
 
 __all__ = [
     "block_diagram",
     "error_by_depth",
     "images_side_by_side",
+    "roofline",
     "shard_map",
     "time_bars",
     "time_by_block",
