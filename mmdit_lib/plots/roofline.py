@@ -21,13 +21,14 @@ def roofline(parts: Mapping[str, Part], *, flops: float, bandwidth: float, title
     figure, axes = new_axes(9, 5)
     ridge = flops / bandwidth
     intensities = [flop / nbytes for flop, nbytes, _ in parts.values()]
-    left, right = min(intensities + [ridge]) / 2.5, max(intensities + [ridge]) * 4
+    left, right = min(*intensities, ridge) / 2.5, max(*intensities, ridge) * 4
     axes.loglog([left, ridge, right], [left * bandwidth, flops, flops], color="black", linewidth=1.5)
     axes.axvline(ridge, color=GREY, linestyle=":", linewidth=1)
     for x, text, side in ((ridge / 1.15, "limited by memory", "right"), (ridge * 1.15, "by compute", "left")):
         axes.text(x, left * bandwidth * 0.45, text, ha=side, fontsize=10, color=GREY)
     axes.text(right, flops * 1.08, f"{flops / 1e12:.0f} TFLOP/s", ha="right", fontsize=9)
-    axes.text(left * 1.1, left * bandwidth * 1.9, f"{bandwidth / 1e12:.2f} TB/s", fontsize=9)
+    middle = ridge / 12
+    axes.text(middle / 1.1, middle * bandwidth, f"{bandwidth / 1e12:.2f} TB/s", ha="right", va="bottom", fontsize=9)
     for colour, (label, part) in zip(COLOURS * len(parts), parts.items(), strict=False):
         _point(axes, label, part, min(part[0] / part[1] * bandwidth, flops), colour)
     axes.set_ylim(left * bandwidth * 0.35, flops * 2)

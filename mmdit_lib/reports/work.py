@@ -91,7 +91,9 @@ class Counter(fx.Interpreter):
             return result
         moved = sum(x.nbytes for x in (*args, result) if isinstance(x, torch.Tensor))
         if target in GEMMS:
-            stream = "conditioning" if args[0].dim() == 2 else "text" if args[0].shape[1] == self.text_tokens else "image"
+            stream = (
+                "conditioning" if args[0].dim() == 2 else "text" if args[0].shape[1] == self.text_tokens else "image"
+            )
             self.found[f"GEMM, {stream}"] += Work(2 * result.numel() * args[0].shape[-1], moved)
         else:
             kind = "norm, modulation, gate" if target in NORMS else "other"
@@ -105,7 +107,9 @@ class Counter(fx.Interpreter):
         self.found["heads"] += Work(ELEMENTWISE_FLOP * 3 * q.numel(), 2 * nbytes)
         self.found["attention"] += Work(4 * math.prod(q.shape) * k.shape[2], nbytes + v.nbytes)
         batch, heads, tokens, size = q.shape
-        return torch.empty((tokens, batch, heads, size), dtype=q.dtype, device="meta").permute(1, 2, 0, 3)  # as on a GPU
+        return torch.empty((tokens, batch, heads, size), dtype=q.dtype, device="meta").permute(
+            1, 2, 0, 3
+        )  # as on a GPU
 
 
 def is_view(result: torch.Tensor, args: tuple) -> bool:
