@@ -178,5 +178,7 @@ def move_a_slider(page) -> None:
     for _ in range(3):
         handle.press("ArrowLeft")
     page.wait_for_function("before => document.querySelector('.widget-interact img')?.src !== before", arg=before)
+    page.get_by_text("| Idle").wait_for()
+    page.wait_for_timeout(1000)
     page.screenshot(path=results() / "04-generate-slider-after.png")
     assert readout.inner_text() != shown and image.get_attribute("src") != before
