@@ -6,6 +6,8 @@ that it ended with, sliders and other controls as a line that names them, and wh
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import sys
@@ -17,9 +19,12 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+LARGE = 40_000
+"""Characters of an image above which it gets a palette: a notebook may have 500 KB."""
 CONTROLS = {"Slider": "slider", "Dropdown": "dropdown", "Checkbox": "checkbox", "ToggleButtons": "choice"}
 """What to call a control, by a part of the name of its widget model."""
 
@@ -51,7 +56,10 @@ def settled(outputs: list, states: dict) -> list:
     """`outputs` with every widget replaced by `without_widget`, neighboring texts joined."""
     kept = []
     for output in chain.from_iterable(without_widget(output, states) for output in outputs):
-        output.get("data", {}).pop("image/jpeg", None)  # the same image as the PNG
+        data = output.get("data", {})
+        data.pop("image/jpeg", None)  # the same image as the PNG
+        if len(data.get("image/png", "")) > LARGE:
+            data["image/png"] = with_palette(data["image/png"])
         if (
             output.output_type == "stream"
             and kept
@@ -118,6 +126,15 @@ def bar_text(states: dict, model_id: str) -> str:
 
 def plain(markup: str) -> str:
     return unescape(re.sub(r"<[^>]*>", "", markup)).replace("\xa0", " ").replace("\u2007", " ")
+
+
+def with_palette(png: str) -> str:
+    """A PNG in base64 with 256 colors, which takes less than half the space."""
+    stored = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+        stored, "PNG", optimize=True
+    )
+    return base64.b64encode(stored.getvalue()).decode()
 
 
 def text_output(text: str):

@@ -40,6 +40,10 @@ def gelu_tanh(x):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def gelu_erf(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -102,6 +106,7 @@ ONE = {"SQRT": np.sqrt, "RECIP": np.reciprocal, "SIN": np.sin, "COS": np.cos}
 CASES = [
     OpCase("ACTIVATION", ((3, 7),), sigmoid, dict(kind="SIGMOID"), label="sigmoid"),
     OpCase("ACTIVATION", ((3, 7),), gelu_tanh, dict(kind="GELU_TANH"), label="gelu_tanh"),
+    OpCase("ACTIVATION", ((3, 7),), gelu_erf, dict(kind="GELU_ERF"), label="gelu_erf"),
     OpCase(
         "ACTIVATION",
         ((3, 7),),

@@ -122,6 +122,17 @@ def test_the_pictures_can_differ(pipes, engine):
         ours.transformer = runner
 
 
+def test_offloading_keeps_the_runner_and_the_image(model, engine):
+    """`enable_model_cpu_offload` hooks the other components; with the CPU as its device, this runs anywhere."""
+    plain, offloaded = (
+        _quiet(load_pipeline(model, engine, device="cpu", dtype=torch.float32, runner_options={"backend": "pytorch"}))
+        for _ in range(2)
+    )
+    offloaded.enable_model_cpu_offload(device="cpu")
+    assert offloaded.transformer.backend.name == "pytorch" and hasattr(offloaded.vae, "_hf_hook")
+    assert grey_levels((plain, offloaded)) == 0
+
+
 def test_load_pipeline_does_not_read_diffusers_weights(model, engine, monkeypatch):
     monkeypatch.setattr(SD3Transformer2DModel, "from_pretrained", lambda *a, **k: pytest.fail("read the transformer"))
     pipe = load_pipeline(model, engine, pipeline_class=StableDiffusion3Img2ImgPipeline, device="cpu")

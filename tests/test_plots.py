@@ -80,6 +80,26 @@ def test_images_side_by_side(gap, words):
     assert len(plots.images_side_by_side([a, b, a], list("abc"), difference=False).axes) == 3
 
 
+def test_image_grid_places_each_image():
+    images = {(row, column): np.full((8, 8, 3), 10 * row + column, np.uint8) for row in (1, 2) for column in (4, 5, 6)}
+    figure = plots.image_grid(images, rows="guidance", columns="steps")
+    assert [axes.images[0].get_array().max() for axes in figure.axes] == [14, 15, 16, 24, 25, 26]
+    assert [axes.get_title() for axes in figure.axes] == ["steps 4", "steps 5", "steps 6", "", "", ""]
+    assert [axes.get_ylabel() for axes in figure.axes][::3] == ["guidance 1", "guidance 2"]
+
+
+def test_roofline_places_each_part_below_its_limit():
+    parts = {"slow": (1e12, 1e12, 2000.0), "fast": (1e12, 1e9, 2.0), "unmeasured": (1e12, 1e12, None)}
+    figure = plots.roofline(parts, flops=1e15, bandwidth=1e12)
+    points = {line.get_label(): line.get_xydata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"}
+    assert points == {
+        "slow\n2000.0 ms, 50% of its limit": pytest.approx([1, 5e11]),
+        "fast\n2.0 ms, 50% of its limit": pytest.approx([1000, 5e14]),
+        "unmeasured\nlimit only": pytest.approx([1, 1e12]),
+    }
+    assert "limited by memory" in texts(figure) and "1000 TFLOP/s" in texts(figure)
+
+
 def test_few_differing_pixels_are_enlarged_and_counted():
     a = np.full((128, 128, 3), 100, np.uint8)
     b = a.copy()

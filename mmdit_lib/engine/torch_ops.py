@@ -27,7 +27,7 @@ def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS: dict[str, Callable] = {"SIGMOID": torch.sigmoid, "GELU_TANH": gelu_tanh}
+ACTIVATIONS: dict[str, Callable] = {"SIGMOID": torch.sigmoid, "GELU_TANH": gelu_tanh, "GELU_ERF": F.gelu}
 
 
 def attention(q, k, v, *, norm_op, causal_kind, scale=1.0):

@@ -12,6 +12,9 @@ from .network import network_diagram
 from .parts import parameters_by_part
 from .positions import position_maps
 from .rounding import rounding_costs, rounding_error
+from .images import image_grid, images_side_by_side
+from .layers import time_by_block
+from .roofline import roofline
 from .shards import shard_map
 
 __all__ = [
@@ -26,6 +29,9 @@ __all__ = [
     "position_maps",
     "rounding_costs",
     "rounding_error",
+    "image_grid",
+    "images_side_by_side",
+    "roofline",
     "shard_map",
     "time_bars",
     "time_by_block",

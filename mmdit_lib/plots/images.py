@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -36,6 +36,29 @@ def images_side_by_side(images: Sequence, titles: Sequence[str], *, difference: 
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_color(GREY)
+    return figure
+
+
+def image_grid(images: Mapping[tuple, object], *, rows: str, columns: str) -> Figure:
+    """A grid of images by two options.
+
+    Args:
+        images: PIL images or arrays, by the values (row, column) of the two options; every pair is there.
+        rows: name of the option that differs between rows.
+        columns: name of the option that differs between columns.
+    """
+    down, across = (list(dict.fromkeys(key[i] for key in images)) for i in (0, 1))
+    figure = Figure(figsize=(1.25 * len(across) + 0.3, 1.25 * len(down) + 0.3), layout="constrained")
+    grid = figure.subplots(len(down), len(across), squeeze=False)
+    for (row, column), image in images.items():
+        axes = grid[down.index(row)][across.index(column)]
+        axes.imshow(np.asarray(image), interpolation="nearest")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if row == down[0]:
+            axes.set_title(f"{columns} {column}", fontsize=9)
+        if column == across[0]:
+            axes.set_ylabel(f"{rows} {row}", fontsize=9)
     return figure
 
 

@@ -1,0 +1,118 @@
+"""FLOP and bytes of one denoising step, counted from the network's graph, without weights or a GPU.
+
+The graph, fused as for a GPU, runs on `meta` tensors, which have shapes but no data. Bytes are the least that each
+operator must move: every input read once and every output written once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..architecture import ModelConfig
+from ..config import BuildConfig, Dtype, Layout, Resolution, Sizes
+from ..engine import kernels, torch_ops
+from ..engine.dry_graph import dry_graph
+from ..engine.inputs import input_dtype, shape_of
+from ..engine.kernel_passes import KERNELS
+from ..engine.lowering import lower
+from ..engine.passes import NUMERICS, SPEED
+from ..engine.rehearsal import meta_weights
+from ..models import architecture_of
+from .traffic import on_meta
+
+GEMMS = (torch_ops.linear, torch_ops.linear_gelu)
+NORMS = (kernels.norm_modulate, kernels.gated_norm, kernels.gated_sum)
+
+ELEMENTWISE_FLOP = 10
+"""Per element of an operator that is no matrix product: a rough count. The time of these depends on the bytes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    flop: float = 0
+    nbytes: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flop + other.flop, self.nbytes + other.nbytes)
+
+    @property
+    def intensity(self) -> float:
+        """FLOP per byte."""
+        return self.flop / self.nbytes
+
+    def least_ms(self, flops: float, bandwidth: float) -> float:
+        """The roofline's lower bound for a device with this many FLOP/s and bytes/s."""
+        return 1000 * max(self.flop / flops, self.nbytes / bandwidth)
+
+
+def count_work(
+    model: ModelConfig, *, resolution: Resolution, text_tokens: int, batch: int, dtype: Dtype = "bfloat16"
+) -> dict[str, Work]:
+    """The work of one step on one GPU by part, a finer division than the kinds of `benchmarks/single_gpu.py`.
+
+    `attention`; the linear layers `GEMM, image`, `GEMM, text` and `GEMM, conditioning` (modulation and embeddings of
+    the time and the pooled text); `norm, modulation, gate`; `heads` (splitting queries, keys and values into heads,
+    with their norms); `other`. A multiplication and an addition are two FLOP; for operators that are no matrix
+    products, `ELEMENTWISE_FLOP` per element.
+    """
+    architecture, config = architecture_of(model), BuildConfig.one_size(resolution, batch, text_tokens)
+    mapping = Layout().at(0)
+    graph = dry_graph(model, mapping, config, dtype)
+    weights = meta_weights(architecture, model, mapping.layout, dtype)
+    sizes = Sizes(batch, resolution.height, resolution.width, text_tokens)
+    inputs = [
+        on_meta(shape_of(x, model, sizes, config.vae_scale_factor), input_dtype(x, dtype))
+        for x in architecture.inputs_of(model, config)
+    ]
+    counter = Counter(lower(graph, weights, device="meta", passes=NUMERICS + SPEED + KERNELS), text_tokens)
+    counter.run(*inputs)
+    return dict(counter.found)
+
+
+class Counter(fx.Interpreter):
+    """Runs a lowered graph on shapes alone and adds up its work by part."""
+
+    def __init__(self, module: fx.GraphModule, text_tokens: int):
+        super().__init__(module)
+        self.text_tokens = text_tokens
+        self.found: defaultdict[str, Work] = defaultdict(Work)
+
+    def call_function(self, target, args, kwargs) -> Any:
+        if target is kernels.qkv_attention:
+            return self._attention(args, kwargs)
+        result = super().call_function(target, args, kwargs)
+        if not isinstance(result, torch.Tensor) or is_view(result, args):
+            return result
+        moved = sum(x.nbytes for x in (*args, result) if isinstance(x, torch.Tensor))
+        if target in GEMMS:
+            stream = (
+                "conditioning" if args[0].dim() == 2 else "text" if args[0].shape[1] == self.text_tokens else "image"
+            )
+            self.found[f"GEMM, {stream}"] += Work(2 * result.numel() * args[0].shape[-1], moved)
+        else:
+            kind = "norm, modulation, gate" if target in NORMS else "other"
+            self.found[kind] += Work(ELEMENTWISE_FLOP * result.numel(), moved)
+        return result
+
+    def _attention(self, args, kwargs) -> torch.Tensor:
+        """Two kernels: queries, keys and values split into heads, then attention itself."""
+        q, k, v = kernels.split_heads(*args, heads=kwargs["heads"], eps=kwargs["eps"])
+        nbytes = 3 * q.nbytes
+        self.found["heads"] += Work(ELEMENTWISE_FLOP * 3 * q.numel(), 2 * nbytes)
+        self.found["attention"] += Work(4 * math.prod(q.shape) * k.shape[2], nbytes + v.nbytes)
+        batch, heads, tokens, size = q.shape
+        return torch.empty((tokens, batch, heads, size), dtype=q.dtype, device="meta").permute(
+            1, 2, 0, 3
+        )  # as on a GPU
+
+
+def is_view(result: torch.Tensor, args: tuple) -> bool:
+    """Whether an operator only looked at its input in another way."""
+    storages = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+    return result.untyped_storage()._cdata in storages

@@ -1,0 +1,67 @@
+"""Bugs to find: copies of an engine folder whose network is wrong in one place, for the exercises of notebook 03."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY
+from ..engine.folder import graph_file
+from ..engine.graph import Graph, Layer
+from ..files import FileRecord
+from ..files.records import to_json
+
+Edit = Callable[[Layer], Layer]
+"""Changes the layers that the bug is in, and returns the others as they are."""
+
+
+def plant(engine_dir: str | Path, output_dir: str | Path, edit: str | Edit) -> Path:
+    """Write a copy of an engine folder, without its plan, whose graph has a bug. Its checksums are in order.
+
+    Args:
+        engine_dir: an engine folder of one rank.
+        output_dir: a folder beside it, replaced if it is there; it refers to the same checkpoint.
+        edit: the name of one of `BUGS`, or a function that is called with every layer.
+
+    Raises:
+        ValueError: the edit changes no layer.
+    """
+    source, output, name = Path(engine_dir), Path(output_dir), graph_file(0)
+    edit = BUGS[edit] if isinstance(edit, str) else edit
+    graph = Graph.load(source / name)
+    layers = tuple(map(edit, graph.layers))
+    if layers == graph.layers:
+        raise ValueError(f"the edit changes none of the {len(layers)} layers of {source}")
+    config = json.loads((source / CONFIG_FILE).read_text())
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    replace(graph, layers=layers).save(output / name)
+    config[OWN_KEY] |= {"files": to_json({name: FileRecord.of(output / name)}), "tensorrt": None}
+    (output / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+    return output
+
+
+def exact_gelu(layer: Layer) -> Layer:
+    """The exact GELU instead of its tanh approximation, in the image's MLP of block 2."""
+    found = layer.name == "transformer_blocks.2.ff.net.0/gelu_tanh"
+    return replace(layer, attributes={"kind": "GELU_ERF"}) if found else layer
+
+
+def swapped_shift_and_scale(layer: Layer) -> Layer:
+    """Shift and scale swapped before the text's attention in block 4."""
+    parts = {"slice": [1], "slice_2": [0]}
+    module, _, part = layer.name.rpartition("/")
+    found = module == "transformer_blocks.4.norm1_context" and part in parts
+    return replace(layer, attributes=layer.attributes | {"start": parts[part]}) if found else layer
+
+
+def wrong_epsilon(layer: Layer) -> Layer:
+    """PyTorch's default epsilon of layer norm, 1e-5, instead of SD3's 1e-6, before the image's attention in block 0."""
+    found = layer.name == "transformer_blocks.0.norm1.norm/layer_norm"
+    return replace(layer, attributes=layer.attributes | {"epsilon": 1e-5}) if found else layer
+
+
+BUGS: dict[str, Edit] = {"A": swapped_shift_and_scale, "B": exact_gelu, "C": wrong_epsilon}

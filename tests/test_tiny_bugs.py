@@ -1,0 +1,41 @@
+"""Bugs to find: each is planted where it says, and parity in float32 sees it."""
+
+import pytest
+import torch
+
+from mmdit_lib import MMDiTRunner
+from mmdit_lib.engine.inputs import sample_inputs
+from mmdit_lib.tiny.bugs import BUGS, plant
+
+PLACES = {
+    "A": "transformer_blocks.4.norm1_context:0",
+    "B": "transformer_blocks.2.ff.net.0",
+    "C": "transformer_blocks.0.norm1.norm",
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    from mmdit_lib import build, convert, tiny
+
+    folder = tmp_path_factory.mktemp("bugs")
+    checkpoint = convert(tiny.model_path(), folder / "checkpoint", dtype="float32", progress=False)
+    return build(checkpoint, folder / "engine", plan=False, progress=False)
+
+
+def values(folder):
+    runner = MMDiTRunner.from_engine(folder, backend="pytorch", device="cpu")
+    return runner.intermediates(sample_inputs(runner.folder, resolution="64", text_tokens=77, batch=1))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_is_where_it_says(engine, bug):
+    correct, wrong = values(engine), values(plant(engine, engine.parent / f"engine-{bug}", bug))
+    modules = [name for name in correct if "/" not in name]
+    differ = [name for name in modules if not torch.equal(correct[name], wrong[name])]
+    assert differ[0] == PLACES[bug]
+
+
+def test_an_edit_that_changes_nothing_is_refused(engine):
+    with pytest.raises(ValueError, match="the edit changes none of the"):
+        plant(engine, engine.parent / "engine-same", lambda layer: layer)
