@@ -28,7 +28,7 @@ def shard_map(model: ModelConfig, tp_size: int, *, tp_layout: TpLayout = "megatr
     model.check_layout(Layout(tp_size=tp_size, tp_layout=tp_layout))
     sharding, colours = architecture_of(model).shardings[tp_layout], rank_colours(tp_size)
     start = f"{architecture_of(model).blocks}.{block}."
-    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots()
     top = widest = 0.0
     for matrices in _rows(_matrices(model, start)):
@@ -45,7 +45,8 @@ def shard_map(model: ModelConfig, tp_size: int, *, tp_layout: TpLayout = "megatr
     _name_axes(axes)
     axes.set_xlim(-0.75, widest + 0.05)
     axes.set_ylim(top - 1.1, -0.95)
-    axes.set_aspect("equal", anchor="W")
+    figure.set_size_inches(0.82 * (widest + 0.8), 0.82 * top + 0.75)
+    axes.set_aspect("equal")
     axes.set_axis_off()
     legend = [Patch(color=colour, label=f"rank {rank}") for rank, colour in enumerate(colours)]
     figure.legend(
