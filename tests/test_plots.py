@@ -1,6 +1,7 @@
 """The figures match the data: labels, numbers and colors are read from the drawn figure."""
 
 import io
+import math
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from PIL import Image
 from mmdit_lib import plots
 from mmdit_lib.engine.graph import Graph, Layer, Value
 from mmdit_lib.sd3 import KNOWN_MODELS
+from mmdit_lib.sd3 import KNOWN_MODELS, SD3
 
 MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
 
@@ -112,29 +114,78 @@ def test_few_differing_pixels_are_enlarged_and_counted():
     assert shown[61:68, 97:104].max(-1).min() == 127 and not shown[61:68, 97:104, :2].any()
 
 
+def boxes(figure: Figure) -> list[Rectangle]:
+    return [p for p in figure.axes[0].patches if isinstance(p, Rectangle) and p.get_fill()]
+
+
+def areas(figure: Figure, ranks: int) -> list[float]:
+    """The area of each rank's color."""
+    found = [(to_hex(p.get_facecolor()), p.get_width() * p.get_height()) for p in boxes(figure)]
+    return [sum(area for colour, area in found if colour == mine) for mine in plots.figure.COLOURS[:ranks]]
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-def test_shard_map_gives_every_rank_its_share(tp_size):
+def test_shard_map_gives_every_rank_its_share_to_scale(tp_size):
     figure = plots.shard_map(MEDIUM, tp_size)
     said = texts(figure)
     for label in (
-        "attn.to_q\ncolwise\n1536 x 1536",
-        "ff.net.1\nrowwise\n1536 x 6144",
-        "norm1.linear\nreplicated\n13824 x 1536",
+        "attn.\nto_q\ncolwise\n1536 to 1536",
+        "ff.\nnet.1\nrowwise\n6144 to 1536",
+        "norm1.linear\nreplicated\n1536 to 13824",
         f"rank {tp_size - 1}",
+        "inputs",
+        "101.4 million weights",
     ):
         assert label in said, label
-    parts = [p for p in figure.axes[0].patches if isinstance(p, Rectangle) and p.get_fill()]
-    area = {
-        c: sum(p.get_width() * p.get_height() for p in parts if to_hex(p.get_facecolor()) == c)
-        for c in plots.figure.COLOURS[:tp_size]
+    shapes = SD3.parameters(MEDIUM)
+    block = {
+        n: s for n, s in shapes.items() if n.startswith("transformer_blocks.0.") and n.endswith("weight") and s[1:]
     }
-    assert max(area.values()) == pytest.approx(min(area.values())) and min(area.values()) > 0
+    sharded = {n: s for n, s in block.items() if ".norm" not in n}
+    wanted, whole = (sum(map(math.prod, s.values())) / MEDIUM.hidden_size**2 for s in (sharded, block))
+    assert areas(figure, tp_size) == pytest.approx([wanted / tp_size] * tp_size)
+    grey = sum(p.get_width() * p.get_height() for p in boxes(figure) if p.get_hatch())
+    assert grey == pytest.approx(whole - wanted)
 
 
 def test_shard_map_refuses_and_knows_both_layouts():
     assert "colwise_gather" in texts(plots.shard_map(MEDIUM, 2, tp_layout="trtllm"))
     with pytest.raises(ValueError, match="38 heads are not divisible by tp_size=4; use 1, 2, 19 or 38"):
         plots.shard_map(KNOWN_MODELS["stable-diffusion-3.5-large"], 4)
+
+
+@pytest.mark.parametrize("tp_size", [2, 3])
+def test_sharded_mlp_is_to_scale(tp_size):
+    figure = plots.sharded_mlp(384, 1536, tp_size)
+    said = texts(figure)
+    assert "1536 x 384\nevery rank" in said and "384 x 1536\ncolwise" in said and "1536 x 384\nrowwise" in said
+    assert said.count("partial sum") == tp_size and "all-reduce" in said
+    up = down = 4
+    hidden, y = 4 * 1536 / 384, 1536 / 384
+    assert areas(figure, tp_size) == pytest.approx([(up + hidden + down) / tp_size + y] * tp_size)
+
+
+@pytest.mark.parametrize("lengths", [(6, 3), (4, 4), (7, 2)])
+@pytest.mark.parametrize(("method", "ranks"), [("allgather", 2), ("ulysses", 2), ("allgather", 3), ("ulysses", 4)])
+def test_attention_grids(method, ranks, lengths):
+    figure = plots.attention_grids(method, lengths=lengths, heads=4, ranks=ranks)
+    said = texts(figure)
+    padded = sum(-(-n // ranks) * ranks for n in lengths)
+    squares = (2 / 1 if method == "allgather" else 3 / ranks) * padded * 4 * (ranks - 1) / ranks
+    assert f"receives {squares:g} squares" in said and f"rank {ranks - 1}" in said
+    real = 4 * sum(lengths)  # of one tensor
+    kept = {"allgather": 3 + (1 + 2 * ranks) + 1, "ulysses": 3 + 3 + 1 + 1}[method]
+    assert sum(areas(figure, ranks)) == kept * real
+    hatched = {"allgather": 5, "ulysses": 4}[method] * 4 * (padded - sum(lengths))
+    assert sum(p.get_hatch() is not None for p in boxes(figure)) == hatched
+
+
+def test_gathered_rows():
+    figure = plots.gathered_rows((5, 3), 2)
+    said = [t.get_text() for t in figure.axes[0].texts]
+    assert " ".join(said[:11]) == "gathered i0 i1 i2 t0 t1 i3 i4 pad t2 pad"
+    assert " ".join(said[11:]) == "attended to i0 i1 i2 i3 i4 t0 t1 t2"
+    assert areas(figure, 2) == [2 * 5, 2 * 3]
 
 
 @pytest.mark.parametrize(

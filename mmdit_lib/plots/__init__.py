@@ -15,13 +15,19 @@ from .rounding import rounding_costs, rounding_error
 from .images import image_grid, images_side_by_side
 from .layers import time_by_block
 from .roofline import roofline
+from .mlp import sharded_mlp
 from .shards import shard_map
+from .tokens import attention_grids, gathered_rows
 
 __all__ = [
     "attention_quadrants",
     "block_diagram",
     "error_by_depth",
     "film_strip",
+    "attention_grids",
+    "block_diagram",
+    "error_by_depth",
+    "gathered_rows",
     "images_side_by_side",
     "memory_over_time",
     "network_diagram",
@@ -33,6 +39,7 @@ __all__ = [
     "images_side_by_side",
     "roofline",
     "shard_map",
+    "sharded_mlp",
     "time_bars",
     "time_by_block",
     "traffic_bars",

@@ -10,6 +10,8 @@ from PIL import Image
 COLOURS = ("#3366aa", "#dd7733", "#339977", "#aa4466", "#8866bb", "#bb9922", "#55aacc", "#777777")
 """Distinguishable with any color vision, and in print."""
 GREY = "#888888"
+COLLECTIVE = "#bb3333"
+"""Where ranks communicate."""
 
 
 class Figure(matplotlib.figure.Figure):

@@ -185,11 +185,15 @@ def _compare(ours: torch.Tensor | None, theirs: torch.Tensor | None, mapping: Ra
     difference = ours - expected.double()
     if difference.numel() == 0:
         return row | {"status": "ok", "max_abs_error": 0.0, "relative_error": 0.0, "note": "no rows on this rank"}
-    most = difference.abs().max().item()
-    scale = expected.double().norm().item()
-    relative = difference.norm().item() / scale if scale else (0.0 if most == 0 else float("inf"))
+    most, relative = difference.abs().max().item(), relative_error(ours, expected)
     status = "ok" if relative <= tolerance else "mismatch"  # NaN is a mismatch
     return row | {"status": status, "max_abs_error": most, "relative_error": relative}
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The norm of the difference over the norm of `wanted`, in float64; of zeros, 0 or infinity."""
+    difference, scale = (found.double() - wanted.double()).norm().item(), wanted.double().norm().item()
+    return difference / scale if scale else (0.0 if difference == 0 else float("inf"))
 
 
 def align(reference: torch.Tensor, shape: Sequence[int], mapping: RankMapping) -> torch.Tensor | None:

@@ -118,6 +118,11 @@ def shape_and_dtype(x):
     return (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
 
 
+def bytes_sent(found: Counter[Collective]) -> int:
+    """What each rank sends in all of them together."""
+    return sum(collective.sent * times for collective, times in found.items())
+
+
 def traffic_table(
     name: str, model: ModelConfig, *, resolution: Resolution, text_tokens: int, batch: int, dtype: Dtype
 ) -> Table:
@@ -150,11 +155,10 @@ def summary(found: Counter[Collective]) -> list[tuple[str, int, str, int]]:
     """Per operation: name, number of calls, sizes of a rank's input in MB, total bytes that a rank sends."""
     rows = []
     for operation in sorted({c.operation for c in found}):
-        these = {c: times for c, times in found.items() if c.operation == operation}
+        these = Counter({c: times for c, times in found.items() if c.operation == operation})
         sizes = sorted(c.nbytes / 1e6 for c in these)
         given = f"{sizes[0]:.3g}" if len(sizes) == 1 else f"{sizes[0]:.3g} to {sizes[-1]:.3g}"
-        sent = sum(c.sent * times for c, times in these.items())
-        rows.append((operation.lower().replace("_", "-"), sum(these.values()), given, sent))
+        rows.append((operation.lower().replace("_", "-"), these.total(), given, bytes_sent(these)))
     return rows
 
 
