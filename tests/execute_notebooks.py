@@ -1,7 +1,7 @@
 """Run notebooks in place, as they are committed: `python tests/execute_notebooks.py [notebooks/04-generate.ipynb ...]`.
 
-Every notebook runs alone, in a fresh kernel. Progress bars are kept as the line of text that they ended with:
-widgets show on no web page.
+Every notebook runs alone, in a fresh kernel. A web page shows no widgets: a progress bar is kept as the line of text
+that it ended with, sliders and other controls as a line that names them, and what an `interact` displayed as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from html import unescape
+from itertools import chain
 from pathlib import Path
 
 import nbformat
@@ -18,6 +20,8 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+CONTROLS = {"Slider": "slider", "Dropdown": "dropdown", "Checkbox": "checkbox", "ToggleButtons": "choice"}
+"""What to call a control, by a part of the name of its widget model."""
 
 
 def execute(path: Path) -> float:
@@ -44,15 +48,10 @@ def execute(path: Path) -> float:
 
 
 def settled(outputs: list, states: dict) -> list:
-    """`outputs` with every progress bar as text on stdout, neighbors joined."""
+    """`outputs` with every widget replaced by `without_widget`, neighboring texts joined."""
     kept = []
-    for output in outputs:
-        widget = output.get("data", {}).get(WIDGET)
+    for output in chain.from_iterable(without_widget(output, states) for output in outputs):
         output.get("data", {}).pop("image/jpeg", None)  # the same image as the PNG
-        if widget is not None:
-            output = text_output(bar_text(states, widget["model_id"]))
-        elif output.output_type == "stream" and output.name == "stderr" and is_bar(output.text):
-            output = text_output(output.text)
         if (
             output.output_type == "stream"
             and kept
@@ -63,6 +62,42 @@ def settled(outputs: list, states: dict) -> list:
         else:
             kept.append(output)
     return [output for output in kept if output.output_type != "stream" or output.text.strip()]
+
+
+def without_widget(output, states: dict) -> list:
+    """A progress bar as text on stdout; controls as a line of text, then the output that they made last."""
+    widget = output.get("data", {}).get(WIDGET)
+    if widget is None:
+        bar = output.output_type == "stream" and output.name == "stderr" and is_bar(output.text)
+        return [text_output(output.text) if bar else output]
+    models = list(below(states, widget["model_id"]))
+    if any("ProgressModel" in model["model_name"] for model in models):
+        return [text_output(bar_text(states, widget["model_id"]))]
+    kept = [text_output(controls_text(models))]
+    for model in models:
+        for shown in model["state"].get("outputs", []):  # an Output widget's
+            kept += without_widget(nbformat.from_dict(shown), states)
+    return kept
+
+
+def below(states: dict, model_id: str) -> Iterator[dict]:
+    """The model and its children, in the order in which they are displayed."""
+    model = states.get(model_id.removeprefix("IPY_MODEL_"))
+    if model is not None:
+        yield model
+        for child in model["state"].get("children", []):
+            yield from below(states, child)
+
+
+def controls_text(models: list[dict]) -> str:
+    """For instance `[sliders: guidance, steps; run the notebook to change them]`."""
+    found: dict[str, list[str]] = {}
+    for model in models:
+        kind = next((name for part, name in CONTROLS.items() if part in model["model_name"]), None)
+        if kind is not None:
+            found.setdefault(kind, []).append(model["state"].get("description", ""))
+    kinds = [f"{kind}{'s' * (len(names) > 1)}: {', '.join(names)}" for kind, names in found.items()]
+    return f"[{'; '.join([*kinds, 'run the notebook to change them'])}]\n" if kinds else ""
 
 
 def is_bar(text: str) -> bool:
