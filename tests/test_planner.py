@@ -5,7 +5,7 @@ import torch
 from helpers import MODELS
 
 from mmdit_lib.config import Layout, Sizes
-from mmdit_lib.reports.planner import PeakBytes, bytes_of_rank_0, companions
+from mmdit_lib.reports.planner import PeakBytes, bytes_of_rank_0, companions, memory_plan
 from mmdit_lib.reports.step_time import rank_memory
 
 SIZES = Sizes(2, 64, 64, 77)
@@ -37,3 +37,11 @@ def test_rank_0():
     without = bytes_of_rank_0(model, Layout(), SIZES, "bfloat16", encoders=False)
     assert without == memory.weights + beside.vae + max(memory.activations, beside.decoding)
     assert bytes_of_rank_0(model, Layout(), SIZES, "bfloat16") - without == sum(beside.encoders.values())
+
+
+def test_plan():
+    layouts = {"1 GPU": Layout(), "tp 3": Layout(tp_size=3)}
+    plan = memory_plan({"small": MODELS["sd3.5-medium"]}, layouts, SIZES, cards=(1, 12))
+    assert plan.loc[("small", "with"), "1 GPU"].endswith(": 12 GB")
+    assert plan.loc[("small", "without"), "1 GPU"].endswith(": 1 GB") and set(plan["tp 3"]) == {"-"}
+    assert set(memory_plan({"small": MODELS["sd3.5-medium"]}, layouts, SIZES, cards=(0,))["1 GPU"].str[-4:]) == {"none"}

@@ -6,6 +6,7 @@ from .errors import error_by_depth
 from .images import images_side_by_side
 from .layers import time_by_block
 from .predictions import predicted_and_measured
+from .ranks import rank_grid
 from .shards import shard_map
 from .timeline import timeline
 
@@ -14,6 +15,7 @@ __all__ = [
     "error_by_depth",
     "images_side_by_side",
     "predicted_and_measured",
+    "rank_grid",
     "shard_map",
     "time_bars",
     "time_by_block",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import pandas as pd
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -61,6 +62,35 @@ def bytes_of_rank_0(
     beside = companions(dtype, sizes.height, sizes.width, images)
     weights = memory.weights + beside.vae + (sum(beside.encoders.values()) if encoders else 0)
     return weights + max(memory.activations + memory.exchange, beside.decoding)
+
+
+def memory_plan(
+    models: Mapping[str, ModelConfig],
+    layouts: Mapping[str, Layout],
+    sizes: Sizes,
+    dtype: Dtype = "bfloat16",
+    *,
+    cards: Sequence[int] = (16, 24, 48, 80),
+    images: int = 1,
+) -> pd.DataFrame:
+    """Gigabytes on rank 0 by model and layout, with and without text encoders, each with the smallest card that fits.
+
+    A card of 24 GB has 24 x 2^30 bytes, 7 % more than 24 x 10^9: the rest is left to what CUDA, cuBLAS and cuDNN
+    reserve. What a model does not support is '-'.
+    """
+    rows = {}
+    for name, model in models.items():
+        for encoders in (True, False):
+            row = rows[name, "with" if encoders else "without"] = {}
+            for label, layout in layouts.items():
+                try:
+                    needed = bytes_of_rank_0(model, layout, sizes, dtype, encoders=encoders, images=images) / 1e9
+                except ValueError:
+                    row[label] = "-"
+                    continue
+                card = next((f"{card} GB" for card in cards if needed <= card), "none")
+                row[label] = f"{needed:.1f}: {card}"
+    return pd.DataFrame(rows).T.rename_axis(index=["model", "text encoders"])
 
 
 class PeakBytes(TorchDispatchMode):

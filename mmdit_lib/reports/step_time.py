@@ -16,6 +16,7 @@ from ..architecture import ModelConfig
 from ..config import TORCH_DTYPES, BuildConfig, Dtype, Layout, Resolution, Sizes
 from ..engine.dry_graph import dry_graph
 from ..engine.graph import Graph
+from ..engine.inputs import check_build
 from ..models import architecture_of
 from .memory import Memory, memory_of
 from .traffic import Collective, collectives_of
@@ -83,36 +84,53 @@ class StepTime:
     collectives: int
     megabytes: float
     """Sent, as by `Collective.sent`."""
-    memory: Memory
+    case: tuple[ModelConfig, Layout, Sizes, Dtype]
+
+    @property
+    def memory(self) -> Memory:
+        return rank_memory(*self.case)
 
     @property
     def ms(self) -> float:
         return self.divided + self.replicated + self.transfer - self.hidden + self.latency
 
     @property
+    def sequential(self) -> float:
+        """Milliseconds if no work were done during the transfer."""
+        return self.ms + self.hidden
+
+    @property
     def gigabytes(self) -> float:
         return self.memory.total / 1e9
 
 
-@lru_cache(maxsize=8)
-def _graph(model: ModelConfig, layout: Layout, sizes: Sizes, dtype: Dtype) -> tuple[Graph, BuildConfig]:
+def _build(model: ModelConfig, layout: Layout, sizes: Sizes) -> BuildConfig:
     if sizes.batch % layout.cfg_size:
         raise ValueError(f"batch {sizes.batch} is not divisible by cfg_size={layout.cfg_size}: guidance uses two rows")
     build = BuildConfig.one_size(Resolution(height=sizes.height, width=sizes.width), sizes.batch, sizes.text_tokens)
-    return dry_graph(model, layout.at(0), build, dtype), build
+    check_build(model, build, layout)
+    return build
+
+
+@lru_cache(maxsize=4)
+def _graph(model: ModelConfig, layout: Layout, build: BuildConfig, dtype: Dtype) -> Graph:
+    return dry_graph(model, layout.at(0), build, dtype)
 
 
 @lru_cache(maxsize=512)
 def rank_collectives(model: ModelConfig, layout: Layout, sizes: Sizes, dtype: Dtype) -> Counter[Collective]:
     """How often each collective of rank 0 runs in a step. Raises `ValueError` if the layout is not legal."""
-    graph, build = _graph(model, layout, sizes, dtype)
-    return collectives_of(graph, model, layout, dtype, sizes, build)
+    build = _build(model, layout, sizes)
+    if layout.world_size == 1:
+        return Counter()
+    return collectives_of(_graph(model, layout, build, dtype), model, layout, dtype, sizes, build)
 
 
 @lru_cache(maxsize=512)
 def rank_memory(model: ModelConfig, layout: Layout, sizes: Sizes, dtype: Dtype) -> Memory:
     """Memory of rank 0. Raises `ValueError` if the layout is not legal."""
-    graph, build = _graph(model, layout, sizes, dtype)
+    build = _build(model, layout, sizes)
+    graph = _graph(model, layout, build, dtype)
     return memory_of(graph, architecture_of(model), model, layout, dtype, sizes, build)
 
 
@@ -162,7 +180,7 @@ def predict(
         latency=sum(times * via(collective.group).latency / 1e3 for collective, times in found.items()),
         collectives=found.total(),
         megabytes=sum(times * collective.sent for collective, times in found.items()) / 1e6,
-        memory=rank_memory(model, layout, sizes, dtype),
+        case=(model, layout, sizes, dtype),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ KINDS = {
     dist_collective: COLLECTIVE, torch_ops.attention: ATTENTION, torch_ops.matrix_multiply: GEMM,
     torch_ops.linear: GEMM, torch_ops.linear_gelu: GEMM,
 }  # fmt: skip
+WARM_UP = 2
 
 
 class Span(NamedTuple):
@@ -48,21 +49,31 @@ class Stamps(fx.Interpreter):
 
 
 @torch.inference_mode()
-def record_step(runner: MMDiTRunner, inputs: Mapping[str, torch.Tensor], warm_up: int = 2) -> list[Span]:
-    """One step of this rank, after `warm_up` others; the ranks start it together.
+def record_steps(runner: MMDiTRunner, inputs: Mapping[str, torch.Tensor], steps: int = 5) -> list[list[Span]]:
+    """`steps` steps of this rank, after two others; the ranks start each of them together.
 
     A collective's span includes the time in which it waits for the other ranks. Raises `ValueError` unless the
-    `pytorch` backend runs on a CPU: calls return before a GPU has finished.
+    `pytorch` backend runs on a CPU: on a GPU, calls return before the work is done.
     """
     if runner.backend.name != "pytorch" or runner.device.type != "cpu":
-        raise ValueError(f"record_step: needs the pytorch backend on a CPU, not {runner.backend.name}, {runner.device}")
+        raise ValueError(f"record_steps: {runner.backend.name} on {runner.device}; use the pytorch backend on a CPU")
     prepared, _ = runner.prepare(inputs)
     arguments = [prepared[name] for name in runner.backend.inputs]
-    stamps = Stamps(runner.backend.module)
+    recorded = []
     with without_tf32():
-        for _ in range(warm_up + 1):
-            stamps.spans.clear()
+        for _ in range(WARM_UP + steps):
+            stamps = Stamps(runner.backend.module)
             if dist.is_initialized():
                 dist.barrier()
             stamps.run(*arguments)
-    return stamps.spans
+            recorded.append(stamps.spans)
+    return recorded[WARM_UP:]
+
+
+def quickest(ranks: Sequence[Sequence[Sequence[Span]]]) -> list[list[Span]]:
+    """Every rank's spans of the step that took least time, over all ranks."""
+
+    def seconds(step) -> float:
+        return max(spans[-1].end for spans in step) - min(spans[0].start for spans in step)
+
+    return list(min(zip(*ranks, strict=True), key=seconds))
