@@ -163,7 +163,8 @@ def test_timeline_draws_every_span():
         next(c for c in figure.axes[0].collections if to_hex(c.get_facecolor()[0]) == colour and c.get_paths())
         for colour in (plots.figure.COLOURS[0], plots.figure.COLOURS[2])
     )
-    assert gemm.get_paths()[0].get_extents().width == pytest.approx(10) and figure.axes[0].get_xlim()[1] == 30
+    assert gemm.get_paths()[0].get_extents().width == pytest.approx(10)
+    assert figure.axes[0].get_xlim()[1] == pytest.approx(30)
     assert attention.get_paths()[0].get_extents().ymin > gemm.get_paths()[0].get_extents().ymax
 
 

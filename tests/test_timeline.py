@@ -1,5 +1,7 @@
 """Recording what a rank does when."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import case
@@ -15,7 +17,7 @@ def test_every_operator_of_a_step_in_order():
     assert len(steps) == 2 and steps[0][-1].end <= steps[1][0].start
     for spans in steps:
         assert [span.name for span in spans] == nodes
-        assert all(a.start <= a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a.start <= a.end <= b.start for a, b in pairwise(spans))
         assert {span.kind for span in spans} == {"GEMM", "attention", "other"}  # one rank: no collectives
 
 
