@@ -26,6 +26,7 @@ from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.reports.bench import conditions
 from mmdit_lib.sd3 import SD3Config
+from mmdit_lib.sd3.companions import text_encoders, vae
 
 from . import common
 from .single_gpu import MODELS
@@ -69,26 +70,9 @@ class Parts:
     """The text encoders and the VAE of SD3 and SD3.5."""
 
     def __init__(self, device: torch.device):
-        from diffusers import AutoencoderKL
-        from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-        def clip(width: int, layers: int, heads: int) -> CLIPTextModelWithProjection:
-            sizes = dict(hidden_size=width, intermediate_size=4 * width, projection_dim=width)
-            config = CLIPTextConfig(**sizes, num_hidden_layers=layers, num_attention_heads=heads)
-            return CLIPTextModelWithProjection(config)
-
-        sizes = dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, d_kv=64, feed_forward_proj="gated-gelu")
-        blocks = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
         with torch.device(device):
-            self.clips = [clip(768, 12, 12).eval(), clip(1280, 32, 20).eval()]
-            self.t5 = T5EncoderModel(T5Config(**sizes)).eval()
-            self.vae = AutoencoderKL(
-                latent_channels=16, block_out_channels=[128, 256, 512, 512], layers_per_block=2, shift_factor=0.0609,
-                scaling_factor=1.5305, use_quant_conv=False, use_post_quant_conv=False, sample_size=SIDE, **blocks,
-            ).eval()  # fmt: skip
-        torch.set_default_dtype(before)
+            *self.clips, self.t5 = text_encoders(torch.bfloat16).values()
+            self.vae = vae(torch.bfloat16, SIDE)
         self.device = device
 
     def encode(self, prompts: int) -> tuple[torch.Tensor, torch.Tensor]:

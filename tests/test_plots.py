@@ -14,8 +14,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from mmdit_lib import plots
+from mmdit_lib.config import Layout
 from mmdit_lib.engine.graph import Graph, Layer, Value
-from mmdit_lib.sd3 import KNOWN_MODELS
 from mmdit_lib.sd3 import KNOWN_MODELS, SD3
 
 MEDIUM = KNOWN_MODELS["stable-diffusion-3.5-medium"]
@@ -285,6 +285,8 @@ def test_memory_over_time_labels_the_peak():
     figure = plots.memory_over_time({"a": [(0.0, 0.0), (0.1, 42.4)], "b": [(0.0, 1.0)]}, {"a": 40.0})
     said = texts(figure)
     assert "a: peak 42 MB" in said and "predicted 40 MB" in said and "b: peak 1 MB" in said
+
+
 def test_film_strip_has_a_row_per_label_and_a_column_per_step():
     image = Image.new("RGB", (16, 16), (200, 30, 30))
     figure = plots.film_strip({"noisy": [image] * 3, "predicted": [image] * 3}, ["t = 1", "t = 0.5", "t = 0"])
@@ -318,3 +320,37 @@ def test_word_maps_cover_the_image():
     picture, heat = figure.axes[1].images
     assert tuple(heat.get_extent()) == tuple(picture.get_extent()) == (-0.5, 31.5, 15.5, -0.5)
     assert (np.asarray(heat.get_array()) == weights).all()
+
+
+def test_predictions_add_up_beside_the_measurements():
+    parts = {"tp 2": dict(divided=20.0, replicated=3.0, transfer=6.0, hidden=2.0, latency=0.5)}
+    figure = plots.predicted_and_measured(parts, {"tp 2": 26.0}, title="two GPUs")
+    said = texts(figure)
+    assert "27.5, measured 26.0" in said and all(word in said for word in ("divided work", "latency", "two GPUs"))
+    bars = figure.axes[0].patches
+    assert [bar.get_width() for bar in bars] == [20.0, 3.0, 4.0, 0.5]
+    assert [bar.get_x() for bar in bars] == [0.0, 20.0, 23.0, 27.0]
+    assert "measured" not in texts(plots.predicted_and_measured(parts, {}))
+
+
+def test_timeline_draws_every_span():
+    ranks = [[("GEMM", "a", 5.0, 5.01), ("collective", "b", 5.01, 5.03)], [("attention", "a", 5.0, 5.02)]]
+    figure = plots.timeline({"tp 2": ranks, "cfg 2": ranks[:1]}, title="two processes")
+    assert "collective" in texts(figure) and [len(axes.get_yticks()) for axes in figure.axes] == [2, 1]
+    (gemm, attention) = (
+        next(c for c in figure.axes[0].collections if to_hex(c.get_facecolor()[0]) == colour and c.get_paths())
+        for colour in (plots.figure.COLOURS[0], plots.figure.COLOURS[2])
+    )
+    assert gemm.get_paths()[0].get_extents().width == pytest.approx(10)
+    assert figure.axes[0].get_xlim()[1] == pytest.approx(30)
+    assert attention.get_paths()[0].get_extents().ymin > gemm.get_paths()[0].get_extents().ymax
+
+
+def test_rank_grid_numbers_the_ranks():
+    figure = plots.rank_grid(Layout(tp_size=2, cp_size=3, cfg_size=2))
+    assert len(figure.axes) == 2 and "unconditional" in texts(figure)
+    place = {t.get_text(): t.get_position() for t in figure.axes[1].texts}
+    assert place["rank 6"] == (0.5, 0.5) and place["rank 7"] == (1.5, 0.5) and place["rank 8"] == (0.5, 1.5)
+    colours = [to_hex(patch.get_facecolor()) for patch in figure.axes[0].patches]
+    assert colours[0] == colours[1] != colours[2]
+    assert len(plots.rank_grid(Layout()).axes) == 1

@@ -36,6 +36,10 @@ class Memory:
     exchange: int
     """Symmetric memory: two slots through which the ranks of one machine exchange data."""
 
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.exchange
+
 
 def memory_of(
     graph: Graph,

@@ -71,14 +71,21 @@ def count_traffic(
     Raises:
         ValueError: if the model does not support the layout or the sizes.
     """
-    architecture = architecture_of(model)
     config = BuildConfig.one_size(resolution, batch, text_tokens)
     graph = dry_graph(model, layout.at(0), config, dtype)
-    weights = meta_weights(architecture, model, layout, dtype)
     sizes = Sizes(batch, resolution.height, resolution.width, text_tokens)
+    return collectives_of(graph, model, layout, dtype, sizes, config)
+
+
+def collectives_of(
+    graph: Graph, model: ModelConfig, layout: Layout, dtype: Dtype, sizes: Sizes, build: BuildConfig
+) -> Counter[Collective]:
+    """How often each collective of rank 0's graph runs in one step."""
+    architecture = architecture_of(model)
+    weights = meta_weights(architecture, model, layout, dtype)
     inputs = [
-        on_meta(shape_of(x, model, sizes, config.vae_scale_factor), input_dtype(x, dtype))
-        for x in architecture.inputs_of(model, config)
+        on_meta(shape_of(x, model, sizes, build.vae_scale_factor), input_dtype(x, dtype))
+        for x in architecture.inputs_of(model, build)
     ]
     counter = Recorder(lower(graph, weights, device="meta", groups=group_names(graph)))
     counter.run(*inputs)
