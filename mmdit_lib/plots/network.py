@@ -114,7 +114,8 @@ def _label(layer: Layer, values: dict[str, float]) -> str:
     if "values" in layer.attributes:
         return f"CONSTANT\n{layer.attributes['values'][0]:g}"
     if "weight" in layer.attributes:
-        return "CONSTANT\n" + ".".join(layer.attributes["weight"].split(".")[-3:])
+        parts = layer.attributes["weight"].split(".")
+        return "CONSTANT\n" + ".".join(parts[-4 if parts[-3:][0].isdigit() else -3 :])
     kind = layer.attributes.get("kind") or layer.attributes.get("op")
     return f"{layer.type}\n{kind}" if kind else layer.type
 
