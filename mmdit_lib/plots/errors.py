@@ -41,10 +41,9 @@ def error_by_depth(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def _label_line(axes, text: str, height: float, colour: str) -> None:
-    """A short label at the right end, on a white background so that it stays readable over the data."""
-    axes.annotate(text, (0.995, height), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                  ha="right", va="bottom", fontsize=8, color=colour, zorder=5,
-                  bbox=dict(facecolor="white", edgecolor="none", pad=0.8, alpha=0.85))  # fmt: skip
+    """A short label outside the right end, where it hides no data."""
+    axes.annotate(text, (1.005, height), xycoords=("axes fraction", "data"), annotation_clip=False,
+                  ha="left", va="center", fontsize=8, color=colour)  # fmt: skip
 
 
 def _floor(tables: Mapping[str, pd.DataFrame]) -> float:
