@@ -207,7 +207,7 @@ def test_bars_carry_numbers_and_ratios():
     said = texts(plots.time_bars({"diffusers": 101.2, "engine": 61.5}))
     assert "101 ms" in said and "61.5 ms, 1.65 times faster" in said and "101 ms," not in said
     said = texts(plots.traffic_bars({"megatron": 310e6, "trtllm": 775e6, "none": 0}))
-    assert "310 MB\n" in said and "775 MB, 2.5 times the minimum" in said
+    assert "310 MB\n" in said and "775 MB, 2.5 times the smallest" in said
     assert "2,610 MB" in texts(plots.traffic_bars({"trtllm": 2.6082e9}))
 
 

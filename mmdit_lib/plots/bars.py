@@ -22,7 +22,7 @@ def traffic_bars(nbytes: Mapping[str, float], *, title: str = "Sent by each rank
     least = min((n for n in nbytes.values() if n), default=1)
     megabytes = {label: n / 1e6 for label, n in nbytes.items()}
     notes = [
-        f"{_megabytes(n)} MB" + (f", {n / least:.3g} times the minimum" if n > least else "") for n in nbytes.values()
+        f"{_megabytes(n)} MB" + (f", {n / least:.3g} times the smallest" if n > least else "") for n in nbytes.values()
     ]
     return _bars(megabytes, notes, "MB", title)
 
