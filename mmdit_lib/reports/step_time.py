@@ -112,7 +112,7 @@ def _build(model: ModelConfig, layout: Layout, sizes: Sizes) -> BuildConfig:
     return build
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _graph(model: ModelConfig, layout: Layout, build: BuildConfig, dtype: Dtype) -> Graph:
     return dry_graph(model, layout.at(0), build, dtype)
 
