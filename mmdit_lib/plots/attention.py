@@ -53,7 +53,7 @@ def attention_quadrants(weights, image_tokens: int, text_parts: Mapping[str, int
         for key, columns in streams.items():
             share = weights[rows, columns].sum(-1).mean()
             axes.text(
-                columns.start + 2, rows.start + 5, f"{query} → {key} {share:.0%}", color="white", fontsize=8.5,
+                columns.start + 2, rows.start + 5, f"{query} → {key} {share:.0%}", color="white", fontsize=7.5,
                 va="center", bbox=dict(facecolor=OUTSIDE, edgecolor="none", alpha=0.75, pad=2),
             )  # fmt: skip
     figure.colorbar(shown, ax=axes, label="attention weight", shrink=0.8, extend="min")
