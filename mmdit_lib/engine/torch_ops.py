@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from ..config import TORCH_DTYPES
+from ..config import FP8, TORCH_DTYPES
 from . import kernels, rank_kernels
 from .collectives import dist_collective
 
@@ -69,6 +69,25 @@ def matrix_multiply(a, b, *, op0, op1):
 def normalization(x, scale, bias, *, axes, epsilon):
     assert axes == 1 << (x.dim() - 1), "only the last dimension is normalized"
     return F.layer_norm(x, x.shape[-1:], scale.flatten(), bias.flatten(), epsilon)
+
+
+FP8_MAX = torch.finfo(TORCH_DTYPES[FP8]).max
+
+
+def quantize(x, scale, *, axis, to_type):
+    """As TensorRT defines it: castToFp8(clip(x / scale, -448, 448)), to nearest, ties to even; NaN stays NaN."""
+    assert to_type == FP8, to_type
+    return (x.float() / _along(scale, axis, x.dim())).clamp(-FP8_MAX, FP8_MAX).to(TORCH_DTYPES[FP8])
+
+
+def dequantize(x, scale, *, axis, to_type):
+    """x * scale, rounded once."""
+    return (x.float() * _along(scale, axis, x.dim())).to(TORCH_DTYPES[to_type])
+
+
+def _along(scale, axis, rank):
+    """The scales in float32, to broadcast along `axis` of a tensor of `rank` dimensions; -1: a single scale."""
+    return scale.float().reshape([-1 if dim == axis else 1 for dim in range(rank)] if axis >= 0 else ())
 
 
 def reduce(x, *, op, axes, keep_dims):
@@ -157,6 +176,7 @@ OPS: dict[str, Callable] = {
     "CAST": cast,
     "CONCATENATION": concatenation,
     "CONVOLUTION": convolution,
+    "DEQUANTIZE": dequantize,
     "DIST_COLLECTIVE": dist_collective,
     "ELEMENTWISE": elementwise,
     "GATED_NORM": kernels.gated_norm,
@@ -170,6 +190,7 @@ OPS: dict[str, Callable] = {
     "NORMALIZATION": normalization,
     "NORM_MODULATE": kernels.norm_modulate,
     "QKV_ATTENTION": kernels.qkv_attention,
+    "QUANTIZE": quantize,
     "REDUCE": reduce,
     "REDUCED_GATED_NORM": rank_kernels.reduced_gated_norm,
     "REDUCED_GATED_SUM": rank_kernels.reduced_gated_sum,
