@@ -71,7 +71,7 @@ def placed_parts(module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
             parts, dim = source["stack"], source["dim"]
             widths = [part["shape"][dim] for part in parts]
             yield from zip((part["weight"] for part in parts), tensor.split(widths, dim), strict=True)
-        elif "weight" in source and "crop" not in source:
+        elif "weight" in source and not {"crop", "dtype"} & source.keys():
             yield source["weight"], tensor
 
 
@@ -107,6 +107,8 @@ def value_of(source: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> tor
     if "values" in source:
         return torch.tensor(source["values"], dtype=TORCH_DTYPES[source["dtype"]]).expand(source["shape"])
     tensor = weights[source["weight"]].reshape(source["shape"])
+    if "dtype" in source:
+        tensor = tensor.to(TORCH_DTYPES[source["dtype"]])
     for dim, (start, size) in source.get("crop", {}).items():
         tensor = tensor.narrow(int(dim), start, size)
     return tensor
