@@ -32,7 +32,7 @@ def test_what_a_checkpoint_contains(name):
     assert config["quantization"]["quant_algo"] == "FP8" and config["dtype"] == "float32"
     assert config["quantization"]["exclude_modules"] == [kept.pattern for kept in SD3.full_precision]
     own = config["mmdit_lib"]
-    assert own["format_version"] == 2 and own["calibration"] == {"prompts": 2, "steps": 10, "margin": 2.0}
+    assert own["format_version"] == 2 and own["calibration"] == {"prompts": 2, "steps": 10, "margin": 4.0}
     checkpoint = Checkpoint.open(folder, verify=True)
     modules, weights = checkpoint.quantization.modules(SD3, checkpoint.model), checkpoint.weights()
     reference = load_reference(fp8.pipeline(name), SD3, torch.float32).state_dict()
