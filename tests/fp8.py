@@ -32,20 +32,25 @@ def pipeline(name: str) -> Path:
     return make_random_pipeline(Path(helpers._folders.name, f"fp8-{name}"), **SIZES | MODELS[name])
 
 
+def named(options: dict) -> str:
+    return "".join(f"-{name}-{value}" for name, value in options.items())
+
+
 @cache
 def checkpoint(name: str, dtype: str = "float32", **options) -> Path:
-    output = Path(helpers._folders.name, f"fp8-{name}-{dtype}" + "".join(f"-{x}" for x in options.values()))
+    output = Path(helpers._folders.name, f"fp8-{name}-{dtype}" + named(options))
     options |= dict(quantization="fp8", calibration_prompts=PROMPTS, progress=False)
     return convert(pipeline(name), output, dtype=dtype, **options)
 
 
 @cache
-def engine(name: str, dtype: str = "float32", *, plan: bool = False, **options) -> Path:
-    folder = checkpoint(name, dtype)
-    output = folder.parent / f"{folder.name}-{'plan' if plan else 'engine'}" / "-".join(map(str, options.values()))
+def engine(name: str, dtype: str = "float32", *, plan: bool = False, converted: tuple = (), **options) -> Path:
+    """`converted`: options of `convert`, as pairs."""
+    folder = checkpoint(name, dtype, **dict(converted))
+    output = folder.parent / f"{folder.name}-{'plan' if plan else 'engine'}" / f"engine{named(options)}"
     output.parent.mkdir(exist_ok=True)
     sizes = dict(min_resolution="32", opt_resolution="64", max_resolution="128", max_batch_size=2)
-    return build(folder, output / "engine", plan=plan, progress=False, **sizes | options)
+    return build(folder, output, plan=plan, progress=False, **sizes | options)
 
 
 def rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,8 @@ def parity_command(
         batch: rows; by default the engine's optimal batch.
         seed: seed of the random inputs.
         full: show every module, not only the worst of each block.
-        plot: image file for a plot of errors by depth (under mpirun, of rank 0).
+        plot: image file for a plot of errors by depth (under mpirun, of rank 0); of what FP8 adds, if the engine is
+            quantized.
     """
     from ..reports.parity import all_ok, compare_layers, parity_report
 
@@ -77,10 +78,11 @@ def parity_command(
     )
     console.print(parity_report(result, full=full))
     if plot and launched_rank() == 0:
-        from ..plots import error_by_depth
+        from ..plots import error_by_depth, error_of_fp8
 
+        figure = error_of_fp8(result) if result.attrs["quantized"] else error_by_depth({engine_dir: result})
         with complete_file(plot) as partial:
-            error_by_depth({engine_dir: result}).savefig(partial, dpi=120)
+            figure.savefig(partial, dpi=120)
         console.print(f"plot: {plot}")
     if not all_ok(result):
         sys.exit(1)
