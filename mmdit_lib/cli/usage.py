@@ -24,7 +24,8 @@ from ..parallel import guard
 console = Console(highlight=False, markup=False)  # a path may look like markup
 
 Loras = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora", metavar="PATH:SCALE")]
-OPTIONS = {"loras": Loras}  # arguments that have another type on the command line
+Prompts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT|FILE")]
+OPTIONS = {"loras": Loras, "calibration_prompts": Prompts}  # arguments that have another type on the command line
 
 
 @contextmanager
