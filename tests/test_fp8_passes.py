@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import relative_error
 
-from mmdit_lib import MMDiTRunner
+from mmdit_lib import Checkpoint, MMDiTRunner
 from mmdit_lib.engine import kernels
 from mmdit_lib.engine.fp8_passes import FP8_GEMMS, FP8_KERNELS, has_fp8
 from mmdit_lib.engine.inputs import sample_inputs
@@ -158,3 +158,28 @@ def test_when_they_apply(monkeypatch):
     graph, _ = opened("sd3.5-medium", "float32")
     kept = Counter(layer.type for layer in apply(graph.backend.graph, FP8_GEMMS + NUMERICS))
     assert kept["FP8_LINEAR"] == 0, "in float32 there is no such GEMM with a bias"
+
+
+def test_the_speed_benchmark_has_what_a_checkpoint_has(tmp_path, monkeypatch):
+    """Its graph, made without weights, and its weights: as far as a CPU goes."""
+    from argparse import Namespace
+
+    from benchmarks import fp8_speed
+    from benchmarks.common import draw_weights, inputs_on
+    from mmdit_lib.config import Resolution
+    from mmdit_lib.engine.graph import Graph
+
+    model = Checkpoint.open(fp8.checkpoint("sd3.5-medium")).model
+    monkeypatch.setitem(fp8_speed.MODELS, "small", model)
+    monkeypatch.setattr(
+        fp8_speed, "PROFILE", fp8_speed.PROFILE.model_copy(update={"max_resolution": Resolution.read(128)})
+    )
+    fp8_speed.write_graphs(Namespace(folder=tmp_path, models=["small"]))
+    cpu = torch.device("cpu")
+    weights = draw_weights(model, cpu)
+    inputs = inputs_on(cpu, model, Resolution.read(64))
+    exact = PyTorchBackend(Graph.load(tmp_path / "small.bf16.graph.json"), weights)(inputs)
+    graph, quantized = Graph.load(tmp_path / "small.fp8.graph.json"), fp8_speed.in_fp8(weights, model)
+    for passes in fp8_speed.STAGES.values():
+        found = PyTorchBackend(graph, quantized, passes=passes)(inputs)
+        assert 5e-3 < relative_error(found, exact) < 0.2

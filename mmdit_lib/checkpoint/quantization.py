@@ -59,6 +59,8 @@ class Quantization(FileConfig):
 
 
 NONE = Quantization()
+SCALES = f".{WEIGHT_SCALE}", f".{ACTIVATION_SCALE}"
+"""Ends of the names of scales."""
 
 
 def stored_tensors(
@@ -124,7 +126,7 @@ def stored_parts(
 def check_scales(weights: Mapping[str, torch.Tensor], where: object) -> None:
     """Raises `ValueError` naming the first scale that is not a power of two within the limits."""
     for name, tensor in weights.items():
-        if name.endswith((f".{WEIGHT_SCALE}", f".{ACTIVATION_SCALE}")):
+        if name.endswith(SCALES):
             value = tensor.item()
             legal = math.isfinite(value) and SMALLEST_SCALE <= value <= LARGEST_SCALE and math.frexp(value)[0] == 0.5
             if not legal:
