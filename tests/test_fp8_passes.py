@@ -146,6 +146,9 @@ def test_blocks_stay_equal_and_values_can_be_seen(name):
 
 
 def test_when_they_apply(monkeypatch):
+    graph, _ = opened("sd3.5-medium", "float32")
+    kept = Counter(layer.type for layer in apply(graph.backend.graph, FP8_GEMMS + NUMERICS))
+    assert kept["FP8_LINEAR"] == 0, "in float32 there is no such GEMM with a bias"
     cuda = torch.device("cuda")
     assert not has_fp8(torch.device("cpu"))
     monkeypatch.setattr("mmdit_lib.engine.pytorch_backend.has_triton", lambda: True)
@@ -155,9 +158,6 @@ def test_when_they_apply(monkeypatch):
         assert has_fp8(cuda) is expected
         assert (default_passes(cuda, compiled=False) == ALL) is expected
         assert (default_passes(cuda, compiled=True) == FP8_GEMMS + NUMERICS + SPEED) is expected
-    graph, _ = opened("sd3.5-medium", "float32")
-    kept = Counter(layer.type for layer in apply(graph.backend.graph, FP8_GEMMS + NUMERICS))
-    assert kept["FP8_LINEAR"] == 0, "in float32 there is no such GEMM with a bias"
 
 
 def test_the_speed_benchmark_has_what_a_checkpoint_has(tmp_path, monkeypatch):
@@ -171,9 +171,8 @@ def test_the_speed_benchmark_has_what_a_checkpoint_has(tmp_path, monkeypatch):
 
     model = Checkpoint.open(fp8.checkpoint("sd3.5-medium")).model
     monkeypatch.setitem(fp8_speed.MODELS, "small", model)
-    monkeypatch.setattr(
-        fp8_speed, "PROFILE", fp8_speed.PROFILE.model_copy(update={"max_resolution": Resolution.read(128)})
-    )
+    small = {name: Resolution.read(128) for name in ("min_resolution", "opt_resolution", "max_resolution")}
+    monkeypatch.setattr(fp8_speed, "PROFILE", fp8_speed.PROFILE.model_copy(update=small))
     fp8_speed.write_graphs(Namespace(folder=tmp_path, models=["small"]))
     cpu = torch.device("cpu")
     weights = draw_weights(model, cpu)
