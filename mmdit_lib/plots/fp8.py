@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .errors import _mark_blocks
+from .errors import mark_blocks
 from .figure import Figure, colours, new_axes
 
 
@@ -28,6 +28,6 @@ def error_of_fp8(table: pd.DataFrame) -> Figure:
     axes.set_yscale("log")
     axes.set_ylabel("relative error")
     axes.set_title("Error of each module against diffusers in float32", loc="left")
-    _mark_blocks(axes, table)
+    mark_blocks(axes, table)
     axes.legend(frameon=False, loc="upper left", ncols=2, bbox_to_anchor=(0, -0.16), borderaxespad=0)
     return figure
