@@ -27,9 +27,17 @@ import torch
 
 from mmdit_lib import MMDiTRunner, build, convert, load_pipeline, tiny
 from mmdit_lib.checkpoint.calibration import calibrate
-from mmdit_lib.checkpoint.quantization import LARGEST, MARGIN, quantized_weight, scale_for
+from mmdit_lib.checkpoint.quantization import (
+    LARGEST,
+    MARGIN,
+    NONE,
+    Quantization,
+    quantized_weight,
+    scale_for,
+    stored_tensors,
+)  # fmt: skip
 from mmdit_lib.checkpoint.source import find_source
-from mmdit_lib.config import FP8
+from mmdit_lib.config import FP8, TORCH_DTYPES, Layout
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.torch_ops import dequantize, quantize
 from mmdit_lib.reports.reference import load_reference
@@ -100,6 +108,18 @@ def _by_scale(weight: torch.Tensor) -> dict[str, float]:
     scales = {"per tensor": whole, "per output channel": rows}
     powers = {f"{name}, power of two": torch.exp2(torch.ceil(torch.log2(s))) for name, s in scales.items()}
     return {name: relative(rounded(weight, scale), weight) for name, scale in (scales | powers).items()}
+
+
+def checkpoint_sizes() -> dict:
+    """GB of a checkpoint's tensors, from their shapes."""
+    found = {}
+    for name, model in SD3.known_models.items():
+        bytes_of = {}
+        for kind, scheme in (("bfloat16", NONE), ("FP8 and bfloat16", Quantization.fp8(SD3))):
+            stored = stored_tensors(SD3, model, Layout(), "bfloat16", scheme).values()
+            bytes_of[kind] = sum(math.prod(x.shape) * TORCH_DTYPES[x.dtype].itemsize for x in stored) / 1e9
+        found[name] = bytes_of
+    return found
 
 
 # Layers ----------------------------------------------------------------------------------------------
@@ -232,11 +252,11 @@ def model_errors(work: Path) -> dict:
     return found
 
 
-def images(work: Path, prompts: int, steps: int) -> dict:
+def images(work: Path, prompts: int, steps: int, kinds: list[str]) -> dict:
     """The judge's scores, and PSNR between the images of different engines, of the tiny model."""
     asked = heldout_prompts(prompts)
     drawn, scores = {}, {}
-    for kind in ("float32", "bfloat16", "FP8 in bfloat16"):
+    for kind in kinds:
         folder = engine("tiny", kind, work, max_batch_size=16)
         options = {"backend": "pytorch"}
         pipe = load_pipeline("tiny", folder, dtype=torch.float32, runner_options=options)
@@ -268,6 +288,7 @@ def report(found: dict) -> str:
     )
     titles = {
         "weights": "Relative error of rounding weights, by the choice of scales",
+        "sizes": "GB of a checkpoint's tensors",
         "layers": "Error of the tiny model's output with some layers rounded, in float32, on inputs of real steps",
         "calibration": "Largest inputs over held-out prompts, divided by those of the calibration run (tiny model)",
         "models": "Error of one step's output against float32, for random inputs",
@@ -302,20 +323,23 @@ def _table(rows: dict[str, dict], form: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["weights", "layers", "calibration", "models", "images"]
+    names = ["weights", "sizes", "layers", "calibration", "models", "images"]
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(names)}; all but images if not given")
     parser.add_argument("--prompts", type=int, default=256, help="of the images")
     parser.add_argument("--steps", type=int, default=28, help="of the images")
+    kinds = ["float32", "bfloat16", "FP8 in bfloat16"]
+    parser.add_argument("--kinds", nargs="+", choices=DTYPES, default=kinds, help="engines that draw the images")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         parts = {
             "weights": weight_errors,
+            "sizes": checkpoint_sizes,
             "layers": layer_errors,
             "calibration": calibration_spread,
             "models": lambda: model_errors(work),
-            "images": lambda: images(work, options.prompts, options.steps),
+            "images": lambda: images(work, options.prompts, options.steps, options.kinds),
         }
         for name in options.parts or names[:-1]:
             found = parts[name]()
