@@ -2,8 +2,8 @@
 
 The scales are computed from whole tensors before these are sharded, so all ranks round to the same values. Partial sums
 are added in another order than on one rank, by about 1e-7; where that moves an activation across the middle of two FP8
-values, it gets the next one. So the outputs agree within the bound of `test_fp8.py` (`FLIPPED`), not within float32's
-rounding. CFG parallelism changes no sum.
+values, it gets the next one. So the outputs agree within the bound of `test_fp8.py` (`FLIPPED`), not always within
+float32's rounding.
 """
 
 import json

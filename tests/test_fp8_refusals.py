@@ -127,7 +127,9 @@ def test_an_engine_and_a_checkpoint_of_different_kinds(tmp_path):
     config["pretrained_config"]["quantization"].update(quant_algo=None, exclude_modules=None)
     (engine / "config.json").write_text(json.dumps(config))
     opened = EngineFolder.open(engine)
-    refused(lambda: opened.open_checkpoint(fp8.checkpoint(NAME)), "different model, dtype or quantization")
+    refused(
+        lambda: opened.open_checkpoint(fp8.checkpoint(NAME)), "has a different quantization from the checkpoint that"
+    )
 
 
 def test_calibration_needs_a_pipeline_and_prompts(tmp_path):

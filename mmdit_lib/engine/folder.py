@@ -150,12 +150,13 @@ class EngineFolder:
                 f"at {tried}; give its path with --checkpoint_dir"
             )
         checkpoint = Checkpoint.open(found)
-        mine = self.model, self.dtype, self.quantization
-        if (checkpoint.model, checkpoint.dtype, checkpoint.quantization) != mine:
-            raise ValueError(
-                f"{found} has a different model, dtype or quantization from the checkpoint that {self.path} was built "
-                "from"
-            )
+        parts = {
+            "model or dtype": ((checkpoint.model, checkpoint.dtype), (self.model, self.dtype)),
+            "quantization": (checkpoint.quantization, self.quantization),
+        }
+        for part, (theirs, mine) in parts.items():
+            if theirs != mine:
+                raise ValueError(f"{found} has a different {part} from the checkpoint that {self.path} was built from")
         # TensorRT-LLM's checkpoints have no checksums; those recorded by the build are compared.
         for name, built_from in self.checkpoint.files.items():
             if checkpoint.files.get(name, built_from) != built_from:
