@@ -86,6 +86,13 @@ class Input:
         return self.shape.index("batch") if "batch" in self.shape else None
 
 
+class Kept(NamedTuple):
+    """Linear layers that are not quantized: a pattern of their paths, and the reason."""
+
+    pattern: str
+    reason: str
+
+
 class SingleFile(NamedTuple):
     """A model's original single-file checkpoint."""
 
@@ -202,6 +209,7 @@ class Architecture:
         optional_inputs: the inputs that build options add to them.
         output: the network's output.
         shardings: tensor-parallel tables by layout.
+        full_precision: linear layers that are not quantized with the others.
         keys: maps tensor and module names.
         lora_keys: maps the names in LoRA files.
         infer_config: infers the config from tensor shapes; the second argument supplies what no tensor determines.
@@ -220,6 +228,7 @@ class Architecture:
     optional_inputs: Callable[[ModelConfig, BuildConfig], tuple[Input, ...]]
     output: Input
     shardings: Mapping[TpLayout, Sharding]
+    full_precision: tuple[Kept, ...]
     keys: Keys
     lora_keys: LoraKeys
     infer_config: Callable[[Shapes, ModelConfig | None], ModelConfig]

@@ -38,7 +38,9 @@ DTYPES = {
     "bfloat16": DtypeNames(torch.bfloat16, "BF16", "BF16"),
 }
 """The data types that a network can compute in."""
-STORED_DTYPES = DTYPES
+FP8 = "float8_e4m3fn"
+"""Quantized weights and activations: 4 bits of exponent, 3 of mantissa, at most 448, no infinity."""
+STORED_DTYPES = DTYPES | {FP8: DtypeNames(torch.float8_e4m3fn, "FP8", "F8_E4M3")}
 """What a checkpoint's tensor can be stored in."""
 TORCH_DTYPES = {name: names.torch for name, names in STORED_DTYPES.items()} | {"int64": torch.int64, "bool": torch.bool}
 """torch dtypes by name; int64 is for sizes and offsets inside a network, bool for conditions."""

@@ -90,6 +90,13 @@ def qkv_attention(*streams):
     return softmax_attention(*(np.concatenate(part, 2) for part in parts), 0.5)
 
 
+def e4m3(x):
+    """The nearest FP8 value, ties to even: from 2^-6 on, 3 bits of mantissa; below, steps of 2^-9; at most 448."""
+    exponent = np.floor(np.log2(np.maximum(np.abs(x), 2.0**-6)))
+    step = 2.0 ** (exponent - 3)
+    return np.clip(np.round(x / step) * step, -448, 448)
+
+
 def fill_slice(x):
     """Rows 3 to 8 of five: the last three are zero."""
     return np.concatenate([x[:, 3:5], np.zeros_like(x[:, :3])], 1)
@@ -99,6 +106,10 @@ SHUFFLE = dict(first_transpose=None, reshape_dims=None, second_transpose=None, z
 SLICE = dict(axes=[1], start=None, shape=None, stride=[1], mode="STRICT_BOUNDS")
 ATTENTION = dict(norm_op="SOFTMAX", causal_kind="NONE")
 QKV = ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8))
+FP8 = torch.float8_e4m3fn
+CODES = torch.arange(254, dtype=torch.uint8).view(FP8)[[i for i in range(254) if i != 127]]
+"""Every FP8 value but NaN."""
+QUANTIZE = dict(axis=-1, to_type="float8_e4m3fn")
 ROWS = torch.tensor([True, False, True])[:, None]
 TWO = {"SUM": np.add, "SUB": np.subtract, "PROD": np.multiply, "FLOOR_DIV": np.floor_divide}
 ONE = {"SQRT": np.sqrt, "RECIP": np.reciprocal, "SIN": np.sin, "COS": np.cos}
@@ -126,6 +137,21 @@ CASES = [
         patches,
         dict(stride_nd=[3, 3], padding_nd=[0, 0], dilation_nd=[1, 1], num_groups=1),
     ),
+    OpCase(
+        "DEQUANTIZE",
+        (),
+        lambda: CODES.double().numpy() / 8,
+        dict(axis=-1, to_type="float32"),
+        fixed=(CODES, torch.tensor(0.125)),
+    ),
+    OpCase(
+        "DEQUANTIZE",
+        (),
+        lambda: np.stack([CODES.double().numpy() / 8, CODES.double().numpy() * 2]),
+        dict(axis=0, to_type="float32"),
+        fixed=(torch.stack([CODES.view(torch.uint8)] * 2).view(FP8), torch.tensor([0.125, 2.0])),
+        label="per-channel",
+    ),
     *[
         OpCase("ELEMENTWISE", ((2, 3, 4), (1, 1, 4)), f, dict(op=name), positive=name == "FLOOR_DIV", label=name)
         for name, f in TWO.items()
@@ -152,6 +178,15 @@ CASES = [
         ((2, 3, 24), (4,), (4,), (2, 5, 24), (4,), (4,)),
         qkv_attention,
         dict(heads=2, eps=1e-6, scale=0.5),
+    ),
+    OpCase("QUANTIZE", ((64, 7),), lambda x: e4m3(x * 128), QUANTIZE, fixed=(torch.tensor(2.0**-7),)),
+    OpCase(
+        "QUANTIZE",
+        ((64, 2),),
+        lambda x: e4m3(x * [1024, 4]),
+        dict(QUANTIZE, axis=1),
+        fixed=(torch.tensor([2.0**-10, 0.25]),),
+        label="per-channel",
     ),
     OpCase("REDUCE", ((2, 3, 8),), lambda x: x.mean(2, keepdims=True), dict(op="AVG", axes=4, keep_dims=True)),
     OpCase("SELECT", ((2, 3, 8), (2, 3, 8)), lambda a, b: np.where(ROWS, a, b), first=(ROWS,)),
@@ -189,10 +224,15 @@ CASES = [
     ],
 ]
 
+FP8_FUSED = {"FP8_LINEAR", "GATED_NORM_FP8", "GELU_FP8", "NORM_MODULATE_FP8"}
+"""test_fp8_passes.py compares them with the operators that they replace."""
 NEEDS_PROCESSES = {
     "DIST_COLLECTIVE", "GATHERED_ATTENTION", "REDUCED_GATED_NORM", "REDUCED_GATED_SUM", "ULYSSES_ATTENTION",
 }  # fmt: skip
 """test_parallel.py compares them with diffusers."""
+
+
+OWN_DTYPES = {"CAST": torch.float32, "DEQUANTIZE": torch.float32, "QUANTIZE": FP8}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -203,13 +243,13 @@ def test_operator(case, dtype):
     inputs = [(x.abs() + 0.5 if case.positive else x).to(DTYPES[dtype]) for x in inputs]
     wanted = case.expected(*(x.double().numpy() for x in inputs))
     found = OPS[case.op](*case.first, *inputs, *case.fixed, **case.attributes)
-    assert found.dtype == (torch.float32 if case.op == "CAST" else DTYPES[dtype])
+    assert found.dtype == OWN_DTYPES.get(case.op, DTYPES[dtype])
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found.double().numpy(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_no_operator_is_without_a_case():
-    assert {case.op for case in CASES} | NEEDS_PROCESSES == set(OPS)
+    assert {case.op for case in CASES} | NEEDS_PROCESSES | FP8_FUSED == set(OPS)
     assert {case.attributes["op"] for case in CASES if case.op == "ELEMENTWISE"} == set(ELEMENTWISE)
     assert {case.attributes["op"] for case in CASES if case.op == "UNARY"} == set(UNARY)
     assert {case.attributes["kind"] for case in CASES if case.op == "ACTIVATION"} == {*ACTIVATIONS, "CLIP"}

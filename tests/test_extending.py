@@ -83,7 +83,7 @@ def test_every_name_that_the_page_quotes_exists():
     names = set(re.findall(r"`([A-Za-z_]\w+)`", PAGE)) - {"einsum", "dequantize", "layer", "quantization"}
     source = "\n".join(path.read_text() for path in (ROOT / "mmdit_lib").rglob("*.py"))
     words = set(re.findall(r"\w+", source + (ROOT / "tests" / "test_engine_ops.py").read_text()))
-    assert sorted(names - words) == ["IDequantizeLayer", "TANH"]  # TensorRT's
+    assert sorted(names - words) == ["TANH"]  # TensorRT's
 
 
 def test_an_input_with_a_default_can_be_left_out(tmp_path, monkeypatch):

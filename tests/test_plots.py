@@ -65,6 +65,20 @@ def test_error_by_depth():
     assert "exactly 0" not in texts(plots.error_by_depth({"inexact": table([1e-7, 2e-7])}))
 
 
+def test_error_of_fp8():
+    compared = table([1e-7, 1e-7, 1e-7]).assign(fp8_error=[0.03, 0.05, np.nan], dtype_error=[1e-3, 2e-3, 3e-3])
+    compared.attrs["dtype"] = "bfloat16"
+    figure = plots.error_of_fp8(compared)
+    (axes,) = figure.axes
+    said = texts(figure)
+    assert axes.get_yscale() == "log" and "FP8 and bfloat16" in said and "bfloat16 alone" in said
+    assert [len(c.get_offsets()) for c in axes.collections] == [2, 3]
+    assert [line.get_ydata()[-1] for line in axes.lines[:2]] == [0.04, 2e-3], "the median of neighbors"
+    exact = compared.assign(dtype_error=0.0)
+    exact.attrs["dtype"] = "float32"
+    assert "alone" not in texts(plots.error_of_fp8(exact))
+
+
 def test_many_blocks_get_few_ticks():
     assert len(plots.error_by_depth({"a": table([1e-7] * 38)}).axes[0].get_xticks()) <= 14
 

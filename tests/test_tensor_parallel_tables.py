@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mmdit_lib.checkpoint import Checkpoint, convert
-from mmdit_lib.checkpoint.stored import stored_tensors
+from mmdit_lib.checkpoint.quantization import stored_tensors
 from mmdit_lib.checkpoint.tensor_file import TensorFileWriter
 from mmdit_lib.config import Layout
 from mmdit_lib.sd3 import KNOWN_MODELS, SD3, SD3Config

@@ -11,6 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
+import fp8
 import pytest
 from trt_api import MODULE, Api, argument_counts, make_stand_ins, read_api
 
@@ -169,13 +170,16 @@ def record(package, monkeypatch) -> set[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_what_a_build_uses_is_in_both(apis, tmp_path, monkeypatch):
-    """A build with its plan, and the networks of a layout that has every collective."""
+    """A build with its plan, the networks of a layout that has every collective, and one in FP8."""
+    quantized = fp8.checkpoint("sd3.5-medium")
     model = str(make_random_pipeline(tmp_path / "model"))
     whole = convert(model, str(tmp_path / "whole"), dtype="float32", progress=False)
     split = convert(model, str(tmp_path / "split"), dtype="float16", tp_size=2, progress=False)
     used = record(importlib.import_module(RTX), monkeypatch)
     build(str(whole), str(tmp_path / "plan"), cp_size=2, compute_capability=("8.9",), progress=False)
     build(str(split), str(tmp_path / "graphs"), cp_size=2, cp_method="ulysses", plan=False, progress=False)
+    build(quantized, tmp_path / "fp8", plan=False, progress=False)
+    assert {("INetworkDefinition", "add_quantize"), ("IDequantizeLayer", "axis"), ("DataType", "FP8")} <= used
     assert {("CollectiveOperation", name) for name in ("ALL_GATHER", "ALL_REDUCE", "ALL_TO_ALL")} <= used
     assert {("INetworkDefinition", "add_dist_collective"), ("IShuffleLayer", "reshape_dims"), *RTX_ONLY} <= used
     faults = {use: line for use in used if (line := fault(apis, *use))}
@@ -186,10 +190,12 @@ def test_what_a_build_uses_is_in_both(apis, tmp_path, monkeypatch):
 def test_what_one_rank_uses_is_in_tensorrt_10(tmp_path, monkeypatch):
     """Its fallbacks included, which `Features` selects."""
     whole = convert(str(make_random_pipeline(tmp_path / "model")), str(tmp_path / "whole"), progress=False)
+    quantized = fp8.checkpoint("sd3.5-medium")
     monkeypatch.setattr(build_module, "installed_features", lambda: Features(False, False, False))
     used = record(importlib.import_module(RTX), monkeypatch)
     options = PlanOptions(builder_optimization_level=3, workspace="1GiB", profiling_verbosity="detailed")
     build(str(whole), str(tmp_path / "plan"), plan_options=options, progress=False)
+    build(quantized, tmp_path / "fp8", plan=False, progress=False)
     assert {("INetworkDefinition", name) for name in ("add_softmax", "add_normalization")} <= used
     used |= {(owner, name) for owner, members in LISTED.items() for name in members}
     assert {use for use in used if use[1] not in TRT10[use[0]]} == {("IExecutionContext", "set_communicator")}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -17,13 +18,22 @@ from ..config import DTYPES, Dtype, Layout, TpLayout
 from ..files import complete_folder, require_place, require_space, write_synced
 from ..files.records import Files, to_json
 from ..models import architecture_of
+from .calibration import STEPS, calibrate, read_prompts, require_pipeline
 from .hub import resolve_model
 from .lora import Lora, fuse, open_loras
 from .lora_source import GivenLora
-from .manifest import CONFIG_FILE, FORMAT_VERSION, checkpoint_config, is_checkpoint, loras_entry, rank_file, versions
+from .manifest import CONFIG_FILE, checkpoint_config, is_checkpoint, loras_entry, rank_file, versions
+from .quantization import (
+    ALGORITHMS,
+    MARGIN,
+    NONE,
+    Algorithm,
+    Quantization,
+    stored_parts,
+    stored_tensors,
+)  # fmt: skip
 from .source import Source, find_source
-from .stored import stored_tensors
-from .tensor_file import TensorFileWriter
+from .tensor_file import Stored, TensorFileWriter
 
 CAST_BLOCK = 1 << 24
 """Elements cast and checked at a time, to bound memory."""
@@ -41,6 +51,8 @@ def convert(
     variant: str | None = None,
     revision: str | None = None,
     loras: Sequence[GivenLora] = (),
+    quantization: Algorithm | None = None,
+    calibration_prompts: Sequence[str] = (),
     progress: bool = True,
 ) -> Path:
     """Convert the transformer of a Stable Diffusion 3 or 3.5 checkpoint to a rank-sharded checkpoint folder.
@@ -61,6 +73,9 @@ def convert(
         revision: branch, tag or commit of a hub id.
         loras: LoRAs to fuse into the weights. Each is PATH:SCALE, or in Python (path, scale); the scale defaults to 1.
             PATH is a safetensors file, a folder or a hub id (owner/name or owner/name/FILE.safetensors).
+        quantization: fp8 to store the weights of most linear layers in FP8, and to round their inputs to FP8 when they
+            run. The pipeline, with its text encoders, runs on a few prompts to choose the scales of these inputs.
+        calibration_prompts: prompts for that, or files with one on each line; tiny has its own.
         progress: show a progress bar.
 
     Returns:
@@ -72,6 +87,10 @@ def convert(
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype {dtype}: use auto, {', '.join(DTYPES)}")
+    if quantization not in (None, *ALGORITHMS):
+        raise ValueError(f"quantization {quantization}: use {', '.join(ALGORITHMS)}, or leave it out")
+    if calibration_prompts and not quantization:
+        raise ValueError("calibration_prompts: only quantization fp8 needs them")
     sizes = {"tp_size": tp_size, "cp_size": cp_size, "cfg_size": cfg_size, "tp_layout": tp_layout}
     layout = Layout.parse(sizes, "parallel layout")
     output = Path(output_dir).expanduser()
@@ -82,13 +101,22 @@ def convert(
         model.check_layout(layout)
         return open_loras(loras, architecture_of(model), model)
 
-    source = find_source(resolve_model(model_path), variant, revision, checked)
-    fused = checked(source.model)
+    path = resolve_model(model_path)
+    prompts = read_prompts(calibration_prompts, path) if quantization else []
+    source = find_source(path, variant, revision, checked)
+    fused, scheme, largest = checked(source.model), NONE, {}
     dtype = source.dtype if dtype == "auto" else dtype
+    if quantization:
+        require_pipeline(path, source.architecture)
+        scheme = Quantization.fp8(source.architecture)
     with complete_folder(output, "checkpoint", is_checkpoint) as partial:
-        files = _write_ranks(source, partial, dtype, layout, fused, progress)
+        if quantization:
+            modules = scheme.modules(source.architecture, source.model)
+            largest = calibrate(source, path, modules, prompts, fused, variant=variant, progress=progress)
+        stored = stored_tensors(source.architecture, source.model, layout, dtype, scheme)
+        files = _write_ranks(source, partial, dtype, layout, fused, stored, largest, progress)
         own = {
-            "format_version": FORMAT_VERSION,
+            "format_version": scheme.format_version,
             "tp_layout": tp_layout,
             "cfg_size": cfg_size,
             "source": str(model_path),
@@ -98,20 +126,30 @@ def convert(
             "vae_scale_factor": source.vae_scale_factor,
             "versions": versions(),
             **loras_entry(lora.record for lora in fused),
+            **({"calibration": {"prompts": len(prompts), "steps": STEPS, "margin": MARGIN}} if quantization else {}),
             "files": to_json(files),
         }
-        config = checkpoint_config(source.architecture, source.model, dtype, layout, str(model_path), own)
+        config = checkpoint_config(source.architecture, source.model, dtype, layout, str(model_path), own, scheme)
         write_synced(partial / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     return output
 
 
 def _write_ranks(
-    source: Source, folder: Path, dtype: Dtype, layout: Layout, loras: tuple[Lora, ...], progress: bool
+    source: Source,
+    folder: Path,
+    dtype: Dtype,
+    layout: Layout,
+    loras: tuple[Lora, ...],
+    stored: dict[str, Stored],
+    largest: dict[str, float],
+    progress: bool,
 ) -> Files:
-    """Read every tensor once, fuse the LoRAs into it, and write each tp rank's part to that rank's file."""
+    """Read every tensor once, fuse the LoRAs into it, and write each tp rank's part to that rank's file.
+
+    Weights are quantized if `largest` has the largest input of their layer.
+    """
     architecture, tensors, tp_size = source.architecture, source.tensors, layout.tp_size
     sharding = architecture.shardings[layout.tp_layout]
-    stored = stored_tensors(architecture, source.model, layout, dtype)
     buffer = torch.empty(max(t.nbytes for t in tensors.values()), dtype=torch.uint8)
     total = sum(t.nbytes for t in tensors.values())
     with ExitStack() as stack:
@@ -121,9 +159,10 @@ def _write_ranks(
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not progress))
         for name in architecture.parameters(source.model):
             tensor = fuse(name, tensors[name].read_into(buffer), loras)
-            tensor = cast(tensor, dtype, architecture.keys.to_diffusers(name))
-            for rank, writer in enumerate(writers):
-                writer.write(name, sharding.shard(name, tensor, tp_size, rank))
+            spelled = architecture.keys.to_diffusers(name)
+            parts = stored_parts(name, tensor, largest, spelled) or {name: cast(tensor, dtype, spelled)}
+            for part, (rank, writer) in product(parts, enumerate(writers)):
+                writer.write(part, sharding.shard(part, parts[part], tp_size, rank))
             bar.update(tensors[name].nbytes)
         return {path.name: writer.finish() for path, writer in zip(paths, writers, strict=True)}
 

@@ -37,6 +37,11 @@ def export(
             or if the disk is full; no partial output remains.
     """
     checkpoint = Checkpoint.open(checkpoint_dir)
+    if checkpoint.quantization.quant_algo:
+        raise ValueError(
+            f"{checkpoint_dir} is quantized ({checkpoint.quantization.quant_algo}), and diffusers' format has no "
+            "scales: export a checkpoint that was converted without --quantization"
+        )
     output = Path(output_dir).expanduser()
     with complete_folder(output, "exported transformer", is_own_folder) as partial:
         checkpoint.verify()

@@ -15,8 +15,8 @@ from ..architecture import Architecture, ModelConfig
 from ..config import Dtype, Layout, shown
 from ..files import Files, read_json
 from .manifest import CONFIG_FILE, CheckpointConfig, CheckpointManifest, known_keys, rank_file
+from .quantization import NONE, Quantization, check_scales, stored_tensors
 from .shapes import first_fault
-from .stored import stored_tensors
 from .tensor_file import Stored, StoredTensor, read_header
 
 
@@ -35,6 +35,7 @@ class Checkpoint:
     """None if TensorRT-LLM wrote the folder."""
     config: dict[str, Any]
     """The content of `config.json`."""
+    quantization: Quantization = NONE
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = False) -> Checkpoint:
@@ -76,9 +77,11 @@ class Checkpoint:
         path = self.path / rank_file(tp_rank)
         try:
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
+        check_scales(weights, path)
+        return weights
 
     def verify(self) -> None:
         """Raises `ValueError` naming the first file whose size or checksum differs from the record."""
@@ -86,7 +89,7 @@ class Checkpoint:
             file.verify(self.path)
 
     def _check_files(self) -> None:
-        stored = stored_tensors(self.architecture, self.model, self.layout, self.dtype)
+        stored = stored_tensors(self.architecture, self.model, self.layout, self.dtype, self.quantization)
         for name in self.rank_files:
             path = self.path / name
             if not path.is_file():
@@ -111,7 +114,7 @@ def _interpret(folder: Path, config: dict[str, Any]) -> Checkpoint:
     layout = Layout.parse(sizes | options, f"{where}: mapping")
     model.check_layout(layout)
     scale = own.vae_scale_factor if own else architecture.vae_scale_factor
-    checkpoint = Checkpoint(folder, architecture, model, content.dtype, layout, scale, own, config)
+    checkpoint = Checkpoint(folder, architecture, model, content.dtype, layout, scale, own, config, content.quantized)
     if own and set(own.files) != set(checkpoint.rank_files):
         raise ValueError(
             f"{where}: mmdit_lib.files: expected records of {', '.join(checkpoint.rank_files)}, "

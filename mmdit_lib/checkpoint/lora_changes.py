@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ..architecture import Architecture, LoraKey, ModelConfig
-from ..config import either
+from ..config import DTYPES, either
 from .peft_config import PeftConfig
-from .tensor_file import CODES, StoredTensor
+from .tensor_file import StoredTensor
 
 NAMES = {"A": "lora_A (lora_down)", "B": "lora_B (lora_up)"}
 
@@ -75,8 +75,8 @@ def changes_of(
     rows: dict[str, tuple[tuple[int, ...], int]] = {}
     unknown = []
     for name, key in keys.items():
-        if tensors[name].code not in CODES:
-            raise ValueError(f"tensor '{name}' is {tensors[name].code}; only {either(CODES.values())} can be fused")
+        if tensors[name].dtype not in DTYPES:
+            raise ValueError(f"tensor '{name}' is {tensors[name].code}; only {either(DTYPES)} can be fused")
         for module, parts in key.rows.items():
             if len(shapes.get(_weight(module, architecture), ())) not in (2, 4):
                 unknown.append(name)

@@ -16,10 +16,12 @@ from .. import __version__
 from ..architecture import Architecture, ModelConfig
 from ..config import DTYPES, FileConfig, Layout, Text, TpLayout, VaeScaleFactor
 from ..files.records import Files, Sha256, keys_in
+from .quantization import NONE, Quantization
 
 CONFIG_FILE = "config.json"
 OWN_KEY = "mmdit_lib"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The latest that can be read: 1, or 2 if the weights are quantized."""
 PACKAGES = ("mmdit_lib", "torch", "diffusers", "safetensors")
 
 
@@ -40,10 +42,6 @@ class ParallelSizes(FileConfig):
     cp_size: int = Field(strict=True)
 
 
-class Quantization(FileConfig):
-    quant_algo: Text | None = None
-
-
 class PretrainedConfig(FileConfig):
     """TensorRT-LLM's keys that are read: of a checkpoint, and in an engine folder under `pretrained_config`."""
 
@@ -53,13 +51,18 @@ class PretrainedConfig(FileConfig):
     quantization: Quantization | None = None
     model_path: Text | None = None
 
+    @property
+    def quantized(self) -> Quantization:
+        return self.quantization or NONE
+
     def check_dtype(self, where: object) -> None:
         """Raises `ValueError` if this library cannot read the weights."""
-        algorithm = self.quantization and self.quantization.quant_algo
-        if self.dtype not in DTYPES or algorithm:
+        algorithm = self.quantized.quant_algo
+        if self.dtype not in DTYPES or algorithm not in (None, "FP8"):
             found = f"quant_algo {algorithm}" if algorithm else f"dtype {self.dtype}"
             raise ValueError(
-                f"{where} is quantized or has an unsupported dtype ({found}); supported are {', '.join(DTYPES)}"
+                f"{where} has an unsupported quantization or dtype ({found}); supported are quant_algo FP8 and "
+                f"{', '.join(DTYPES)}"
             )
 
 
@@ -81,6 +84,14 @@ class LoraRecord(FileConfig):
 Loras = Annotated[tuple[LoraRecord, ...], Field(max_length=1024)]
 
 
+class CalibrationRecord(FileConfig):
+    """Where the activation scales of a quantized checkpoint come from."""
+
+    prompts: int = Field(ge=1, strict=True)
+    steps: int = Field(ge=1, strict=True)
+    margin: float = Field(ge=1, allow_inf_nan=False)
+
+
 class CheckpointManifest(FileConfig):
     """Our own key in the config of a checkpoint."""
 
@@ -96,6 +107,7 @@ class CheckpointManifest(FileConfig):
     source_dtype: Text | None = None
     versions: dict[Text, Text | None] = Field(default_factory=dict)
     loras: Loras = ()
+    calibration: CalibrationRecord | None = None
 
 
 class CheckpointConfig(PretrainedConfig):
@@ -114,7 +126,13 @@ def rank_file(rank: int) -> str:
 
 
 def checkpoint_config(
-    architecture: Architecture, model: ModelConfig, dtype: str, layout: Layout, model_path: str, own: dict[str, Any]
+    architecture: Architecture,
+    model: ModelConfig,
+    dtype: str,
+    layout: Layout,
+    model_path: str,
+    own: dict[str, Any],
+    quantization: Quantization = NONE,
 ) -> dict[str, Any]:
     """The content of `config.json`; `own` is stored under `OWN_KEY`."""
     return {
@@ -123,7 +141,7 @@ def checkpoint_config(
         **model.to_trtllm(model_path),
         "mapping": trtllm_mapping(layout),
         "quantization": {
-            "quant_algo": None,
+            "quant_algo": quantization.quant_algo,
             "kv_cache_quant_algo": None,
             "group_size": 128,
             "smoothquant_val": 0.5,
@@ -131,7 +149,7 @@ def checkpoint_config(
             "use_meta_recipe": False,
             "has_zero_point": False,
             "pre_quant_scale": False,
-            "exclude_modules": None,
+            "exclude_modules": quantization.exclude_modules and list(quantization.exclude_modules),
         },
         OWN_KEY: own,
     }

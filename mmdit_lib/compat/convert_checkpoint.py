@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..checkpoint import convert
-from ..cli import console, one_line_errors
+from ..cli.usage import console, one_line_errors
 from .flags import add_log_level, shows_progress
 
 

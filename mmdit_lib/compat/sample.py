@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ..cli import generate_command, one_line_errors
+from ..cli.images import generate_command
+from ..cli.usage import one_line_errors
 from ..engine.folder import EngineFolder
 from .flags import add_log_level
 

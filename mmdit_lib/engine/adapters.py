@@ -40,6 +40,11 @@ class Adapters:
                 backend cannot replace weights. The weights stay as they were.
         """
         loras = self._agreed(adapters)
+        if loras and self._folder.quantization.quant_algo:
+            raise ValueError(
+                "set_adapters: the engine's weights are in FP8; fuse LoRAs when converting, before they are quantized: "
+                "mmdit convert --lora PATH:SCALE --quantization fp8"
+            )
         names = {name for lora in (*self.active, *loras) for name in lora.names()}
         replaced: set[str] = set()
 

@@ -20,7 +20,7 @@ from ..network.network import Network
 from ..network.trt import Features, installed, installed_features, trt
 from . import trtllm
 from .builder_config import builder_config, check_options, save_timing_cache
-from .folder import FORMAT_VERSION, checkpoint_reference, graph_file, is_engine_folder, plan_file
+from .folder import checkpoint_reference, graph_file, is_engine_folder, plan_file
 from .inputs import check_build, declared_shape, input_dtype, profile_shapes
 from .logger import build_progress, logger
 from .read_network import read_network
@@ -233,7 +233,7 @@ def _config(job: Job, layout: Layout, folder: Path, output: Path, report: list) 
         "pretrained_config": pretrained,
         "build_config": job.config.model_dump(mode="json") | {"cp_method": layout.cp_method},
         OWN_KEY: {
-            "format_version": FORMAT_VERSION,
+            "format_version": checkpoint.quantization.format_version,
             "tensorrt": installed() if job.plan else None,
             "network_made_with": installed(),
             "tp_layout": layout.tp_layout,

@@ -20,6 +20,17 @@ def refused_capability(package: str, capability: tuple[int, int]) -> str | None:
     return None if fine else f"{package} runs on compute capability {legal}, and this GPU has {major}.{minor}"
 
 
+FP8_CAPABILITY = (8, 9)
+"""The first compute capability with FP8 tensor cores."""
+
+
+def refused_fp8(capability: tuple[int, int]) -> str | None:
+    """Why a GPU of this compute capability does not multiply in FP8; None if it does."""
+    if capability >= FP8_CAPABILITY:
+        return None
+    return "FP8 needs compute capability 8.9 or later, and this GPU has {}.{}".format(*capability)
+
+
 def plan_runs_here(package: str, device: torch.device | str = "cuda") -> str | None:
     """Why a plan of `package` cannot run on `device`, in one line; None if it can."""
     device = torch.device(device)

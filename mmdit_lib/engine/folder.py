@@ -14,6 +14,7 @@ from .. import models
 from ..architecture import Architecture, Input, ModelConfig
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, LoraRecord, loras_entry, rank_file
+from ..checkpoint.quantization import NONE, Quantization
 from ..config import BuildConfig, Builder, Dtype, Layout, PlanOptions, Resolution, shown
 from ..files import FileRecord, Files, read_json
 from ..files.records import keys_in, to_json
@@ -21,7 +22,6 @@ from .graph import Graph
 from .inputs import check_build, check_interface
 from .manifest import BuildReport, CheckpointReference, EngineConfig, TrtllmConfig
 
-FORMAT_VERSION = 1
 TRTLLM = "tensorrt_llm"
 TRTLLM_TEXT_TOKENS = 333
 """The text length of TensorRT-LLM's engines: 77 CLIP and 256 T5 tokens."""
@@ -66,6 +66,7 @@ class EngineFolder:
     """The content of `config.json`."""
     network_made_with: str | None = None
     """Package and version that defined the network."""
+    quantization: Quantization = NONE
     report: tuple[BuildReport, ...] = ()
     """Time and memory of each rank's build; empty if TensorRT-LLM built the folder."""
 
@@ -149,10 +150,13 @@ class EngineFolder:
                 f"at {tried}; give its path with --checkpoint_dir"
             )
         checkpoint = Checkpoint.open(found)
-        if (checkpoint.model, checkpoint.dtype) != (self.model, self.dtype):
-            raise ValueError(
-                f"{found} has a different model or dtype from the checkpoint that {self.path} was built from"
-            )
+        parts = {
+            "model or dtype": ((checkpoint.model, checkpoint.dtype), (self.model, self.dtype)),
+            "quantization": (checkpoint.quantization, self.quantization),
+        }
+        for part, (theirs, mine) in parts.items():
+            if theirs != mine:
+                raise ValueError(f"{found} has a different {part} from the checkpoint that {self.path} was built from")
         # TensorRT-LLM's checkpoints have no checksums; those recorded by the build are compared.
         for name, built_from in self.checkpoint.files.items():
             if checkpoint.files.get(name, built_from) != built_from:
@@ -193,6 +197,7 @@ def _interpret(folder: Path, config: dict[str, Any]) -> EngineFolder:
         checkpoint=own.checkpoint,
         config=config,
         network_made_with=own.network_made_with,
+        quantization=pretrained.quantized,
         report=own.report,
     )
 
@@ -217,6 +222,8 @@ def _interpret_trtllm(folder: Path, config: dict[str, Any]) -> EngineFolder:
     pretrained, own = content.pretrained_config, content.mmdit_lib
     architecture = models.find(pretrained.architecture, folder)
     pretrained.check_dtype(folder)
+    if pretrained.quantized.quant_algo:
+        raise ValueError(f"{folder}: TensorRT-LLM's engines of this model are not quantized")
     model = architecture.config.parse_known(config["pretrained_config"], where)
     layout = Layout.parse(pretrained.mapping.model_dump() | {"tp_layout": "trtllm"}, f"{where}: mapping")
     model.check_layout(layout)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .graph import Layer
-from .passes import Index, Layers, Op, Pass, fused, fusion
+from .passes import LINEARS, Index, Layers, Op, Pass, fused, fusion
 
 
 @fusion(Op("MODULATE", ("x", "scale", "shift")))
@@ -102,7 +102,7 @@ def _head(name: str, index: Index) -> Head | None:
         return None
     split = index.made_by[transposed.inputs[0]]
     part = index.made_by[split.inputs[0]]
-    if len(split.attributes["reshape_dims"] or ()) != 4 or not index.find(part.inputs[0], "LINEAR"):
+    if len(split.attributes["reshape_dims"] or ()) != 4 or index.made_by[part.inputs[0]].type not in LINEARS:
         return None
     weight, eps = (norm.inputs[1], norm.attributes["eps"]) if norm else (None, None)
     heads, width = split.attributes["reshape_dims"][2], part.attributes["shape"][0]

@@ -12,6 +12,9 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
+from ..config import FP8, TORCH_DTYPES
+from .capability import FP8_CAPABILITY
+
 
 @cache
 def has_triton() -> bool:
@@ -86,3 +89,56 @@ def _split_heads(qkv, norm_q, norm_k, heads: int, eps: float) -> tuple[torch.Ten
         return q, k, v
     normed = (F.rms_norm(x, x.shape[-1:], weight.flatten(), eps) for x, weight in ((q, norm_q), (k, norm_k)))
     return *normed, v
+
+
+# FP8: what a kernel computes is rounded to the network's dtype first, as in the network, and then to FP8.
+
+FP8_DTYPE = TORCH_DTYPES[FP8]
+FP8_MAX = torch.finfo(FP8_DTYPE).max
+
+
+def rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x / scale in FP8."""
+    return (x.float() / scale.float()).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x / scale in FP8, with one scale for all of x. In one kernel also if x is stored tokens first."""
+    if not on_gpu(x) or x.dim() != 3 or not converts_to_fp8(x):
+        return rounded(x, scale.reshape(()))
+    from . import triton_kernels
+
+    return triton_kernels.quantize(x, scale, gelu=False)
+
+
+def gelu_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh form of x [B, S, D], in FP8."""
+    if not on_gpu(x):
+        return rounded(F.gelu(x, approximate="tanh"), scale)
+    from . import triton_kernels
+
+    return triton_kernels.quantize(x, scale, gelu=True)
+
+
+def norm_modulate_fp8(x, scale, shift, fp8_scale, *, eps: float) -> torch.Tensor:
+    """As `norm_modulate`, in FP8."""
+    if not on_gpu(x):
+        return rounded(norm_modulate(x, scale, shift, eps=eps), fp8_scale)
+    from . import triton_kernels
+
+    return triton_kernels.norm_modulate(x, scale, shift, eps, fp8_scale)
+
+
+def gated_norm_fp8(x, gate, y, scale, shift, fp8_scale, *, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `gated_norm`, with the second result in FP8."""
+    if not on_gpu(x):
+        total = gated_sum(x, gate, y)
+        return total, norm_modulate_fp8(total, scale, shift, fp8_scale, eps=eps)
+    from . import triton_kernels
+
+    return triton_kernels.gated_norm(x, gate, y, scale, shift, eps, fp8_scale)
+
+
+def converts_to_fp8(x: torch.Tensor) -> bool:
+    """Whether the GPU has instructions for it; Triton has no other conversion to this format."""
+    return torch.cuda.get_device_capability(x.device) >= FP8_CAPABILITY

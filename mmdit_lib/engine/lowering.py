@@ -67,11 +67,11 @@ def placed_parts(module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
     """Every checkpoint tensor that a lowered graph holds in full, by name, as a view of what its operators read."""
     for node in module.graph.find_nodes(op="get_attr"):
         source, tensor = node.meta["source"], getattr(module, node.target)
-        if "stack" in source:
+        if "stack" in source and all("weight" in part for part in source["stack"]) and "scales" not in source:
             parts, dim = source["stack"], source["dim"]
             widths = [part["shape"][dim] for part in parts]
             yield from zip((part["weight"] for part in parts), tensor.split(widths, dim), strict=True)
-        elif "weight" in source and "crop" not in source:
+        elif "weight" in source and not {"crop", "dtype"} & source.keys():
             yield source["weight"], tensor
 
 
@@ -102,11 +102,27 @@ def constant(layer: Layer, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def value_of(source: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if "scales" in source:  # FP8
+        scales = [value_of(scale, weights) for scale in source["scales"]]
+        parts = [value_of(part, weights) for part in source["stack"]]
+        return torch.cat([_rescaled(*pair, max(scales)) for pair in zip(parts, scales, strict=True)], source["dim"])
     if "stack" in source:
         return torch.cat([value_of(part, weights) for part in source["stack"]], source["dim"])
+    if "largest" in source:
+        return torch.stack([value_of(scale, weights) for scale in source["largest"]]).max()
+    if "product" in source:
+        weight, scale = (value_of(factor, weights).float() for factor in source["product"])
+        return (weight * scale).to(TORCH_DTYPES[source["dtype"]])
     if "values" in source:
         return torch.tensor(source["values"], dtype=TORCH_DTYPES[source["dtype"]]).expand(source["shape"])
     tensor = weights[source["weight"]].reshape(source["shape"])
+    if "dtype" in source:
+        tensor = tensor.to(TORCH_DTYPES[source["dtype"]])
     for dim, (start, size) in source.get("crop", {}).items():
         tensor = tensor.narrow(int(dim), start, size)
     return tensor
+
+
+def _rescaled(part: torch.Tensor, scale: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+    """An FP8 weight in terms of a larger scale. Both are powers of two: exact but for the smallest values."""
+    return part if scale == to else (part.float() * (scale / to)).to(part.dtype)

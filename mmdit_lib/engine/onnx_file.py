@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..config import FP8
 from ..files import complete_folder, require_space, write_synced
 from .folder import EngineFolder, graph_file
 from .graph import Graph, Layer, Value
@@ -22,7 +23,10 @@ from .rehearsal import rehearse
 
 OPSET, IR_VERSION = 22, 10
 """The first opset whose convolution has bfloat16, and its file format."""
-TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64", "bool": "BOOL"}
+TYPES = {
+    "float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", FP8: "FLOAT8E4M3FN", "int64": "INT64",
+    "bool": "BOOL",
+}  # fmt: skip
 """Members of `onnx.TensorProto`, by our names of data types."""
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 ALIGNMENT = 4096
@@ -191,6 +195,15 @@ def convolution(o: OnnxWriter, x, kernel, bias, *, stride_nd, padding_nd, dilati
     o.node("Conv", x, kernel, bias, strides=stride_nd, pads=padding_nd * 2, dilations=dilation_nd, group=num_groups)
 
 
+def quantize(o: OnnxWriter, x, scale, *, axis, to_type):
+    o.node("QuantizeLinear", x, scale, axis=max(axis, 0), output_dtype=getattr(o.onnx.TensorProto, TYPES[to_type]))
+
+
+def dequantize(o: OnnxWriter, x, scale, *, axis, to_type):
+    assert to_type == o.values[scale].dtype, to_type
+    o.node("DequantizeLinear", x, scale, axis=max(axis, 0))
+
+
 def elementwise(o: OnnxWriter, a, b, *, op):
     # FLOOR_DIV divides sizes, which are not negative, so ONNX's truncation is the same.
     o.node({"SUM": "Add", "SUB": "Sub", "PROD": "Mul", "FLOOR_DIV": "Div"}[op], a, b)
@@ -243,9 +256,11 @@ NODES: dict[str, Callable] = {
     "CAST": cast,
     "CONCATENATION": lambda o, *parts, axis: o.node("Concat", *parts, axis=axis),
     "CONVOLUTION": convolution,
+    "DEQUANTIZE": dequantize,
     "ELEMENTWISE": elementwise,
     "MATRIX_MULTIPLY": matrix_multiply,
     "NORMALIZATION": normalization,
+    "QUANTIZE": quantize,
     "REDUCE": reduce,
     "SELECT": lambda o, condition, a, b: o.node("Where", condition, a, b),
     "SHAPE": lambda o, x: o.node("Shape", x),

@@ -127,6 +127,15 @@ def without_unread(layers: Layers, before: Layers) -> Layers:
 # Numerics --------------------------------------------------------------------------------------------
 
 
+@fusion(Op("DEQUANTIZE", ("weight", "scale"), {"axis": -1}))
+def dequantized(layer: Layer, index: Index, weight: str, scale: str) -> Layer | None:
+    """A dequantized constant -> CONSTANT: without FP8 tensor cores, weights are dequantized once."""
+    if not index.constant(weight, scale):
+        return None
+    factors = [index.made_by[name].attributes for name in (weight, scale)]
+    return fused(layer, "CONSTANT", product=factors, dtype=layer.output.dtype)
+
+
 @fusion(total(Op("MATRIX_MULTIPLY", ("x", "weight"), {"op0": "NONE", "op1": "TRANSPOSE"}), "bias"))
 def linear(layer: Layer, index: Index, x: str, weight: str, bias: str) -> Layer | None:
     """x weight^T + bias, both constants -> LINEAR."""
@@ -215,14 +224,15 @@ def shared_silu(layers: Layers) -> Layers:
 
 
 def merged_linears(layers: Layers) -> Layers:
-    """LINEAR layers with one input -> one LINEAR with their weights stacked, and a slice for each.
+    """LINEAR or FP8_LINEAR layers with one input -> one of them with their weights stacked, and a slice for each.
 
     Q, K and V of a stream become one GEMM, and so do the modulations of all blocks.
     """
     index = Index.of(layers)
 
     def mergeable(layer: Layer) -> bool:
-        return layer.type == "LINEAR" and all("weight" in index.made_by[n].attributes for n in layer.inputs[1:])
+        sources = [index.made_by[n].attributes for n in layer.inputs[1:] if n] if layer.type in LINEARS else [{}]
+        return all("weight" in source or "product" in source for source in sources) and layer.inputs[-1] is not None
 
     return merge(layers, mergeable, lambda members: _stacked(members, index))
 
@@ -234,17 +244,35 @@ def _stacked(members: Layers, index: Index) -> tuple[Layers, list[str]]:
     name = f"{_common_path(names) if across else names[0]}/merged"
     if across:
         names = [f"{name}:{i}" for i in range(len(members))]
-    weights, biases = ([index.made_by[member.inputs[i]] for member in members] for i in (1, 2))
+    weights, biases = ([index.made_by[member.inputs[i]] for member in members] for i in (1, -1))
     stack = [_stack(weights, f"{name}.weight", -2), _stack(biases, f"{name}.bias", -1)]
+    first, scales = members[0], ()
+    if first.type == "FP8_LINEAR":
+        stack, scales = _with_one_scale(stack, [index.made_by[member.inputs[3]] for member in members], first)
     widths = [bias.output.shape[-1] for bias in biases]
     shape = (*members[0].output.shape[:-1], sum(widths))
-    inputs = (members[0].inputs[0], *(layer.output.name for layer in stack))
-    layers = [*stack, Layer(name, "LINEAR", inputs, replace(members[0].output, name=name, shape=shape))]
+    weight, bias = (layer.output.name for layer in stack[:2])
+    output = replace(first.output, name=name, shape=shape)
+    merged = Layer(name, first.type, (first.inputs[0], weight, *scales, bias), output, first.attributes)
+    layers = [*stack, merged]
     for member, part, width, end in zip(members, names, widths, accumulate(widths), strict=True):
         attributes = {"axes": [len(shape) - 1], "start": [end - width], "shape": [width], "stride": [1]}
         attributes |= {"mode": "STRICT_BOUNDS"}
         layers.append(Layer(part, "SLICE", (name, None, None), replace(member.output, name=part), attributes))
     return layers, names
+
+
+LINEARS = ("LINEAR", "FP8_LINEAR")
+
+
+def _with_one_scale(stack: Layers, scales: Layers, first: Layer) -> tuple[Layers, tuple[str, str]]:
+    """Weights of different scales, powers of two, all in terms of the largest; the names of both scales."""
+    weight, bias = stack
+    sources = [scale.attributes for scale in scales]
+    weight = replace(weight, attributes={**weight.attributes, "scales": sources})
+    name = f"{weight.output.name}_scale"
+    one = replace(scales[0], name=name, output=replace(scales[0].output, name=name), attributes={"largest": sources})
+    return [weight, bias, one], (first.inputs[2], name)
 
 
 def _stack(constants: Layers, name: str, dim: int) -> Layer:
@@ -275,7 +303,7 @@ def hoisted(layers: Layers) -> Layers:
     return sorted(layers, key=lambda layer: layer.output.name in late)
 
 
-NUMERICS: tuple[Pass, ...] = (linear, silu, attention_scale)
+NUMERICS: tuple[Pass, ...] = (dequantized, linear, silu, attention_scale)
 SPEED: tuple[Pass, ...] = (linear_gelu, rms_norm, modulate, gated_sum, shared_silu, merged_linears, hoisted)
 
 

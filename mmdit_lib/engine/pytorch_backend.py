@@ -11,6 +11,7 @@ from torch import fx
 from .backend import Inputs, Ranks, RunnerOptions
 from .cuda_graph import GraphedStep
 from .folder import EngineFolder, graph_file
+from .fp8_passes import FP8_GEMMS, FP8_KERNELS, has_fp8
 from .graph import Graph
 from .host_memory import return_freed_memory
 from .kernel_passes import KERNELS
@@ -137,7 +138,9 @@ def default_passes(device: torch.device, *, compiled: bool) -> tuple[Pass, ...]:
     """On a GPU the passes for speed too; without `torch.compile`, Triton kernels do the fusing."""
     if device.type != "cuda":
         return NUMERICS
-    return NUMERICS + SPEED if compiled or not has_triton() else NUMERICS + SPEED + KERNELS + RANKS
+    first, last = (FP8_GEMMS, FP8_KERNELS) if has_fp8(device) else ((), ())
+    rest = () if compiled or not has_triton() else KERNELS + RANKS + last
+    return first + NUMERICS + SPEED + rest
 
 
 class Recorder(fx.Interpreter):

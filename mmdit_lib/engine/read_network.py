@@ -107,6 +107,11 @@ def _attention(layer) -> dict:
     return named("norm_op", "causal_kind")(layer.attention)
 
 
+def _quantization(layer) -> dict:
+    """Axis -1: one scale for the whole tensor."""
+    return {"axis": layer.axis, "to_type": dtype_name(layer.to_type)}
+
+
 READERS: dict[str, tuple[str, Callable]] = {
     "ACTIVATION": ("IActivationLayer", _activation),
     "ATTENTION": ("IAttentionOutputLayer", _attention),
@@ -114,10 +119,12 @@ READERS: dict[str, tuple[str, Callable]] = {
     "CONCATENATION": ("IConcatenationLayer", named("axis")),
     "CONSTANT": ("IConstantLayer", _metadata),
     "CONVOLUTION": ("IConvolutionLayer", named("stride_nd", "padding_nd", "dilation_nd", "num_groups")),
+    "DEQUANTIZE": ("IDequantizeLayer", _quantization),
     "DIST_COLLECTIVE": ("IDistCollectiveLayer", _metadata),
     "ELEMENTWISE": ("IElementWiseLayer", named("op")),
     "MATRIX_MULTIPLY": ("IMatrixMultiplyLayer", named("op0", "op1")),
     "NORMALIZATION": ("INormalizationLayer", named("axes", "epsilon")),
+    "QUANTIZE": ("IQuantizeLayer", _quantization),
     "REDUCE": ("IReduceLayer", named("op", "axes", "keep_dims")),
     "SELECT": ("ISelectLayer", named()),
     "SHAPE": ("IShapeLayer", named()),

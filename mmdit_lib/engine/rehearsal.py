@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..architecture import Architecture, ModelConfig
+from ..checkpoint.quantization import NONE, Quantization, stored_tensors
 from ..config import TORCH_DTYPES, Dtype, Layout, RankMapping, shown
 from .collectives import without_ranks
 from .graph import Graph, Layer
@@ -51,11 +52,11 @@ def rehearse(
 
 
 def meta_weights(
-    architecture: Architecture, model: ModelConfig, layout: Layout, dtype: Dtype
+    architecture: Architecture, model: ModelConfig, layout: Layout, dtype: Dtype, quantization: Quantization = NONE
 ) -> dict[str, torch.Tensor]:
     """One rank's weights without data."""
-    shapes = architecture.local_parameters(model, layout)
-    return {name: torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta") for name, shape in shapes.items()}
+    stored = stored_tensors(architecture, model, layout, dtype, quantization)
+    return {name: torch.empty(x.shape, dtype=TORCH_DTYPES[x.dtype], device="meta") for name, x in stored.items()}
 
 
 def _run(

@@ -15,7 +15,7 @@ from ..config import TORCH_DTYPES
 from ..network.trt import dtype_name, installed, trt
 from . import trtllm
 from .backend import Inputs, Ranks, RunnerOptions
-from .capability import plan_runs_here
+from .capability import plan_runs_here, refused_fp8
 from .cuda_graph import GraphedStep
 from .folder import TRTLLM, EngineFolder, graph_file, plan_file
 from .graph import Graph
@@ -69,7 +69,7 @@ class TensorRTBackend:
     def refusal(folder: EngineFolder, device: torch.device) -> str | None:
         if folder.plan_options.strip_plan:
             return "the plan was built with strip_plan and has no weights: refit it first, or build again"
-        return refusal(folder.tensorrt, device)
+        return refusal(folder.tensorrt, device) or without_fp8(folder, device)
 
     @classmethod
     def open(cls, folder: EngineFolder, options: RunnerOptions, team: Ranks | None = None) -> TensorRTBackend:
@@ -204,6 +204,13 @@ def refusal(built_with: str | None, device: torch.device | str = "cuda") -> str 
     return plan_runs_here(here.split()[0], device)
 
 
+def without_fp8(folder: EngineFolder, device: torch.device) -> str | None:
+    """Why the GPU cannot run a quantized plan; None if it can, or the plan is not quantized."""
+    if folder.quantization.quant_algo is None:
+        return None
+    return refused_fp8(torch.cuda.get_device_capability(device))
+
+
 def refittable(folder: EngineFolder) -> bool:
     return folder.builder == "tensorrt" and folder.plan_options.refit
 
@@ -211,7 +218,7 @@ def refittable(folder: EngineFolder) -> bool:
 def _graph(folder: EngineFolder, rank: int, verify: bool) -> Graph:
     """One rank's graph file, checked as before it is run. Raises `ValueError`."""
     graph = folder.graph(rank, verify=verify)
-    weights = meta_weights(folder.architecture, folder.model, folder.layout, folder.dtype)
+    weights = meta_weights(folder.architecture, folder.model, folder.layout, folder.dtype, folder.quantization)
     rehearse(folder, graph, weights, folder.layout.at(rank), folder.path / graph_file(rank))
     return graph
 

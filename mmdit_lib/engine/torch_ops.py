@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from ..config import TORCH_DTYPES
+from ..config import FP8, TORCH_DTYPES
 from . import kernels, rank_kernels
 from .collectives import dist_collective
 
@@ -69,6 +69,22 @@ def matrix_multiply(a, b, *, op0, op1):
 def normalization(x, scale, bias, *, axes, epsilon):
     assert axes == 1 << (x.dim() - 1), "only the last dimension is normalized"
     return F.layer_norm(x, x.shape[-1:], scale.flatten(), bias.flatten(), epsilon)
+
+
+def quantize(x, scale, *, axis, to_type):
+    """As TensorRT defines it: castToFp8(clip(x / scale, -448, 448)), to nearest, ties to even; NaN stays NaN."""
+    assert to_type == FP8, to_type
+    return kernels.quantize(x, scale) if axis < 0 else kernels.rounded(x, _along(scale, axis, x.dim()))
+
+
+def dequantize(x, scale, *, axis, to_type):
+    """x * scale, rounded once."""
+    return (x.float() * _along(scale, axis, x.dim())).to(TORCH_DTYPES[to_type])
+
+
+def _along(scale, axis, rank):
+    """The scales in float32, to broadcast along `axis` of a tensor of `rank` dimensions; -1: a single scale."""
+    return scale.float().reshape([-1 if dim == axis else 1 for dim in range(rank)] if axis >= 0 else ())
 
 
 def reduce(x, *, op, axes, keep_dims):
@@ -138,6 +154,24 @@ def linear_gelu(x, weight, bias):
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+def fp8_linear(x, weight, x_scale, weight_scale, bias, *, to_type):
+    """x weight^T x_scale weight_scale + bias, of FP8 values with a scale each; summed in float32 and rounded once."""
+    rows, weight, dtype = x.reshape(-1, x.shape[-1]), weight.reshape(weight.shape[-2:]), TORCH_DTYPES[to_type]
+    bias = None if bias is None else bias.flatten()
+    if x.is_cuda:
+        y = fp8_gemm(rows, weight, x_scale, weight_scale, bias, dtype)
+    else:
+        y = rows.float() @ weight.float().t() * (x_scale * weight_scale)
+        y = (y if bias is None else y + bias.float()).to(dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def fp8_gemm(rows, weight, x_scale, weight_scale, bias, dtype):
+    """On FP8 tensor cores, which want the second matrix by columns, as the transpose of a weight is."""
+    scales = {"scale_a": x_scale, "scale_b": weight_scale}
+    return torch._scaled_mm(rows, weight.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
+
+
 def rms_norm(x, weight, *, eps):
     return F.rms_norm(x, x.shape[-1:], weight.flatten(), eps)
 
@@ -157,11 +191,15 @@ OPS: dict[str, Callable] = {
     "CAST": cast,
     "CONCATENATION": concatenation,
     "CONVOLUTION": convolution,
+    "DEQUANTIZE": dequantize,
     "DIST_COLLECTIVE": dist_collective,
     "ELEMENTWISE": elementwise,
+    "FP8_LINEAR": fp8_linear,
     "GATED_NORM": kernels.gated_norm,
+    "GATED_NORM_FP8": kernels.gated_norm_fp8,
     "GATED_SUM": kernels.gated_sum,
     "GATHERED_ATTENTION": rank_kernels.gathered_attention,
+    "GELU_FP8": kernels.gelu_fp8,
     "ITEM": item,
     "LINEAR": linear,
     "LINEAR_GELU": linear_gelu,
@@ -169,7 +207,9 @@ OPS: dict[str, Callable] = {
     "MODULATE": modulate,
     "NORMALIZATION": normalization,
     "NORM_MODULATE": kernels.norm_modulate,
+    "NORM_MODULATE_FP8": kernels.norm_modulate_fp8,
     "QKV_ATTENTION": kernels.qkv_attention,
+    "QUANTIZE": quantize,
     "REDUCE": reduce,
     "REDUCED_GATED_NORM": rank_kernels.reduced_gated_norm,
     "REDUCED_GATED_SUM": rank_kernels.reduced_gated_sum,

@@ -20,10 +20,41 @@ def _memory(addresses, rank, like):
     return tl.multiple_of(tl.load(addresses + rank).to(tl.pointer_type(like.dtype.element_ty)), 16)
 
 
+@triton.jit
+def _to_fp8(value, fp8_scale, like):
+    """Rounded to the dtype of `like`, then to FP8. The scale is a power of two; the conversion saturates."""
+    exact = value.to(like.dtype.element_ty).to(tl.float32) / tl.load(fp8_scale).to(tl.float32)
+    return tl.minimum(tl.maximum(exact, -448.0, tl.PropagateNan.ALL), 448.0, tl.PropagateNan.ALL).to(tl.float8e4nv)
+
+
 @triton.jit(do_not_specialize=["tokens"])
-def _row(x, gate, y, bias, scale, shift, total, normed, tokens, width, y_batch, y_token, gate_batch, scale_batch,
-         shift_batch, eps, GATE: tl.constexpr, RANKS: tl.constexpr, NORM: tl.constexpr,
-         BLOCK: tl.constexpr):  # fmt: skip
+def _quantize(x, fp8_scale, out, tokens, width, x_batch, x_token, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row // tokens * x_batch + row % tokens * x_token + columns, inside, 0.0).to(tl.float32)
+    if GELU:  # tanh(z) = 1 - 2 / (exp(2 z) + 1)
+        z = 0.7978845608028654 * (value + 0.044715 * value * value * value)
+        value = value * (1.0 - 1.0 / (tl.exp(2.0 * z) + 1.0))
+    tl.store(out + row * width + columns, _to_fp8(value, fp8_scale, x), inside)
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, *, gelu: bool) -> torch.Tensor:
+    """x [B, S, D], of any order of the first two dimensions in memory, in FP8; of GELU(x) if `gelu`."""
+    batch, tokens, width = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    block = min(triton.next_power_of_2(width), 2048)
+    _quantize[(batch * tokens, triton.cdiv(width, block))](
+        x, scale, out, tokens, width, x.stride(0), x.stride(1), GELU=gelu, BLOCK=block, num_warps=4
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _row(x, gate, y, bias, scale, shift, fp8_scale, total, normed, tokens, width, y_batch, y_token, gate_batch,
+         scale_batch, shift_batch, eps, GATE: tl.constexpr, RANKS: tl.constexpr, NORM: tl.constexpr,
+         FP8: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     columns = tl.arange(0, BLOCK)
@@ -48,7 +79,11 @@ def _row(x, gate, y, bias, scale, shift, total, normed, tokens, width, y_batch, 
         deviation = tl.sqrt(tl.sum(centered * centered, 0) / width + eps)
         a = tl.load(scale + batch * scale_batch + columns, inside, 0.0).to(tl.float32)
         b = tl.load(shift + batch * shift_batch + columns, inside, 0.0).to(tl.float32)
-        tl.store(normed + row * width + columns, centered / deviation * (a + 1.0) + b, inside)
+        value = centered / deviation * (a + 1.0) + b
+        if FP8:
+            tl.store(normed + row * width + columns, _to_fp8(value, fp8_scale, x), inside)
+        else:
+            tl.store(normed + row * width + columns, value, inside)
 
 
 @triton.jit
@@ -80,30 +115,37 @@ def gated_sum(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Ten
     return total
 
 
-def norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+def norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, fp8=None) -> torch.Tensor:
+    """`fp8`: the scale with which the result is quantized; None: it has the dtype of x."""
     x = x.contiguous()
-    out = torch.empty_like(x)
-    _launch(x, x, x, scale, shift, x, out, eps, gated=False, normed=True)
+    out = torch.empty_like(x) if fp8 is None else torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    _launch(x, x, x, scale, shift, x, out, eps, gated=False, normed=True, fp8=fp8)
     return out
 
 
-def gated_norm(x, gate, y, scale, shift, eps: float) -> torch.Tensor:
+def gated_norm(x, gate, y, scale, shift, eps: float, fp8=None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`fp8`: the scale with which the second result is quantized; None: both are one tensor."""
     x = x.contiguous()
-    out = torch.empty(2, *x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, gate, y, scale, shift, out[0], out[1], eps, gated=True, normed=True)
+    if fp8 is None:
+        out = torch.empty(2, *x.shape, dtype=x.dtype, device=x.device)
+    else:
+        out = torch.empty_like(x), torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    _launch(x, gate, y, scale, shift, out[0], out[1], eps, gated=True, normed=True, fp8=fp8)
     return out
 
 
-def _launch(x, gate, y, scale, shift, total, out, eps: float, *, gated: bool, normed: bool, ranks=None) -> None:
-    """`ranks`: addresses of y's parts on the ranks, and the bias; y then only gives the strides."""
+def _launch(
+    x, gate, y, scale, shift, total, out, eps: float, *, gated: bool, normed: bool, ranks=None, fp8=None
+) -> None:
+    """`ranks`: addresses of y's parts on the ranks, and the bias; y then only gives the strides. `fp8`: a scale."""
     batch, tokens, width = x.shape
     assert y.stride(2) == gate.stride(2) == scale.stride(2) == shift.stride(2) == 1
     strides = [t.stride(0) if t.shape[0] > 1 else 0 for t in (gate, scale, shift)]
     addresses, bias = ranks or (y, x)
     _row[(batch * tokens,)](
-        x, gate, addresses, bias, scale, shift, total, out, tokens, width, y.stride(0), y.stride(1), *strides, eps,
-        GATE=gated, RANKS=len(addresses) if ranks else 0, NORM=normed, BLOCK=triton.next_power_of_2(width),
-        num_warps=4 if width <= 2048 else 8,
+        x, gate, addresses, bias, scale, shift, x if fp8 is None else fp8, total, out, tokens, width, y.stride(0),
+        y.stride(1), *strides, eps, GATE=gated, RANKS=len(addresses) if ranks else 0, NORM=normed, FP8=fp8 is not None,
+        BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, version_of
 from ..files import FileRecord, complete_folder, read_json, write_synced
 from ..files.records import to_json
-from .folder import FORMAT_VERSION, TRTLLM, checkpoint_reference, is_engine_folder, plan_file
+from .folder import TRTLLM, checkpoint_reference, is_engine_folder, plan_file
 
 COMMAND = "trtllm-build"
 HOW_TO_INSTALL = "pip install tensorrt-llm==1.2.1, or conda env create --file environment-tensorrt-llm.yml"
@@ -65,6 +65,8 @@ def build(checkpoint_dir: str | Path, output_dir: str | Path, max_batch_size: in
 def check_checkpoint(checkpoint: Checkpoint) -> None:
     """Raises `ValueError` if TensorRT-LLM cannot read this checkpoint."""
     layout = checkpoint.layout
+    if checkpoint.quantization.quant_algo:
+        raise ValueError(f"builder trtllm: {checkpoint.path} is quantized; use builder tensorrt")
     if layout.cfg_size > 1:
         raise ValueError(f"builder trtllm: TensorRT-LLM has no CFG parallelism; {checkpoint.path} has cfg_size 2")
     if layout.tp_size > 1 and layout.tp_layout != "trtllm":
@@ -97,7 +99,7 @@ def add_manifest(folder: Path, checkpoint: Checkpoint, output: Path) -> None:
     plans = sorted(path for path in folder.iterdir() if path.name != CONFIG_FILE)
     content = read_json(folder / CONFIG_FILE)
     content[OWN_KEY] = {
-        "format_version": FORMAT_VERSION,
+        "format_version": checkpoint.quantization.format_version,
         "builder": "trtllm",
         "checkpoint": checkpoint_reference(checkpoint, output),
         "files": to_json({path.name: FileRecord.of(path) for path in plans}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from ..config import FP8
 from .network import Tensor
 from .trt import trt, trt_dtype
 
@@ -20,6 +21,25 @@ def cast(x: Tensor, dtype: str) -> Tensor:
     if x.dtype == dtype:
         return x
     return x.network.add(x.network.definition.add_cast(x.itensor, trt_dtype(dtype)), "cast")
+
+
+def quantize(x: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
+    """x / scale in FP8: clipped to [-448, 448] and rounded to the nearest value, ties to even.
+
+    `scale` is a constant of x's dtype: a scalar or, along `axis`, one number for each index.
+    """
+    layer = x.network.definition.add_quantize(x.itensor, scale.itensor, trt_dtype(FP8))
+    if axis is not None:
+        layer.axis = axis
+    return x.network.add(layer, "quantize")
+
+
+def dequantize(x: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
+    """x * scale in the dtype of `scale`, which is as in `quantize`."""
+    layer = x.network.definition.add_dequantize(x.itensor, scale.itensor, scale.itensor.dtype)
+    if axis is not None:
+        layer.axis = axis
+    return x.network.add(layer, "dequantize")
 
 
 def activation(x: Tensor, kind: str) -> Tensor:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from ..config import FP8
 from . import functional as F
 from .module import Module, ModuleList
 from .network import Parameter, Tensor
 
+WEIGHT_SCALE, ACTIVATION_SCALE = "weights_scaling_factor", "activation_scaling_factor"
+"""A quantized linear layer's tensors besides weight and bias, named as in TensorRT-LLM; both [1] and float32."""
+
 
 class Linear(Module):
-    """x W^T + b on the last dimension; the network's sharding table decides how it is sharded over tp ranks."""
+    """x W^T + b on the last dimension; the network's sharding table decides how it is sharded over tp ranks.
+
+    If the checkpoint has W in FP8, x is rounded to FP8 too.
+    """
 
     def __init__(self, in_features: int, out_features: int):
         self.weight = Parameter(out_features, in_features)
@@ -18,12 +25,24 @@ class Linear(Module):
         network = x.network
         style, group = network.sharding.rule_for(self.path).style, network.mapping.tp_group
         ones = (1,) * (len(x.shape) - 1)
-        weight, bias = (network.weights[parameter.name].shape for parameter in (self.weight, self.bias))
-        y = F.matmul(x, network.weight(self.weight, (*ones[1:], *weight)), transpose_b=True)
+        bias = network.weights[self.bias.name].shape
+        stored = network.weight(self.weight, (*ones[1:], *network.weights[self.weight.name].shape))
+        if stored.dtype == FP8:
+            x, stored = self.round_input(x), F.dequantize(stored, network.scale(f"{self.path}.{WEIGHT_SCALE}"))
+        y = F.matmul(x, stored, transpose_b=True)
         if style == "rowwise":
             y = F.all_reduce(y, group)
         y = y + network.weight(self.bias, (*ones, *bias))
         return gather_features(y, group) if style == "colwise_gather" else y
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """x rounded to FP8, in its own dtype again."""
+        network, name = x.network, f"{self.path}.{ACTIVATION_SCALE}"
+        key = x.itensor.name, network.weights[name].item()
+        if key not in network.rounded:
+            scale = network.scale(name)
+            network.rounded[key] = F.dequantize(F.quantize(x, scale), scale)
+        return network.rounded[key]
 
 
 def gather_features(x: Tensor, group) -> Tensor:

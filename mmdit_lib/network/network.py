@@ -101,6 +101,8 @@ class Network:
         self._scopes: list[str] = []
         self._names: set[str] = set()
         self._constants: dict[str, Tensor] = {}
+        self.rounded: dict[tuple[str, float], Tensor] = {}
+        """Activations rounded to FP8, by the tensor's name and the scale: several layers may read one tensor."""
 
     # Names ---------------------------------------------------------------------------------------
 
@@ -174,6 +176,13 @@ class Network:
         layer = self.definition.add_constant(tuple(array.shape), self.by_address(array))
         layer.metadata = json.dumps(source)
         return self.add(layer, parameter.name.rpartition(".")[2])
+
+    def scale(self, name: str) -> Tensor:
+        """A quantization scale of the checkpoint, a power of two, as a scalar in the network's dtype."""
+        array = self.weights[name].reshape(()).to(TORCH_DTYPES[self.dtype])
+        layer = self.definition.add_constant((), self.by_address(array))
+        layer.metadata = json.dumps({"weight": name, "shape": (), "dtype": self.dtype})
+        return self.add(layer, name.rpartition(".")[2])
 
     def by_address(self, array: torch.Tensor):
         """`trt.Weights` that point to the array's memory without a copy; the array is kept alive for the build."""

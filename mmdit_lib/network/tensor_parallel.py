@@ -46,7 +46,7 @@ class Sharding:
         module, _, kind = tensor.rpartition(".")
         style = self.rule_for(module).style
         if style.startswith("colwise"):
-            return 0
+            return 0 if kind in ("weight", "bias") else None  # a scale is the whole tensor's
         return 1 if style == "rowwise" and kind == "weight" else None
 
     def local_shape(self, tensor: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:

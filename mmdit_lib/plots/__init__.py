@@ -5,6 +5,7 @@ from .bars import time_bars, traffic_bars
 from .block import block_diagram
 from .errors import error_by_depth
 from .film import film_strip
+from .fp8 import error_of_fp8
 from .images import image_grid, images_side_by_side
 from .layers import time_by_block
 from .memory import memory_over_time
@@ -25,6 +26,7 @@ __all__ = [
     "attention_quadrants",
     "block_diagram",
     "error_by_depth",
+    "error_of_fp8",
     "film_strip",
     "gathered_rows",
     "image_grid",

@@ -35,7 +35,7 @@ def error_by_depth(tables: Mapping[str, pd.DataFrame]) -> Figure:
         _label_line(axes, "exactly 0", floor, GREY)
     axes.set_ylabel("relative error")
     axes.set_title("Error of each module against diffusers", loc="left")
-    _mark_blocks(axes, next(iter(tables.values())))
+    mark_blocks(axes, next(iter(tables.values())))
     axes.legend(frameon=False, loc="upper left", ncols=len(tables), bbox_to_anchor=(0, -0.16), borderaxespad=0)
     return figure
 
@@ -52,7 +52,7 @@ def _floor(tables: Mapping[str, pd.DataFrame]) -> float:
     return above.min() / 3 if len(above) else 1e-9
 
 
-def _mark_blocks(axes, table: pd.DataFrame) -> None:
+def mark_blocks(axes, table: pd.DataFrame) -> None:
     """A line at the end of each transformer block, and its number (for deep models, only every few)."""
     blocks = table[table.module.str.fullmatch(r"\w+\.\d+")]
     ends = blocks.groupby("module", sort=False).depth.first()

@@ -95,9 +95,9 @@ def _memory(engine: EngineFolder, graph: Graph) -> Memory:
     build = engine.build_config
     *_, largest = build.sizes(engine.layout.cfg_size)
     layout = engine.layout
-    weights = meta_weights(engine.architecture, engine.model, layout, engine.dtype)
+    weights = meta_weights(engine.architecture, engine.model, layout, engine.dtype, engine.quantization)
     rehearse(engine, graph, weights, layout.at(0), engine.path / graph_file(0))
-    return memory_of(graph, engine.architecture, engine.model, layout, engine.dtype, largest, build)
+    return memory_of(graph, engine.architecture, engine.model, layout, engine.dtype, largest, build, weights)
 
 
 def inspect_checkpoint(folder: Path) -> CheckpointReport:
@@ -135,6 +135,7 @@ def _describe_engine(report: EngineReport) -> Group:
             f"{engine.checkpoint.name} ({engine.checkpoint.path} from here)" if engine.checkpoint else "not recorded",
         ),
     ]
+    about += _quantization(engine)
     about += [("LoRA", str(lora)) for lora in engine.loras]
     if report.memory:
         sizes = f"batch {build.max_batch_size}, {build.max_resolution} pixels, {build.max_text_tokens} text tokens"
@@ -179,6 +180,7 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
         ("rank 0", f"{len(report.tensors)} tensors, {report.parameters:,} parameters"),
         ("source", _source(checkpoint.config.get("model_path"), own)),
     ]
+    about += _quantization(checkpoint)
     if own:
         about += [("LoRA", str(lora)) for lora in own.loras]
         about.append(("created with", ", ".join(f"{k} {v}" for k, v in own.versions.items() if v)))
@@ -189,6 +191,15 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
     for name, tensor in report.largest():
         largest.add_row(name, _shape(tensor.shape), size(tensor.nbytes))
     return Group(_facts(checkpoint.path, about), config, largest, _files(report.files))
+
+
+def _quantization(folder: EngineFolder | Checkpoint) -> list[tuple[str, str]]:
+    scheme = folder.quantization
+    if scheme.quant_algo is None:
+        return []
+    count = len(scheme.modules(folder.architecture, folder.model))
+    without = ", ".join(scheme.exclude_modules or ("none",))
+    return [("quantization", f"{scheme.quant_algo} in {count} linear layers; excluded: {without}")]
 
 
 def _kind(value: Value) -> tuple[str, str, tuple[int, ...]]:

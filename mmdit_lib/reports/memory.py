@@ -6,6 +6,7 @@ largest set of tensors that are alive at the same time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +50,14 @@ def memory_of(
     dtype: Dtype,
     sizes: Sizes,
     build: BuildConfig,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Memory:
     """Memory of rank 0 for one step at these sizes.
 
-    The graph must be sound: it is lowered without the checks of `engine/rehearsal.py`.
+    The graph must be sound: it is lowered without the checks of `engine/rehearsal.py`. `weights` are without
+    data; those of an unquantized checkpoint if not given.
     """
-    weights = meta_weights(architecture, model, layout, dtype)
+    weights = weights or meta_weights(architecture, model, layout, dtype)
     passes = NUMERICS + SPEED + KERNELS + RANKS
     module = lower(graph, weights, device="meta", groups=group_names(graph), passes=passes)
     inputs = [

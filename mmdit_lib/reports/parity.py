@@ -23,6 +23,7 @@ from ..config import TORCH_DTYPES, Dtype, RankMapping, Resolution, either
 from ..engine.inputs import sample_inputs
 from ..engine.precision import without_tf32
 from ..runner import MMDiTRunner
+from . import fp8_parity
 from .reference import load_reference
 
 TOLERANCES: dict[str, float] = {"float32": 5e-6, "float16": 1e-2, "bfloat16": 8e-2}
@@ -46,6 +47,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
+FP8_COLUMNS = ("fp8_error", "dtype_error")
+"""Of a quantized engine."""
+
+
 def compare_layers(
     model_path: str | Path,
     engine_dir: str | Path,
@@ -63,7 +68,9 @@ def compare_layers(
 ) -> pd.DataFrame:
     """Run diffusers' transformer and the engine's network (`pytorch` backend) on the same random inputs.
 
-    LoRAs that `convert` fused are fused into diffusers' transformer too.
+    LoRAs that `convert` fused are fused into diffusers' transformer too. Of a quantized engine, status and errors are
+    against diffusers in float32 with the same values rounded to FP8; the columns `fp8_error` and `dtype_error` compare
+    the engine, and diffusers in the network's dtype, with diffusers in float32 without this rounding.
     Both sides keep every module's outputs in memory, so use a small resolution for a large model; it runs the
     same operations.
 
@@ -74,7 +81,8 @@ def compare_layers(
         text_tokens: number of text tokens; by default the engine's optimal one.
         batch: rows; by default the engine's optimal batch.
         seed: seed of the random inputs.
-        reference_dtype: diffusers' dtype; by default the engine's. Use float32 to see all rounding.
+        reference_dtype: diffusers' dtype; by default the engine's, or float32 if it is quantized. Use float32 to see
+            all rounding.
         tolerance: largest accepted relative error; by default `TOLERANCES` of the coarser dtype.
         variant: variant of the files in `model_path`.
         revision: revision of a hub id.
@@ -91,7 +99,7 @@ def compare_layers(
     """
     runner = MMDiTRunner.from_engine(engine_dir, backend="pytorch", checkpoint_dir=checkpoint_dir, device=device)
     folder = runner.folder
-    dtype = TORCH_DTYPES[reference_dtype or folder.dtype]
+    dtype = TORCH_DTYPES[reference_dtype or ("float32" if folder.quantization.quant_algo else folder.dtype)]
     reference = load_reference(
         model_path, folder.architecture, dtype, runner.device, variant=variant, revision=revision, loras=folder.loras
     )
@@ -112,13 +120,19 @@ def compare(
     architecture, mapping = folder.architecture, folder.layout.at(runner.rank)
     check_same_model(architecture.config.from_diffusers(dict(reference.config)), folder.model)
     reference_dtype = str(reference.dtype).removeprefix("torch.")
+    quantized = folder.quantization.quant_algo is not None
     if tolerance is None:
         if reference_dtype not in TOLERANCES:
             raise ValueError(f"a reference in {reference_dtype} needs `tolerance`: only {either(TOLERANCES)} have one")
-        tolerance = max(TOLERANCES[folder.dtype], TOLERANCES[reference_dtype])
-    ours = runner.intermediates(inputs)
+        tolerances = fp8_parity.TOLERANCES if quantized else TOLERANCES
+        tolerance = max(tolerances[folder.dtype], tolerances[reference_dtype])
+    ours, others = runner.intermediates(inputs), {}
     with without_tf32():
-        theirs, left_out = architecture.reference.outputs(reference, inputs, folder.model, folder.build_config)
+        if quantized:
+            checkpoint = folder.open_checkpoint(runner.checkpoint_dir, verify=False)
+            theirs, left_out, others = fp8_parity.reference_outputs(reference, folder, checkpoint, inputs)
+        else:
+            theirs, left_out = architecture.reference.outputs(reference, inputs, folder.model, folder.build_config)
     modules = {**runner.backend.modules, architecture.output.name: (architecture.output.name,)}
 
     rows = []
@@ -127,9 +141,15 @@ def compare(
         for number, (value, expected) in enumerate(zip_longest(values, outputs)):
             row = {"module": path, "output": number, "depth": depth, "tolerance": tolerance}
             rows.append(row | _compare(value, expected, mapping, tolerance))
+            if quantized:
+                rows[-1] |= _without_fp8(value, others, path, number, mapping)
     for path in modules.keys() - theirs.keys():
         rows.append({"module": path, "output": 0, "status": "missing", "note": "diffusers ran no such module"})
-    if reference_dtype == folder.dtype == "float32" and any(row["status"] == "mismatch" for row in rows):
+    if (
+        not quantized
+        and reference_dtype == folder.dtype == "float32"
+        and any(row["status"] == "mismatch" for row in rows)
+    ):
         exact, _ = architecture.reference.outputs(reference.double(), inputs, folder.model, folder.build_config)
         reference.float()
         for row in rows:
@@ -137,15 +157,23 @@ def compare(
             if row["status"] == "mismatch" and not row["note"]:
                 found = ours[modules[path][number]], theirs[path][number]
                 row |= _judge_by_float64(*found, exact[path][number], mapping, tolerance)
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.DataFrame(rows, columns=COLUMNS + (FP8_COLUMNS if quantized else ()))
     table.attrs = {
         "dtype": folder.dtype,
         "reference_dtype": reference_dtype,
         "rank": mapping.rank,
         "inputs": {name: tuple(value.shape) for name, value in inputs.items()},
         "left_out": left_out,
+        "quantized": quantized,
     }
     return table
+
+
+def _without_fp8(ours: torch.Tensor | None, others: dict, path: str, number: int, mapping: RankMapping) -> dict:
+    """The error of the engine, and of diffusers in its dtype, against diffusers in float32 without FP8."""
+    plain, narrow = (found[path][number] for found in (others["plain"], others["dtype"]))
+    errors = [_compare(x, plain, mapping, 0.0) for x in (ours, narrow)]
+    return dict(zip(FP8_COLUMNS, (error.get("relative_error", float("nan")) for error in errors), strict=True))
 
 
 def _judge_by_float64(
@@ -265,7 +293,8 @@ def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
     shown = table if full else table.loc[sorted(_worst_per_block(table) | set(failing))]
     left_out = table.attrs.get("left_out", {})
     which = "all" if full else f"the worst of each block, and the first {FAILING_SHOWN} that are not ok, of"
-    numbers = (Column(name, justify="right", no_wrap=True) for name in ("relative", "max abs"))
+    extra = ("with FP8", "without") if table.attrs.get("quantized") else ()
+    numbers = (Column(name, justify="right", no_wrap=True) for name in ("relative", "max abs", *extra))
     grid = Table(
         Column("module", overflow="fold"), Column("status", no_wrap=True), *numbers, Column("shape", overflow="fold"),
         title=_title(table), title_justify="left",
@@ -274,7 +303,8 @@ def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
     )  # fmt: skip
     for row in shown.itertuples():
         several = (table.module == row.module).sum() > 1
-        numbers = [f"{x:.1e}" if pd.notna(x) else "" for x in (row.relative_error, row.max_abs_error)]
+        errors = (row.relative_error, row.max_abs_error, *(getattr(row, name) for name in FP8_COLUMNS if extra))
+        numbers = [f"{x:.1e}" if pd.notna(x) else "" for x in errors]
         shape = "x".join(map(str, row.shape)) if isinstance(row.shape, tuple) else row.note
         grid.add_row(
             f"{row.module} ({row.output})" if several else row.module,
@@ -282,14 +312,18 @@ def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
             *numbers,
             row.note if row.status == "shape" else shape,
         )
-    return Group(grid, Text(verdict(table), style="green" if all_ok(table) else "bold red"))
+    lines = [Text(verdict(table), style="green" if all_ok(table) else "bold red")]
+    return Group(grid, *lines, *([Text(fp8_parity.summary(table))] if extra else []))
 
 
 def _title(table: pd.DataFrame) -> str:
     about = table.attrs
     shapes = Counter("x".join(map(str, shape)) for shape in about["inputs"].values())
     sizes = ", ".join(shape if count == 1 else f"{count} of {shape}" for shape, count in shapes.items())
-    return f"errors of the {about['dtype']} engine against diffusers in {about['reference_dtype']}; inputs {sizes}"
+    quantized = about.get("quantized")
+    engine, how = ("FP8 engine in ", " with the same rounding to FP8") if quantized else ("", "")
+    name = f"{engine}{about['dtype']}" if quantized else f"{about['dtype']} engine"
+    return f"errors of the {name} against diffusers in {about['reference_dtype']}{how}; inputs {sizes}"
 
 
 def _worst_per_block(table: pd.DataFrame) -> set[int]:

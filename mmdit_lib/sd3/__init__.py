@@ -7,6 +7,7 @@ from . import keys, lora, pipelines, reference
 from .config import KNOWN_MODELS, SD3Config, infer_config
 from .inputs import INPUTS, OUTPUT, optional_inputs
 from .original import SINGLE_FILE
+from .quantization import FULL_PRECISION
 from .tensor_parallel import SHARDINGS
 from .transformer import MMDiT, define
 
@@ -20,6 +21,7 @@ SD3 = Architecture(
     optional_inputs=optional_inputs,
     output=OUTPUT,
     shardings=SHARDINGS,
+    full_precision=FULL_PRECISION,
     keys=keys,
     lora_keys=lora,
     infer_config=infer_config,

@@ -123,11 +123,13 @@ CASES = (
     Case("convert with a LoRA", ("lora", "transformer"), "lora", fuse_it, checksummed=False, compare=False),
     Case("build from a checkpoint", ("checkpoint",), "checkpoint", build_it),
     Case("build from a checkpoint, tp 2", ("checkpoint_tp2",), "checkpoint_tp2", build_it),
+    Case("build from a checkpoint in FP8", ("checkpoint_fp8",), "checkpoint_fp8", build_it),
     Case("build from TensorRT-LLM's", ("upstream",), "upstream", build_it, checksummed=False),
     Case("inspect a checkpoint", ("checkpoint",), "checkpoint", inspect_it),
     Case("inspect an engine folder", ("engine",), "engine", inspect_it),
     Case("inspect TensorRT-LLM's engine folder", ("upstream_engine",), "upstream_engine", inspect_it),
     Case("run an engine folder", ("engine", "checkpoint"), "engine", run_it),
+    Case("run an engine folder in FP8", ("engine_fp8", "checkpoint_fp8"), "engine_fp8", run_it),
     Case("run it without checksums", ("engine", "checkpoint"), "engine", lambda f: run_it(f, False), compare=False),
     Case("open an engine folder, 4 ranks", ("engine_tp2", "checkpoint_tp2"), "engine_tp2", open_it),
 )  # fmt: skip

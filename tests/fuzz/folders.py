@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 from helpers import original_layout, random_transformer
 from loras import random_lora, write
 from safetensors.torch import save_file
 
 from mmdit_lib import build, convert
+from mmdit_lib.checkpoint import conversion
 from mmdit_lib.sd3 import SD3Config
 
 MODEL = SD3Config(
@@ -66,6 +68,16 @@ def _make_outputs(place: Path, source: Path) -> None:
     convert(source, place / "checkpoint_tp2", tp_size=2, progress=False)
     options = dict(cp_size=2, skip_layers=True, controlnet_residuals=2)
     build(place / "checkpoint_tp2", place / "engine_tp2", **options, **PROFILE)
+
+    # The source has no text encoders to calibrate with.
+    def four(source, path, modules, *_, **__):
+        return dict.fromkeys(modules, 4.0)
+
+    largest = mock.patch.object(conversion, "calibrate", four)
+    with largest, mock.patch.object(conversion, "require_pipeline"):
+        options = dict(quantization="fp8", calibration_prompts=["a circle"], progress=False)
+        convert(source, place / "checkpoint_fp8", **options)
+    build(place / "checkpoint_fp8", place / "engine_fp8", **PROFILE)
 
 
 def _make_upstream(folder: Path, source: Path) -> None:

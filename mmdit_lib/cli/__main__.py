@@ -1,0 +1,5 @@
+"""The same as `mmdit`."""
+
+from . import main
+
+main()

@@ -1,0 +1,105 @@
+"""Graph passes for GPUs with FP8 tensor cores: Q/DQ around a linear layer becomes a GEMM in FP8.
+
+`FP8_GEMMS` come before all other passes, `FP8_KERNELS` after them: the kernel that computes an activation also rounds
+it, so that it is written to memory once, in one byte. Not yet run on a GPU; on a CPU their result is compared with the
+network's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from .capability import FP8_CAPABILITY
+from .graph import Layer
+from .passes import Index, Layers, Pass, fused, without_unread
+
+ALIGNED = 16
+"""Tensor cores need inner sizes that are multiples of this."""
+
+
+def fp8_linear(layers: Layers) -> Layers:
+    """dequantize(quantize(x)) dequantize(weight)^T (+ bias) -> FP8_LINEAR of quantize(x) and weight."""
+    index, result = Index.of(layers), []
+    for layer in layers:
+        found = _with_bias(layer, index) or _product(layer, index)
+        result += _gemm(layer, index, *found) if found else [layer]
+    return without_unread(result, layers)
+
+
+def _with_bias(layer: Layer, index: Index) -> tuple[str, str, str | None] | None:
+    if layer.type != "ELEMENTWISE" or layer.attributes["op"] != "SUM" or not index.constant(layer.inputs[1]):
+        return None
+    product, bias = layer.inputs
+    found = _product(index.made_by.get(product), index) if index.uses[product] == 1 else None
+    return found and (*found[:2], bias)
+
+
+def _product(layer: Layer | None, index: Index) -> tuple[str, str, None] | None:
+    """The two dequantized inputs, if tensor cores can multiply them."""
+    if not layer or layer.type != "MATRIX_MULTIPLY" or layer.attributes["op1"] != "TRANSPOSE":
+        return None
+    x, weight = (index.find(name, "DEQUANTIZE") for name in layer.inputs)
+    if not x or not weight or {x.attributes["axis"], weight.attributes["axis"]} != {-1}:
+        return None
+    stored = index.find(weight.inputs[0], "CONSTANT")
+    quantized = index.find(x.inputs[0], "QUANTIZE") and index.constant(x.inputs[1], weight.inputs[1])
+    aligned = stored and all(size % ALIGNED == 0 for size in stored.output.shape[-2:])
+    return (*layer.inputs, None) if quantized and aligned and layer.output.dtype != "float32" else None
+
+
+def _gemm(layer: Layer, index: Index, x: str, weight: str, bias: str | None) -> Layers:
+    inputs, scales = [], []
+    for name in (x, weight):
+        stored, scale = index.made_by[name].inputs
+        source, name = index.made_by[scale], f"{layer.output.name}/{len(scales)}/scale"
+        inputs.append(stored)
+        output = replace(source.output, name=name, dtype="float32")
+        attributes = {**source.attributes, "dtype": "float32"}
+        scales.append(replace(source, name=name, output=output, attributes=attributes))
+    names = (scale.output.name for scale in scales)
+    return [*scales, fused(layer, "FP8_LINEAR", *inputs, *names, bias, to_type=layer.output.dtype)]
+
+
+# Kernels ---------------------------------------------------------------------------------------------
+
+
+def quantized_activations(layers: Layers) -> Layers:
+    """QUANTIZE of the result of a norm or of GELU that nothing else reads -> one operator."""
+    index, instead = Index.of(layers), {}
+    for layer in layers:
+        if layer.type == "QUANTIZE" and layer.attributes["axis"] == -1 and index.uses[layer.inputs[0]] == 1:
+            for old, new in _fused(layer, index):
+                instead[old] = new
+    return without_unread([instead.get(layer.output.name, layer) for layer in layers], layers)
+
+
+def _fused(layer: Layer, index: Index) -> Iterator[tuple[str, Layer]]:
+    """Layers to replace: the name of a tensor, and what computes it instead."""
+    made, scale = index.made_by[layer.inputs[0]], layer.inputs[1]
+    if made.type == "NORM_MODULATE":
+        yield layer.output.name, fused(layer, "NORM_MODULATE_FP8", *made.inputs, scale, **made.attributes)
+    elif made.type == "ACTIVATION" and made.attributes["kind"] == "GELU_TANH":
+        yield layer.output.name, fused(layer, "GELU_FP8", *made.inputs, scale)
+    elif made.type == "ITEM" and made.attributes["index"] == 1:
+        both = index.find(made.inputs[0], "GATED_NORM")
+        if both:
+            yield both.output.name, replace(both, type="GATED_NORM_FP8", inputs=(*both.inputs, scale))
+            yield layer.output.name, fused(layer, "ITEM", both.output.name, index=1)
+
+
+def scales_first(layers: Layers) -> Layers:
+    """Scales come first, so that an operator before the one that now reads a scale can read it."""
+    return sorted(layers, key=lambda layer: not (layer.type == "CONSTANT" and layer.output.shape == ()))
+
+
+FP8_GEMMS: tuple[Pass, ...] = (fp8_linear,)
+FP8_KERNELS: tuple[Pass, ...] = (scales_first, quantized_activations)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device has FP8 tensor cores."""
+    cuda = device.type == "cuda" and torch.cuda.is_available()
+    return cuda and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
