@@ -1,9 +1,6 @@
-"""What tests run on every rank, by `ranks.py` or `mpirun -n N python parallel_ranks.py tasks.json results.json`."""
+"""What tests run on every rank: `ranks.py` calls the function that a task names."""
 
 import hashlib
-import json
-import sys
-from pathlib import Path
 
 import torch
 from helpers import relative_error
@@ -134,15 +131,3 @@ def again(task: dict) -> list[bool]:
     """The end of a team, after which `join` starts afresh."""
     parallel.leave()
     return [parallel.current() is None]
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    tasks, results = Path(sys.argv[1]), Path(sys.argv[2])
-    found = {name: globals()[task["kind"]](task) for name, task in json.loads(tasks.read_text()).items()}
-    if WORLD.rank == 0:
-        results.write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

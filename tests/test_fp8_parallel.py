@@ -6,13 +6,10 @@ values, it gets the next one. So the outputs agree within the bound of `test_fp8
 float32's rounding.
 """
 
-import json
-from pathlib import Path
-
 import fp8
 import pytest
 import torch
-from helpers import mpirun
+from ranks import run_on_ranks
 from test_fp8 import FLIPPED
 
 from mmdit_lib import Checkpoint, EngineFolder, MMDiTRunner
@@ -57,7 +54,7 @@ def test_every_rank_has_the_same_values_and_scales(tp_layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", LAYOUTS)
-def test_outputs_agree(world, tmp_path):
+def test_outputs_agree_on_ranks(world, tmp_path):
     pytest.importorskip("mpi4py")
     one = MMDiTRunner.from_engine(fp8.engine(MODEL), backend="pytorch", device="cpu")
     sizes = [dict(text_tokens=tokens, batch=batch, seed=i) for i, (tokens, batch) in enumerate(CASES)]
@@ -67,11 +64,7 @@ def test_outputs_agree(world, tmp_path):
     for name, (converting, building) in LAYOUTS[world].items():
         folder = fp8.engine(MODEL, plan=name == "tp2", converted=tuple(converting.items()), **building)
         tasks[name] = {"kind": "parity", "engine": str(folder), "cases": str(tmp_path / "cases.pt")}
-    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
-    script = Path(__file__).parent / "parallel_ranks.py"
-    done = mpirun(world, script, tmp_path / "tasks.json", tmp_path / "results.json", timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    errors = json.loads((tmp_path / "results.json").read_text())
+    errors = run_on_ranks(world, tasks)
     print({name: f"{max(found):.1e}" for name, found in errors.items()})
     assert errors.keys() == LAYOUTS[world].keys()
     assert all(len(found) == 2 * len(CASES) and max(found) <= FLIPPED for found in errors.values()), errors
