@@ -2,12 +2,16 @@
 
 import os
 import re
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background jobs; tests send it to themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST_FIRST = [
     "notebooks/07",

@@ -73,6 +73,7 @@ notebooks/*
 :caption: Guides
 
 docs/features
+docs/fp8
 docs/from-tensorrt-llm
 docs/several-machines
 docs/faults

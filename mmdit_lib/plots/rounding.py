@@ -14,7 +14,7 @@ EXACT = 1e-5
 
 
 def rounding_error(values: torch.Tensor, dtype: torch.dtype) -> float:
-    """|rounded - values| / |values|, of the vectors of all values."""
+    """The norm of `rounded - values` over the norm of `values`."""
     exact = values.double()
     return ((values.to(dtype).double() - exact).norm() / exact.norm()).item()
 
