@@ -36,6 +36,7 @@ lab: $(VENV)/.test-installed ## JupyterLab on the notebooks
 # Warnings are errors, among them links within the repository that lead nowhere.
 docs: $(VENV)/.docs-installed ## the website in _site/: notebooks as they are committed, guides, API
 	@$(BIN)/python -m sphinx -E -W --keep-going --quiet -d $(VENV)/doctrees -c docs/site . _site $(DOCS_ARGS)
+	@rm -rf jupyter_execute # myst-nb's copies of the notebooks
 	@echo 'The website is in _site/; its front page is _site/index.html'
 
 lint: $(VENV)/.lint-installed ## check the code and its format with ruff
@@ -45,7 +46,7 @@ format: $(VENV)/.lint-installed ## fix what ruff can fix, and format the code
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean: ## remove the environment and everything that was generated here
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo_output _site
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo_output _site jupyter_execute
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only after its install has succeeded; an interrupted install runs again.

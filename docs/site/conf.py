@@ -30,7 +30,8 @@ include_patterns = [
     "benchmarks/results/*.md",
     "mmdit_lib/tiny/**.md",
 ]
-exclude_patterns = [".*", "_site", "build", "dist", "tests", "training", "notebooks/work", "**/.*"]  # not searched
+exclude_patterns = [".*", "_site", "jupyter_execute", "build", "dist", "tests", "training"]  # not searched
+exclude_patterns += ["notebooks/work", "**/.*"]
 
 nb_execution_mode = "off"  # the notebooks are committed executed
 myst_enable_extensions = ["dollarmath"]
