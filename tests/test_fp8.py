@@ -64,6 +64,7 @@ def test_it_is_what_diffusers_computes_in_fp8(name):
         assert 1e-2 < plain < 0.2, "FP8's own error"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", fp8.MODELS)
 def test_plans_build_and_the_network_is_what_the_graph_file_says(name, dtype):
