@@ -5,7 +5,7 @@ STAGE    when: as soon as its activity (`parallel.doing`) begins with this, for 
 RANK     which rank
 ENGINE   the engine folder; the ranks run steps for ever, or generate an image if the stage is decoding
 MARK     the file that the rank writes just before, with the time
-SECONDS  the timeout of the heartbeat, of starting and of joining; by default the library's
+SECONDS  the timeout of the heartbeat, and of starting and joining if that is the stage; by default the library's
 """
 
 import ctypes
@@ -22,6 +22,8 @@ from mmdit_lib.parallel.launch import launched_rank
 
 ACTION, STAGE, RANK, ENGINE, MARK = sys.argv[1:6]
 SECONDS = float(sys.argv[6]) if len(sys.argv) > 6 else None
+TO_JOIN = SECONDS if SECONDS and STAGE.startswith(("starting", "joining")) else START_SECONDS
+"""Before the first step, ranks import for seconds each, and not equally fast."""
 
 
 def send(number: int, to: str = "self") -> None:
@@ -67,7 +69,7 @@ heartbeat._say = say
 
 def main() -> None:
     say("starting", None)
-    start_mpi(SECONDS or START_SECONDS)
+    start_mpi(TO_JOIN)
     import torch
 
     torch.set_num_threads(1)
@@ -81,7 +83,7 @@ def main() -> None:
     from mmdit_lib.engine.folder import EngineFolder
     from mmdit_lib.engine.inputs import sample_inputs
 
-    parallel.join(EngineFolder.open(ENGINE), "cpu", seconds=SECONDS or START_SECONDS, heartbeat=SECONDS)
+    parallel.join(EngineFolder.open(ENGINE), "cpu", seconds=TO_JOIN, heartbeat=SECONDS)
     runner = MMDiTRunner.from_engine(ENGINE, backend="pytorch", device="cpu")
     inputs = sample_inputs(runner.folder, resolution=128, text_tokens=154, batch=2)
     with parallel.doing("steps without end"):

@@ -18,6 +18,31 @@ from pathlib import Path
 import psutil
 from helpers import mpirun_command
 
+LAYOUTS: dict[int, dict[str, tuple[dict, dict]]] = {
+    2: {
+        "tp2": (dict(tp_size=2), {}),
+        "tp2 trtllm": (dict(tp_size=2, tp_layout="trtllm"), {}),
+        "cp2 allgather": ({}, dict(cp_size=2)),
+        "cp2 ulysses": ({}, dict(cp_size=2, cp_method="ulysses")),
+        "cfg2": (dict(cfg_size=2), {}),
+    },
+    3: {
+        "cp3 allgather": (dict(cp_size=3), {}),
+        "cp3 ulysses": (dict(cp_size=3), dict(cp_method="ulysses")),
+    },
+    4: {
+        "tp4": (dict(tp_size=4), {}),
+        "tp4 trtllm": (dict(tp_size=4, tp_layout="trtllm"), {}),
+        "cp4 allgather": ({}, dict(cp_size=4)),
+        "cp4 ulysses": ({}, dict(cp_size=4, cp_method="ulysses")),
+        "tp2 x cp2 allgather": (dict(tp_size=2, cp_size=2), {}),
+        "tp2 x cp2 ulysses": (dict(tp_size=2, cp_size=2), dict(cp_method="ulysses")),
+        "cfg2 x tp2": (dict(tp_size=2, cfg_size=2), {}),
+        "cfg2 x cp2": (dict(cfg_size=2, cp_size=2), {}),
+    },
+}
+"""By the number of ranks and a name: options of `convert` and of `build`."""
+
 _running: Ranks | None = None
 
 

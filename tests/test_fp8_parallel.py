@@ -8,8 +8,8 @@ float32's rounding.
 
 import fp8
 import pytest
+import ranks
 import torch
-from ranks import run_on_ranks
 from test_fp8 import FLIPPED
 
 from mmdit_lib import Checkpoint, EngineFolder, MMDiTRunner
@@ -21,16 +21,7 @@ from mmdit_lib.engine.rank_passes import RANKS
 from mmdit_lib.sd3 import SD3
 
 MODEL = "sd3.5-medium"
-LAYOUTS = {
-    2: {
-        "tp2": (dict(tp_size=2), {}),
-        "tp2 trtllm": (dict(tp_size=2, tp_layout="trtllm"), {}),
-        "cp2 allgather": ({}, dict(cp_size=2)),
-        "cp2 ulysses": ({}, dict(cp_size=2, cp_method="ulysses")),
-        "cfg2": (dict(cfg_size=2), {}),
-    },
-    4: {"tp2 x cp2": (dict(tp_size=2, cp_size=2), {}), "cfg2 x tp2": (dict(cfg_size=2, tp_size=2), {})},
-}
+LAYOUTS = {2: ranks.LAYOUTS[2], 4: {name: ranks.LAYOUTS[4][name] for name in ("tp2 x cp2 allgather", "cfg2 x tp2")}}
 CASES = [(154, 1), (333, 2), (97, 2)]
 """Text tokens and batch: odd and even numbers of tokens, and one row without guidance."""
 
@@ -64,7 +55,7 @@ def test_outputs_agree_on_ranks(world, tmp_path):
     for name, (converting, building) in LAYOUTS[world].items():
         folder = fp8.engine(MODEL, plan=name == "tp2", converted=tuple(converting.items()), **building)
         tasks[name] = {"kind": "parity", "engine": str(folder), "cases": str(tmp_path / "cases.pt")}
-    errors = run_on_ranks(world, tasks)
+    errors = ranks.run_on_ranks(world, tasks)
     print({name: f"{max(found):.1e}" for name, found in errors.items()})
     assert errors.keys() == LAYOUTS[world].keys()
     assert all(len(found) == 2 * len(CASES) and max(found) <= FLIPPED for found in errors.values()), errors

@@ -12,7 +12,8 @@ from helpers import relative_error
 
 from mmdit_lib import Checkpoint, MMDiTRunner
 from mmdit_lib.engine import kernels
-from mmdit_lib.engine.fp8_passes import FP8_GEMMS, FP8_KERNELS, has_fp8
+from mmdit_lib.engine.capability import has_fp8
+from mmdit_lib.engine.fp8_passes import FP8_GEMMS, FP8_KERNELS
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.kernel_passes import KERNELS
 from mmdit_lib.engine.lowering import _rescaled, lower, placed_weights, value_of

@@ -11,7 +11,7 @@ import torch
 from helpers import MODELS, case, relative_error
 
 from mmdit_lib.engine import kernels
-from mmdit_lib.engine.fp8_passes import has_fp8
+from mmdit_lib.engine.capability import has_fp8
 from mmdit_lib.engine.kernel_passes import KERNELS, qkv_attention
 from mmdit_lib.engine.passes import NUMERICS, SPEED, apply
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend, default_passes

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import diffusers_output, model_config, mpirun, random_transformer
 from PIL import Image
-from ranks import run_on_ranks
+from ranks import LAYOUTS, run_on_ranks
 
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.config import Sizes
@@ -35,29 +35,6 @@ MODELS = {
 SMALLER = ["sd3-medium", "sd3.5-medium"]
 """Blocks with and without norms of queries and keys, and with dual attention: sd3.5-large has no other kind. More than
 two ranks have these models only."""
-LAYOUTS = {  # name: (options of convert, options of build)
-    2: {
-        "tp2": (dict(tp_size=2), {}),
-        "tp2 trtllm": (dict(tp_size=2, tp_layout="trtllm"), {}),
-        "cp2 allgather": ({}, dict(cp_size=2)),
-        "cp2 ulysses": ({}, dict(cp_size=2, cp_method="ulysses")),
-        "cfg2": (dict(cfg_size=2), {}),
-    },
-    3: {
-        "cp3 allgather": (dict(cp_size=3), {}),
-        "cp3 ulysses": (dict(cp_size=3), dict(cp_method="ulysses")),
-    },
-    4: {
-        "tp4": (dict(tp_size=4), {}),
-        "tp4 trtllm": (dict(tp_size=4, tp_layout="trtllm"), {}),
-        "cp4 allgather": ({}, dict(cp_size=4)),
-        "cp4 ulysses": ({}, dict(cp_size=4, cp_method="ulysses")),
-        "tp2 x cp2 allgather": (dict(tp_size=2, cp_size=2), {}),
-        "tp2 x cp2 ulysses": (dict(tp_size=2, cp_size=2), dict(cp_method="ulysses")),
-        "cfg2 x tp2": (dict(tp_size=2, cfg_size=2), {}),
-        "cfg2 x cp2": (dict(cfg_size=2, cp_size=2), {}),
-    },
-}
 CASES = [(154, (7, 9), 2), (333, (8, 8), 2), (589, (5, 7), 2), (154, (3, 5), 1)]
 """Text tokens, rows and columns of patches, batch: odd and even numbers of tokens, and one row without guidance."""
 PICTURES = {2: ["tp2", "cp2 ulysses"], 3: [], 4: ["cfg2 x tp2"]}

@@ -307,7 +307,6 @@ def test_film_strip_has_a_row_per_label_and_a_column_per_step():
     assert len(figure.axes) == 6 and figure.axes[3].get_ylabel() == "predicted"
     assert [axes.get_title() for axes in figure.axes[:3]] == ["t = 1", "t = 0.5", "t = 0"]
     assert "a red one" in texts(plots.film_strip({"noisy": [image]}, ["t"], title="a red one"))
-    assert Image.open(io.BytesIO(figure._repr_png_())).mode == "P"
     with pytest.raises(ValueError, match="row 'noisy' has 2 images for 3 columns"):
         plots.film_strip({"noisy": [image] * 2}, list("abc"))
 

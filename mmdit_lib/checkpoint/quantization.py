@@ -95,11 +95,15 @@ def scale_for(largest: float, what: str) -> float:
     return min(max(2.0 ** (exponent - (fraction == 0.5)), SMALLEST_SCALE), LARGEST_SCALE)
 
 
+def rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x / scale in FP8: clipped and rounded to the nearest value, ties to even. `scale` broadcasts."""
+    return (x.float() / scale.float()).clamp(-LARGEST, LARGEST).to(STORED_DTYPES[FP8].torch)
+
+
 def quantized_weight(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight in FP8, and its scale [1]. Raises `ValueError` naming it if it is not finite."""
-    wide = weight.float()
-    scale = scale_for(wide.abs().max().item(), f"tensor '{name}'")
-    return (wide / scale).clamp(-LARGEST, LARGEST).to(STORED_DTYPES[FP8].torch), torch.tensor([scale])
+    scale = torch.tensor([scale_for(weight.float().abs().max().item(), f"tensor '{name}'")])
+    return rounded(weight, scale), scale
 
 
 def stored_parts(

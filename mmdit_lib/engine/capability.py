@@ -24,6 +24,12 @@ FP8_CAPABILITY = (8, 9)
 """The first compute capability with FP8 tensor cores."""
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device has FP8 tensor cores, and instructions that convert to FP8."""
+    cuda = device.type == "cuda" and torch.cuda.is_available()
+    return cuda and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
 def refused_fp8(capability: tuple[int, int]) -> str | None:
     """Why a GPU of this compute capability does not multiply in FP8; None if it does."""
     if capability >= FP8_CAPABILITY:

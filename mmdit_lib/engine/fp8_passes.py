@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
-from .capability import FP8_CAPABILITY
 from .graph import Layer
 from .passes import Index, Layers, Pass, fused, without_unread
 
@@ -97,9 +94,3 @@ def scales_first(layers: Layers) -> Layers:
 
 FP8_GEMMS: tuple[Pass, ...] = (fp8_linear,)
 FP8_KERNELS: tuple[Pass, ...] = (scales_first, quantized_activations)
-
-
-def has_fp8(device: torch.device) -> bool:
-    """Whether a device has FP8 tensor cores."""
-    cuda = device.type == "cuda" and torch.cuda.is_available()
-    return cuda and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from ..config import FP8, TORCH_DTYPES
-from .capability import FP8_CAPABILITY
+from ..checkpoint.quantization import rounded
+from .capability import has_fp8
 
 
 @cache
@@ -93,18 +93,10 @@ def _split_heads(qkv, norm_q, norm_k, heads: int, eps: float) -> tuple[torch.Ten
 
 # FP8: what a kernel computes is rounded to the network's dtype first, as in the network, and then to FP8.
 
-FP8_DTYPE = TORCH_DTYPES[FP8]
-FP8_MAX = torch.finfo(FP8_DTYPE).max
-
-
-def rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x / scale in FP8."""
-    return (x.float() / scale.float()).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
-
 
 def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x / scale in FP8, with one scale for all of x. In one kernel also if x is stored tokens first."""
-    if not on_gpu(x) or x.dim() != 3 or not converts_to_fp8(x):
+    if not on_gpu(x) or x.dim() != 3 or not has_fp8(x.device):
         return rounded(x, scale.reshape(()))
     from . import triton_kernels
 
@@ -137,8 +129,3 @@ def gated_norm_fp8(x, gate, y, scale, shift, fp8_scale, *, eps: float) -> tuple[
     from . import triton_kernels
 
     return triton_kernels.gated_norm(x, gate, y, scale, shift, eps, fp8_scale)
-
-
-def converts_to_fp8(x: torch.Tensor) -> bool:
-    """Whether the GPU has instructions for it; Triton has no other conversion to this format."""
-    return torch.cuda.get_device_capability(x.device) >= FP8_CAPABILITY

@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from .backend import Inputs, Ranks, RunnerOptions
+from .capability import has_fp8
 from .cuda_graph import GraphedStep
 from .folder import EngineFolder, graph_file
-from .fp8_passes import FP8_GEMMS, FP8_KERNELS, has_fp8
+from .fp8_passes import FP8_GEMMS, FP8_KERNELS
 from .graph import Graph
 from .host_memory import return_freed_memory
 from .kernel_passes import KERNELS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 
 import matplotlib.figure
-from PIL import Image
 
 COLOURS = ("#3366aa", "#dd7733", "#339977", "#aa4466", "#8866bb", "#bb9922", "#55aacc", "#777777")
 """Distinguishable with any color vision, and in print."""
@@ -17,16 +16,9 @@ COLLECTIVE = "#bb3333"
 class Figure(matplotlib.figure.Figure):
     """A figure that a notebook displays without pyplot."""
 
-    few_colors = False
-    """Display it with a palette of 256 colors: for figures of noise, which hardly compress otherwise."""
-
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=100)
-        if self.few_colors:
-            reduced = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-            buffer = io.BytesIO()
-            reduced.save(buffer, format="png", optimize=True)
         return buffer.getvalue()
 
 

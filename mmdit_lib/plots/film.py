@@ -25,7 +25,6 @@ def film_strip(rows: Mapping[str, Sequence], columns: Sequence[str], *, title: s
     figure = Figure(
         figsize=(1.15 * len(columns) + 0.4, 1.15 * len(rows) + (0.6 if title else 0.3)), layout="constrained"
     )
-    figure.few_colors = True
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for axes_row, (label, images) in zip(grid, rows.items(), strict=True):
         axes_row[0].set_ylabel(label, fontsize=9)

@@ -16,9 +16,9 @@ import torch
 
 from ..architecture import Architecture
 from ..checkpoint.folder import Checkpoint
+from ..checkpoint.quantization import rounded
 from ..config import TORCH_DTYPES
 from ..engine.folder import EngineFolder
-from ..engine.kernels import rounded
 from ..network.layers import ACTIVATION_SCALE, WEIGHT_SCALE
 
 TOLERANCES = {"float32": 2e-2, "float16": 0.25, "bfloat16": 0.25}

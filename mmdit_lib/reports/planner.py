@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ..architecture import ModelConfig
 from ..config import TORCH_DTYPES, Dtype, Layout, Sizes
 from ..sd3.companions import text_encoders, vae
-from .step_time import VAE_SCALE_FACTOR, rank_memory
+from .step_time import rank_memory
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Companions:
 
 @lru_cache(maxsize=32)
 def companions(dtype: Dtype, height: int, width: int, images: int) -> Companions:
-    latents = images, 16, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR
     kind = TORCH_DTYPES[dtype]
     with torch.device("meta"), torch.inference_mode():
         encoders = {name: weight_bytes(module) for name, module in text_encoders(kind).items()}
         decoder = vae(kind)
+        factor = 2 ** (len(decoder.config.block_out_channels) - 1)
+        latents = images, decoder.config.latent_channels, height // factor, width // factor
         with PeakBytes() as peak:
             decoder.decode(torch.empty(latents, dtype=kind))
     return Companions(encoders, weight_bytes(decoder), peak.nbytes)

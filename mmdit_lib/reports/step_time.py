@@ -23,7 +23,6 @@ from .traffic import Collective, collectives_of
 
 ATTENTION, NORM, HEADS, GEMM = "attention", "norm, modulation, gate", "heads", "GEMM"
 """Kinds of kernels in `benchmarks/results`. Every tp rank runs NORM on all of its tokens."""
-VAE_SCALE_FACTOR = 8
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def work_of(model: ModelConfig, layout: Layout, one: OneGPU, sizes: Sizes) -> di
 
 def tokens_of(model: ModelConfig, sizes: Sizes) -> tuple[int, int]:
     """Image tokens and text tokens of one row of the batch."""
-    step = model.pixel_step(VAE_SCALE_FACTOR)
+    step = model.pixel_step(architecture_of(model).vae_scale_factor)
     return sizes.height // step * (sizes.width // step), sizes.text_tokens
 
 
