@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checkpoint.quantization import rounded
+from .attention import attention
 from .capability import has_fp8
 
 
@@ -69,7 +70,7 @@ def qkv_attention(*streams: torch.Tensor | None, heads: int, eps: float, scale: 
         of one stream are contiguous.
     """
     q, k, v = split_heads(*streams, heads=heads, eps=eps)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return attention(q, k, v, scale)
 
 
 def split_heads(*streams: torch.Tensor | None, heads: int, eps: float) -> tuple[torch.Tensor, ...]:

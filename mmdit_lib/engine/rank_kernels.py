@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import kernels
+from .attention import attention
 from .collectives import dist_collective
 from .symmetric import exchange
 
@@ -38,7 +39,7 @@ def gathered_attention(*streams, heads: int, eps: float, scale: float, group: st
         q, k, v = kernels.split_heads(*(tensor for part in parts for tensor in part), heads=heads, eps=eps)
         everyone = dist_collective(torch.cat([k, v], -1)[None], operation="ALL_GATHER", group=group, size=size)
         k, v = _whole(everyone, parts, lengths).chunk(2, -1)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return attention(q, k, v, scale)
 
 
 def ulysses_attention(*streams, heads: int, eps: float, scale: float, group: str, size: int, first: bool = False):
@@ -52,12 +53,12 @@ def ulysses_attention(*streams, heads: int, eps: float, scale: float, group: str
         from . import triton_kernels
 
         q, k, v = triton_kernels.scatter_heads(parts, lengths, heads, size, eps, others, first)
-        whole = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        whole = attention(q, k, v, scale)
         return triton_kernels.return_heads(whole, parts, lengths, heads, others)
     qkv = torch.cat(kernels.split_heads(*(tensor for part in parts for tensor in part), heads=heads, eps=eps), -1)
     by_peer = qkv.unflatten(1, (size, -1)).transpose(0, 1)
     everyone = dist_collective(by_peer, operation="ALL_TO_ALL", group=group, size=size)
-    whole = F.scaled_dot_product_attention(*_whole(everyone, parts, lengths).chunk(3, -1), scale=scale)
+    whole = attention(*_whole(everyone, parts, lengths).chunk(3, -1), scale)
     pieces = []
     for (qkv, *_), length, piece in zip(parts, lengths, whole.split(lengths, 2), strict=True):
         tokens = qkv.shape[1]

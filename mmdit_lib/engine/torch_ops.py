@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable] = {"SIGMOID": torch.sigmoid, "GELU_TANH": gelu_
 def attention(q, k, v, *, norm_op, causal_kind, scale=1.0):
     """softmax(scale * q k^T) v; TensorRT's layer has scale 1."""
     assert (norm_op, causal_kind) == ("SOFTMAX", "NONE"), (norm_op, causal_kind)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return kernels.attention(q, k, v, scale)
 
 
 def cast(x, *, to_type):
