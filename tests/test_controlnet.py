@@ -166,7 +166,7 @@ def test_passes_match_but_across_a_residual(name):
         Counter(layer.type for layer in apply(runner.backend.graph, NUMERICS + SPEED + KERNELS))
         for runner in (case(name).runner(), opened(name, 2))
     )
-    assert ours["QKV_ATTENTION"] == plain["QKV_ATTENTION"] and ours["ATTENTION"] == 0
+    assert ours["PROJECTED_ATTENTION"] == plain["PROJECTED_ATTENTION"] and ours["ATTENTION"] == 0
     assert not any(ours[kind] for kind in ("NORMALIZATION", "MODULATE", "RMS_NORM"))
     crossed = config.num_layers - 1
     assert plain["GATED_NORM"] - ours["GATED_NORM"] == ours["GATED_SUM"] - plain["GATED_SUM"] == crossed

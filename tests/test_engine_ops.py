@@ -90,6 +90,12 @@ def qkv_attention(*streams):
     return softmax_attention(*(np.concatenate(part, 2) for part in parts), 0.5)
 
 
+def projected_attention(*inputs):
+    """Of streams with a linear layer, and a norm for queries and keys each."""
+    streams = [inputs[:5], inputs[5:]]
+    return qkv_attention(*(y for x, w, b, q, k in streams for y in (x @ w[0].T + b[0, 0], q, k)))
+
+
 def e4m3(x):
     """The nearest FP8 value, ties to even: from 2^-6 on, 3 bits of mantissa; below, steps of 2^-9; at most 448."""
     exponent = np.floor(np.log2(np.maximum(np.abs(x), 2.0**-6)))
@@ -174,6 +180,12 @@ CASES = [
     OpCase("NORMALIZATION", ((2, 3, 8), (1, 1, 8), (1, 1, 8)), layer_norm, dict(axes=4, epsilon=1e-6)),
     OpCase("NORM_MODULATE", ((2, 3, 8), (2, 1, 8), (2, 1, 8)), norm_modulate, dict(eps=1e-6)),
     OpCase(
+        "PROJECTED_ATTENTION",
+        ((2, 3, 8), (1, 24, 8), (1, 1, 24), (4,), (4,), (2, 5, 8), (1, 24, 8), (1, 1, 24), (4,), (4,)),
+        projected_attention,
+        dict(inputs=3, heads=2, eps=1e-6, scale=0.5),
+    ),
+    OpCase(
         "QKV_ATTENTION",
         ((2, 3, 24), (4,), (4,), (2, 5, 24), (4,), (4,)),
         qkv_attention,
@@ -243,6 +255,7 @@ def test_operator(case, dtype):
     inputs = [(x.abs() + 0.5 if case.positive else x).to(DTYPES[dtype]) for x in inputs]
     wanted = case.expected(*(x.double().numpy() for x in inputs))
     found = OPS[case.op](*case.first, *inputs, *case.fixed, **case.attributes)
+    found = torch.stack(found) if isinstance(found, tuple) else found
     assert found.dtype == OWN_DTYPES.get(case.op, DTYPES[dtype])
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found.double().numpy(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

@@ -16,12 +16,12 @@ from mmdit_lib.engine.capability import has_fp8
 from mmdit_lib.engine.fp8_passes import FP8_GEMMS, FP8_KERNELS
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.kernel_passes import KERNELS
+from mmdit_lib.engine.linears import fp8_gemm, fp8_linear
 from mmdit_lib.engine.lowering import _rescaled, lower, placed_weights, value_of
 from mmdit_lib.engine.outline import outline_blocks
 from mmdit_lib.engine.passes import NUMERICS, SPEED, apply
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend, default_passes
 from mmdit_lib.engine.rank_passes import RANKS
-from mmdit_lib.engine.torch_ops import fp8_gemm, fp8_linear
 
 ALL = FP8_GEMMS + NUMERICS + SPEED + KERNELS + RANKS + FP8_KERNELS
 STAGES = {
@@ -45,11 +45,12 @@ def test_what_is_left_of_a_network(name):
     layers = apply(runner.backend.graph, ALL)
     found = Counter(layer.type for layer in layers)
     # Per block: Q, K, V together, output, two of the MLP, for image and text; the last text is only attended to.
-    assert found["FP8_LINEAR"] == 8 * blocks - 3 + 2 * dual
+    # Those of Q, K, V are in PROJECTED_ATTENTION.
+    assert found["FP8_LINEAR"] == 6 * blocks - 3 + dual
     assert found["DEQUANTIZE"] == found["MATRIX_MULTIPLY"] == 0
     # Attention's output is quantized by a kernel of its own, everything else where it is computed.
     assert found["QUANTIZE"] == 2 * blocks - 1 + dual
-    assert found["GELU_FP8"] == 2 * blocks - 1 and found["QKV_ATTENTION"] == blocks + dual
+    assert found["GELU_FP8"] == 2 * blocks - 1 and found["PROJECTED_ATTENTION"] == blocks + dual
     assert found["NORM_MODULATE_FP8"] + found["GATED_NORM_FP8"] == 4 * blocks - 1 + dual
     made = [layer.output.name for layer in layers]
     assert len(set(made)) == len(made)

@@ -44,7 +44,7 @@ def test_only_the_output_is_left_to_collectives(model, name):
     found = Counter(layer.type for layer in layers)
     attentions = config.num_layers + len(config.dual_attention_layers)
     ulysses = layout.cp_method == "ulysses"
-    kind = "QKV" if layout.cp_size == 1 else "ULYSSES" if ulysses else "GATHERED"
+    kind = "PROJECTED" if layout.cp_size == 1 else "ULYSSES" if ulysses else "GATHERED"
     assert found[f"{kind}_ATTENTION"] == attentions and found["ATTENTION"] == 0
     reduced = found["REDUCED_GATED_SUM"] + found["REDUCED_GATED_NORM"]
     gated = 2 * config.num_layers + 2 * (config.num_layers - 1) + len(config.dual_attention_layers)

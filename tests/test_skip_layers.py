@@ -136,7 +136,7 @@ def test_passes_match_inside_blocks(name):
     found = Counter(layer.type for layer in apply(graph, NUMERICS + SPEED + KERNELS))
     blocks, dual = config.num_layers, len(config.dual_attention_layers)
     assert found["SELECT"] == 2 * blocks - 1
-    assert found["QKV_ATTENTION"] == blocks + dual and found["ATTENTION"] == 0
+    assert found["PROJECTED_ATTENTION"] == blocks + dual and found["ATTENTION"] == 0
     assert not any(found[kind] for kind in ("NORMALIZATION", "MODULATE", "RMS_NORM"))
     assert found["GATED_NORM"] == 2 * blocks - 1
     assert found["GATED_SUM"] == 2 * blocks - 1 + dual

@@ -13,18 +13,23 @@ PACKAGE = "fa3_fwd"
 LARGEST_HEAD = 256
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, v_scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """softmax(scale q k^T) v.
 
     Args:
-        q, k, v: [B, heads, tokens, head_size], in any order in memory that keeps each head's channels together.
+        q, k, v: [B, heads, tokens, head_size], in any order in memory that keeps each head's channels together; in
+            FP8 only with FlashAttention-3.
         scale: factor of the products of queries and keys.
+        v_scale: of v in FP8, a float32 scalar; the scale of q and k is 1.
 
     Returns:
-        [B, heads, tokens of q, head_size], on a GPU in the order of q in memory.
+        [B, heads, tokens of q, head_size], in bfloat16 if q is FP8. With FlashAttention-3 the tokens come first in
+        memory; otherwise the order is that of q.
     """
     if has_flash_attention_3(q.device) and _supports(q):
-        return _flash_attention_3(q, k, v, scale)
+        return _flash_attention_3(q, k, v, scale, v_scale)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
@@ -48,13 +53,16 @@ def has_flash_attention_3(device: torch.device) -> bool:
 
 def _supports(q: torch.Tensor) -> bool:
     """fa3-fwd is built without float16; `torch.compile` does not know its operator."""
-    size = q.shape[-1]
-    return q.dtype == torch.bfloat16 and size % 8 == 0 and size <= LARGEST_HEAD and not torch.compiler.is_compiling()
+    size, dtypes = q.shape[-1], (torch.bfloat16, torch.float8_e4m3fn)
+    return q.dtype in dtypes and size % 16 == 0 and size <= LARGEST_HEAD and not torch.compiler.is_compiling()
 
 
-def _flash_attention_3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    out = torch.empty_like(q)
+def _flash_attention_3(q, k, v, scale: float, v_scale: torch.Tensor | None) -> torch.Tensor:
+    batch, heads, tokens, size = q.shape
+    out = torch.empty(tokens, batch, heads, size, dtype=torch.bfloat16, device=q.device).permute(1, 2, 0, 3)
     # Its tensors are [B, tokens, heads, head_size]. One split: each program sums over all keys, in a fixed order.
-    tokens_first = (x.transpose(1, 2) for x in (q, k, v))
-    torch.ops.fa3_fwd.fwd(*tokens_first, out=out.transpose(1, 2), softmax_scale=scale, num_splits=1)
+    torch.ops.fa3_fwd.fwd(
+        *(x.transpose(1, 2) for x in (q, k, v)), out=out.transpose(1, 2), softmax_scale=scale, num_splits=1,
+        v_descale=None if v_scale is None else v_scale.expand(batch, heads),
+    )  # fmt: skip
     return out

@@ -1,8 +1,7 @@
 """Graph passes for GPUs with FP8 tensor cores: Q/DQ around a linear layer becomes a GEMM in FP8.
 
 `FP8_GEMMS` come before all other passes, `FP8_KERNELS` after them: the kernel that computes an activation also rounds
-it, so that it is written to memory once, in one byte. Not yet run on a GPU; on a CPU their result is compared with the
-network's.
+it, so that it is written to memory once, in one byte.
 """
 
 from __future__ import annotations
@@ -92,5 +91,46 @@ def scales_first(layers: Layers) -> Layers:
     return sorted(layers, key=lambda layer: not (layer.type == "CONSTANT" and layer.output.shape == ()))
 
 
+HEADROOM = 8.0
+"""Of attention's values over the scale of its result: results are averages of values, so these can be larger."""
+
+
+def fp8_attention(layers: Layers) -> Layers:
+    """Queries, keys and values of PROJECTED_ATTENTION with norms in FP8, if its result is quantized.
+
+    The RMS norms keep queries and keys near 1, so their scale is 1. The scale of the values is `HEADROOM` times that
+    of the result, which is stored in the checkpoint. Raises `ValueError` if there is no such attention.
+    """
+    index, scales = Index.of(layers), {}
+    for layer in layers:
+        if layer.type == "QUANTIZE" and (source := _attention(layer.inputs[0], index)):
+            scales.setdefault(source.output.name, []).append(index.made_by[layer.inputs[1]])
+    result = []
+    for layer in layers:
+        found = scales.get(layer.output.name)
+        if found and layer.attributes.get("to_type") and all(layer.inputs[-2:]):
+            name = f"{layer.output.name}/value_scale"
+            largest = {"largest": [scale.attributes for scale in found], "times": HEADROOM, "dtype": "float32"}
+            output = replace(found[0].output, name=name, dtype="float32")
+            result.append(replace(found[0], name=name, output=output, attributes=largest))
+            layer = replace(layer, inputs=(*layer.inputs, name))
+        result.append(layer)
+    if len(result) == len(layers):
+        raise ValueError(
+            "fp8_attention needs a model that normalizes queries and keys, as SD3.5 does, and no context parallelism"
+        )
+    return result
+
+
+def _attention(name: str, index: Index) -> Layer | None:
+    """The PROJECTED_ATTENTION some of whose tokens `name` has."""
+    layer = index.made_by.get(name)
+    while layer and layer.type in ("SHUFFLE", "SLICE"):
+        layer = index.made_by.get(layer.inputs[0])
+    return layer if layer and layer.type == "PROJECTED_ATTENTION" else None
+
+
 FP8_GEMMS: tuple[Pass, ...] = (fp8_linear,)
 FP8_KERNELS: tuple[Pass, ...] = (scales_first, quantized_activations)
+FP8_ATTENTION: tuple[Pass, ...] = (fp8_attention,)
+"""An option, before `FP8_KERNELS`: not part of the network that TensorRT has."""

@@ -6,7 +6,7 @@ size without recompilation, and computes in float32 with one rounding at the end
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ..checkpoint.quantization import rounded
 from .attention import attention
 from .capability import has_fp8
+from .linears import fp8_linear, linear
 
 
 @cache
@@ -45,11 +46,11 @@ def norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *, 
     return triton_kernels.norm_modulate(x, scale, shift, eps)
 
 
-def gated_norm(x, gate, y, scale, shift, *, eps: float) -> torch.Tensor:
-    """s = x + gate y, and layer_norm(s) (scale + 1) + shift: [2, B, S, D]."""
+def gated_norm(x, gate, y, scale, shift, *, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """s = x + gate y, and layer_norm(s) (scale + 1) + shift."""
     if not on_gpu(x):
         total = gated_sum(x, gate, y)
-        return torch.stack([total, norm_modulate(total, scale, shift, eps=eps)])
+        return total, norm_modulate(total, scale, shift, eps=eps)
     from . import triton_kernels
 
     return triton_kernels.gated_norm(x, gate, y, scale, shift, eps)
@@ -71,6 +72,38 @@ def qkv_attention(*streams: torch.Tensor | None, heads: int, eps: float, scale: 
     """
     q, k, v = split_heads(*streams, heads=heads, eps=eps)
     return attention(q, k, v, scale)
+
+
+def projected_attention(
+    *streams: torch.Tensor | None, inputs: int, heads: int, eps: float, scale: float, to_type: str | None = None
+) -> torch.Tensor:
+    """`qkv_attention` of linear layers: on a GPU they write to one tensor, from which attention reads.
+
+    Args:
+        streams: for each stream the `inputs` arguments of its `linear` or `fp8_linear`, with the latter's `to_type`,
+            and the weights of both norms or None. After the last stream, the scale of the values, if attention is in
+            FP8.
+    """
+    count, extra = divmod(len(streams), inputs + 2)
+    parts = [streams[i * (inputs + 2) :][: inputs + 2] for i in range(count)]
+    v_scale = streams[-1] if extra else None
+    if on_gpu(parts[0][0]):
+        from . import triton_attention
+
+        q, k, v = triton_attention.joint_heads(parts, heads, eps, v_scale)
+        return attention(q, k, v, scale, v_scale)
+    project = linear if to_type is None else partial(fp8_linear, to_type=to_type)
+    joined = [x for *layer, norm_q, norm_k in parts for x in (project(*layer), norm_q, norm_k)]
+    q, k, v = split_heads(*joined, heads=heads, eps=eps)
+    if extra:
+        one = torch.ones((), device=q.device)
+        q, k, v = (dequantized(x, s) for x, s in ((q, one), (k, one), (v, v_scale)))
+    return attention(q, k, v, scale)
+
+
+def dequantized(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x rounded to FP8, in its own dtype again."""
+    return (rounded(x, scale).float() * scale.float()).to(x.dtype)
 
 
 def split_heads(*streams: torch.Tensor | None, heads: int, eps: float) -> tuple[torch.Tensor, ...]:

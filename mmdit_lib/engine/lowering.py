@@ -109,7 +109,8 @@ def value_of(source: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> tor
     if "stack" in source:
         return torch.cat([value_of(part, weights) for part in source["stack"]], source["dim"])
     if "largest" in source:
-        return torch.stack([value_of(scale, weights) for scale in source["largest"]]).max()
+        largest = torch.stack([value_of(scale, weights).float() for scale in source["largest"]]).max()
+        return largest * source.get("times", 1.0)
     if "product" in source:
         weight, scale = (value_of(factor, weights).float() for factor in source["product"])
         return (weight * scale).to(TORCH_DTYPES[source["dtype"]])

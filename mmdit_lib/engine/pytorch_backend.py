@@ -8,11 +8,12 @@ from functools import cached_property
 import torch
 from torch import fx
 
+from .attention import has_flash_attention_3
 from .backend import Inputs, Ranks, RunnerOptions
 from .capability import has_fp8
 from .cuda_graph import GraphedStep
 from .folder import EngineFolder, graph_file
-from .fp8_passes import FP8_GEMMS, FP8_KERNELS
+from .fp8_passes import FP8_ATTENTION, FP8_GEMMS, FP8_KERNELS
 from .graph import Graph
 from .host_memory import return_freed_memory
 from .kernel_passes import KERNELS
@@ -73,6 +74,10 @@ class PyTorchBackend:
         checkpoint = folder.open_checkpoint(options.checkpoint_dir, verify=options.verify, tp_rank=mapping.tp_rank)
         graph, weights = folder.graph(mapping.rank, verify=options.verify), checkpoint.weights(mapping.tp_rank)
         rehearse(folder, graph, weights, mapping, folder.path / graph_file(mapping.rank))
+        passes = None
+        if options.fp8_attention:
+            require_fp8_attention(folder, options)
+            passes = default_passes(options.torch_device, compiled=False, fp8_attention=True)
         return cls(
             graph,
             weights,
@@ -80,6 +85,7 @@ class PyTorchBackend:
             groups=team.groups if team else None,
             compile_blocks=folder.architecture.blocks if options.compile else None,
             cuda_graph=options.cuda_graph,
+            passes=passes,
         )
 
     @torch.inference_mode()
@@ -135,11 +141,20 @@ class PyTorchBackend:
         return lower(self.graph, weights, device=self.device, groups=self._groups)
 
 
-def default_passes(device: torch.device, *, compiled: bool) -> tuple[Pass, ...]:
+def require_fp8_attention(folder: EngineFolder, options: RunnerOptions) -> None:
+    """Raises `ValueError` if attention cannot run in FP8."""
+    if folder.quantization.quant_algo is None:
+        raise ValueError(f"fp8_attention: {folder.path} is not in FP8; convert with --quantization fp8")
+    if options.compile or not has_triton() or not has_flash_attention_3(options.torch_device):
+        raise ValueError("fp8_attention needs a Hopper GPU (compute capability 9.0), fa3-fwd and no compile")
+
+
+def default_passes(device: torch.device, *, compiled: bool, fp8_attention: bool = False) -> tuple[Pass, ...]:
     """On a GPU the passes for speed too; without `torch.compile`, Triton kernels do the fusing."""
     if device.type != "cuda":
         return NUMERICS
     first, last = (FP8_GEMMS, FP8_KERNELS) if has_fp8(device) else ((), ())
+    last = FP8_ATTENTION + last if fp8_attention else last
     rest = () if compiled or not has_triton() else KERNELS + RANKS + last
     return first + NUMERICS + SPEED + rest
 

@@ -77,6 +77,8 @@ class TensorRTBackend:
         why_not = cls.refusal(folder, options.torch_device)
         if why_not:
             raise ValueError(f"{plan} cannot run here: {why_not}")
+        if options.fp8_attention:
+            raise ValueError("fp8_attention is an option of the pytorch backend: say backend='pytorch'")
         if not options.trust:
             check_trust(folder, plan)
         own_communicators = folder.builder == "trtllm"

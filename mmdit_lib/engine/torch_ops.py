@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ..config import FP8, TORCH_DTYPES
 from . import kernels, rank_kernels
 from .collectives import dist_collective
+from .linears import fp8_linear, linear, linear_gelu
 
 
 def activation(x, *, kind, alpha=0.0, beta=0.0):
@@ -45,7 +46,17 @@ def concatenation(*parts, axis):
 
 
 def convolution(x, kernel, bias, *, stride_nd, padding_nd, dilation_nd, num_groups):
+    patches = tuple(kernel.shape[2:]) == tuple(stride_nd) and num_groups == 1 and not any(padding_nd)
+    if x.is_cuda and patches:
+        return patch_linear(x, kernel, bias)
     return F.conv2d(x, kernel, bias, stride_nd, padding_nd, dilation_nd, num_groups)
+
+
+def patch_linear(x, kernel, bias):
+    """A convolution of patches that do not overlap, as a linear layer; its result [B, D, H, W] has D last in memory."""
+    rows, columns = kernel.shape[2:]
+    patches = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).permute(0, 2, 4, 1, 3, 5)
+    return F.linear(patches.flatten(3), kernel.flatten(1), bias.flatten()).permute(0, 3, 1, 2)
 
 
 ELEMENTWISE: dict[str, Callable] = {
@@ -133,43 +144,8 @@ def unary(x, *, op):
 # Operators inserted by the fusions in `lowering.py`.
 
 
-def linear(x, weight, bias):
-    """Matrix multiply by a transposed constant, plus bias, with one rounding instead of two."""
-    weight, bias = weight.reshape(weight.shape[-2:]), bias.flatten()
-    if x.dim() == 3 and not x.is_contiguous() and x.transpose(0, 1).is_contiguous():  # tokens first: no copy
-        return F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
-    return F.linear(x, weight, bias)
-
-
 def silu(x):
     return F.silu(x)
-
-
-def linear_gelu(x, weight, bias):
-    """A linear layer and GELU in its tanh form; on a GPU cuBLASLt applies it in the GEMM's epilogue."""
-    weight, bias = weight.reshape(weight.shape[-2:]), bias.flatten()
-    if not x.is_cuda:
-        return gelu_tanh(F.linear(x, weight, bias))
-    y = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def fp8_linear(x, weight, x_scale, weight_scale, bias, *, to_type):
-    """x weight^T x_scale weight_scale + bias, of FP8 values with a scale each; summed in float32 and rounded once."""
-    rows, weight, dtype = x.reshape(-1, x.shape[-1]), weight.reshape(weight.shape[-2:]), TORCH_DTYPES[to_type]
-    bias = None if bias is None else bias.flatten()
-    if x.is_cuda:
-        y = fp8_gemm(rows, weight, x_scale, weight_scale, bias, dtype)
-    else:
-        y = rows.float() @ weight.float().t() * (x_scale * weight_scale)
-        y = (y if bias is None else y + bias.float()).to(dtype)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def fp8_gemm(rows, weight, x_scale, weight_scale, bias, dtype):
-    """On FP8 tensor cores, which want the second matrix by columns, as the transpose of a weight is."""
-    scales = {"scale_a": x_scale, "scale_b": weight_scale}
-    return torch._scaled_mm(rows, weight.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
 
 
 def rms_norm(x, weight, *, eps):
@@ -208,6 +184,7 @@ OPS: dict[str, Callable] = {
     "NORMALIZATION": normalization,
     "NORM_MODULATE": kernels.norm_modulate,
     "NORM_MODULATE_FP8": kernels.norm_modulate_fp8,
+    "PROJECTED_ATTENTION": kernels.projected_attention,
     "QKV_ATTENTION": kernels.qkv_attention,
     "QUANTIZE": quantize,
     "REDUCE": reduce,

@@ -21,9 +21,9 @@ def _memory(addresses, rank, like):
 
 
 @triton.jit
-def _to_fp8(value, fp8_scale, like):
+def _to_fp8(value, scale, like):
     """Rounded to the dtype of `like`, then to FP8. The scale is a power of two; the conversion saturates."""
-    exact = value.to(like.dtype.element_ty).to(tl.float32) / tl.load(fp8_scale).to(tl.float32)
+    exact = value.to(like.dtype.element_ty).to(tl.float32) / scale
     return tl.minimum(tl.maximum(exact, -448.0, tl.PropagateNan.ALL), 448.0, tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
@@ -36,7 +36,7 @@ def _quantize(x, fp8_scale, out, tokens, width, x_batch, x_token, GELU: tl.const
     if GELU:  # tanh(z) = 1 - 2 / (exp(2 z) + 1)
         z = 0.7978845608028654 * (value + 0.044715 * value * value * value)
         value = value * (1.0 - 1.0 / (tl.exp(2.0 * z) + 1.0))
-    tl.store(out + row * width + columns, _to_fp8(value, fp8_scale, x), inside)
+    tl.store(out + row * width + columns, _to_fp8(value, tl.load(fp8_scale).to(tl.float32), x), inside)
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, *, gelu: bool) -> torch.Tensor:
@@ -53,7 +53,7 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, *, gelu: bool) -> torch.Tenso
 
 @triton.jit(do_not_specialize=["tokens"])
 def _row(x, gate, y, bias, scale, shift, fp8_scale, total, normed, tokens, width, y_batch, y_token, gate_batch,
-         scale_batch, shift_batch, eps, GATE: tl.constexpr, RANKS: tl.constexpr, NORM: tl.constexpr,
+         scale_batch, shift_batch, n_batch, n_token, eps, GATE: tl.constexpr, RANKS: tl.constexpr, NORM: tl.constexpr,
          FP8: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
@@ -80,10 +80,11 @@ def _row(x, gate, y, bias, scale, shift, fp8_scale, total, normed, tokens, width
         a = tl.load(scale + batch * scale_batch + columns, inside, 0.0).to(tl.float32)
         b = tl.load(shift + batch * shift_batch + columns, inside, 0.0).to(tl.float32)
         value = centered / deviation * (a + 1.0) + b
+        there = normed + batch * n_batch + token * n_token + columns
         if FP8:
-            tl.store(normed + row * width + columns, _to_fp8(value, fp8_scale, x), inside)
+            tl.store(there, _to_fp8(value, tl.load(fp8_scale).to(tl.float32), x), inside)
         else:
-            tl.store(normed + row * width + columns, value, inside)
+            tl.store(there, value, inside)
 
 
 @triton.jit
@@ -94,15 +95,16 @@ def _rms_norm(x, weight, channel, eps, SIZE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "batches", "first"])
-def _heads(qkv, norm_q, norm_k, out, tokens, batches, first, plane, eps, HEADS: tl.constexpr, SIZE: tl.constexpr,
-           NORM: tl.constexpr, PARTS: tl.constexpr, HEADS_2: tl.constexpr, SIZE_2: tl.constexpr):  # fmt: skip
+def _heads(qkv, norm_q, norm_k, out, tokens, batches, first, by_batch, by_token, plane, eps, HEADS: tl.constexpr,
+           SIZE: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, HEADS_2: tl.constexpr,
+           SIZE_2: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     head, channel = tl.arange(0, HEADS_2)[:, None], tl.arange(0, SIZE_2)[None, :]
     inside = (head < HEADS) & (channel < SIZE)
     at = head * SIZE + channel
     for part in tl.static_range(PARTS):
-        x = tl.load(qkv + row * 3 * HEADS * SIZE + part * HEADS * SIZE + at, inside, 0.0)
+        x = tl.load(qkv + batch * by_batch + token * by_token + part * HEADS * SIZE + at, inside, 0.0)
         if NORM and part < 2:
             x = _rms_norm(x, norm_q if part == 0 else norm_k, channel, eps, SIZE)
         tl.store(out + part * plane + ((first + token) * batches + batch) * HEADS * SIZE + at, x, inside)
@@ -116,22 +118,26 @@ def gated_sum(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Ten
 
 
 def norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, fp8=None) -> torch.Tensor:
-    """`fp8`: the scale with which the result is quantized; None: it has the dtype of x."""
+    """Tokens first. `fp8`: the scale with which the result is quantized; None: it has the dtype of x."""
     x = x.contiguous()
-    out = torch.empty_like(x) if fp8 is None else torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    out = _normed(x, fp8)
     _launch(x, x, x, scale, shift, x, out, eps, gated=False, normed=True, fp8=fp8)
     return out
 
 
-def gated_norm(x, gate, y, scale, shift, eps: float, fp8=None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`fp8`: the scale with which the second result is quantized; None: both are one tensor."""
+def gated_norm(x, gate, y, scale, shift, eps: float, fp8=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second result has its tokens first. `fp8`: the scale with which it is quantized; None: it is not."""
     x = x.contiguous()
-    if fp8 is None:
-        out = torch.empty(2, *x.shape, dtype=x.dtype, device=x.device)
-    else:
-        out = torch.empty_like(x), torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    out = torch.empty_like(x), _normed(x, fp8)
     _launch(x, gate, y, scale, shift, out[0], out[1], eps, gated=True, normed=True, fp8=fp8)
     return out
+
+
+def _normed(x: torch.Tensor, fp8: torch.Tensor | None) -> torch.Tensor:
+    """Memory for the normalized x [B, S, D], tokens first: linear layers and attention keep this order."""
+    batch, tokens, width = x.shape
+    dtype = x.dtype if fp8 is None else torch.float8_e4m3fn
+    return torch.empty(tokens, batch, width, dtype=dtype, device=x.device).transpose(0, 1)
 
 
 def _launch(
@@ -144,8 +150,8 @@ def _launch(
     addresses, bias = ranks or (y, x)
     _row[(batch * tokens,)](
         x, gate, addresses, bias, scale, shift, x if fp8 is None else fp8, total, out, tokens, width, y.stride(0),
-        y.stride(1), *strides, eps, GATE=gated, RANKS=len(addresses) if ranks else 0, NORM=normed, FP8=fp8 is not None,
-        BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
+        y.stride(1), *strides, out.stride(0), out.stride(1), eps, GATE=gated, RANKS=len(addresses) if ranks else 0,
+        NORM=normed, FP8=fp8 is not None, BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
     )  # fmt: skip
 
 
@@ -159,7 +165,7 @@ def reduced_gated_sum(x, gate, h, weight, bias, others: Exchange, first: bool) -
 
 def reduced_gated_norm(x, gate, h, weight, bias, scale, shift, eps: float, others: Exchange, first: bool):
     x = x.contiguous()
-    out = torch.empty(2, *x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x), _normed(x, None)
     y, addresses = _partial(h, weight, others, first)
     ranks = addresses, bias.contiguous()
     _launch(x, gate, y, scale, shift, out[0], out[1], eps, gated=True, normed=True, ranks=ranks)
@@ -189,11 +195,11 @@ def split_heads(parts: Sequence[tuple], heads: int, eps: float) -> tuple[torch.T
     out = torch.empty(copied, total, batch, heads, size, dtype=first.dtype, device=first.device)
     start = 0
     for qkv, norm_q, norm_k in parts:
-        qkv, tokens = qkv.contiguous(), qkv.shape[1]
+        tokens = qkv.shape[1]
         _heads[(batch * tokens,)](
             qkv, first if norm_q is None else norm_q, first if norm_k is None else norm_k, out, tokens, batch, start,
-            out.stride(0), eps, HEADS=heads, SIZE=size, NORM=norm_q is not None, PARTS=copied,
-            HEADS_2=triton.next_power_of_2(heads), SIZE_2=triton.next_power_of_2(size), num_warps=4,
+            qkv.stride(0), qkv.stride(1), out.stride(0), eps, HEADS=heads, SIZE=size, NORM=norm_q is not None,
+            PARTS=copied, HEADS_2=triton.next_power_of_2(heads), SIZE_2=triton.next_power_of_2(size), num_warps=4,
         )  # fmt: skip
         start += tokens
     found = [x.permute(1, 2, 0, 3) for x in out]
@@ -203,8 +209,8 @@ def split_heads(parts: Sequence[tuple], heads: int, eps: float) -> tuple[torch.T
 
 
 @triton.jit(do_not_specialize=["tokens", "batches", "first", "start", "limit", "plane"])
-def _send_heads(qkv, norm_q, norm_k, q, addresses, tokens, batches, first, start, limit, plane, eps,
-                RANKS: tl.constexpr, SCATTER: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr,
+def _send_heads(qkv, norm_q, norm_k, q, addresses, tokens, batches, first, start, limit, by_batch, by_token, plane,
+                eps, RANKS: tl.constexpr, SCATTER: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr,
                 SIZE: tl.constexpr, NORM: tl.constexpr, HEADS_2: tl.constexpr, SIZE_2: tl.constexpr):  # fmt: skip
     """One token of one stream, for all ranks: its keys and values, or with SCATTER each rank's heads of all three.
 
@@ -217,7 +223,7 @@ def _send_heads(qkv, norm_q, norm_k, q, addresses, tokens, batches, first, start
     at = head * SIZE + channel
     real = start + token < limit
     for part in tl.static_range(3):
-        x = tl.load(qkv + row * 3 * HEADS * SIZE + part * HEADS * SIZE + at, inside, 0.0)
+        x = tl.load(qkv + batch * by_batch + token * by_token + part * HEADS * SIZE + at, inside, 0.0)
         if NORM and part < 2:
             x = _rms_norm(x, norm_q if part == 0 else norm_k, channel, eps, SIZE)
         if SCATTER:
@@ -258,11 +264,11 @@ def _send(parts, lengths, q, slot: Slot, heads: int, eps: float, others: Exchang
     plane = sum(lengths) * batch * heads * size // (ranks if scatter else 1)
     first = start = 0
     for (qkv, norm_q, norm_k), length in zip(parts, lengths, strict=True):
-        qkv, tokens = qkv.contiguous(), qkv.shape[1]
+        tokens = qkv.shape[1]
         _send_heads[(batch * tokens,)](
             qkv, qkv if norm_q is None else norm_q, qkv if norm_k is None else norm_k, q, slot.addresses, tokens, batch,
-            first, start + others.rank * tokens, start + length, plane, eps, RANKS=ranks, SCATTER=scatter,
-            SHARE=heads // ranks, HEADS=heads, SIZE=size, NORM=norm_q is not None,
+            first, start + others.rank * tokens, start + length, qkv.stride(0), qkv.stride(1), plane, eps, RANKS=ranks,
+            SCATTER=scatter, SHARE=heads // ranks, HEADS=heads, SIZE=size, NORM=norm_q is not None,
             HEADS_2=triton.next_power_of_2(heads), SIZE_2=triton.next_power_of_2(size), num_warps=4,
         )  # fmt: skip
         first, start = first + tokens, start + length

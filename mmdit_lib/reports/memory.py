@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import fx
@@ -79,10 +80,13 @@ class Peak(fx.Interpreter):
 
     def run_node(self, node: fx.Node):
         value = super().run_node(node)
-        alive = [x for x in (*self.env.values(), value) if isinstance(x, torch.Tensor)]
+        found = chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in (*self.env.values(), value))
+        alive = [x for x in found if isinstance(x, torch.Tensor)]
         storages = {address(x): x.untyped_storage().nbytes() for x in alive if address(x) not in self.constants}
         # Attention copies queries, keys and values; with a single stream, the values stay where they are.
         copied = (3 if len(node.args) > 3 else 2) * value.nbytes if node.target is kernels.qkv_attention else 0
+        # Projected inside the operator, they are there once, and in FP8 a second time.
+        copied += _projected(value, node) if node.target is kernels.projected_attention else 0
         # Across ranks, keys and values are in the slot; of some heads, it holds everything until the copy.
         copied += value.nbytes if node.target in (gathered_attention, ulysses_attention) else 0
         self.nbytes = max(self.nbytes, sum(storages.values()) + copied)
@@ -93,6 +97,11 @@ class Peak(fx.Interpreter):
         if target is dist_collective:
             return without_ranks(args[0], kwargs["operation"], kwargs["size"])
         return super().call_function(target, args, kwargs)
+
+
+def _projected(result: torch.Tensor, node: fx.Node) -> int:
+    in_fp8 = len(node.args) % (node.kwargs["inputs"] + 2) > 0
+    return 3 * result.nbytes + in_fp8 * 3 * result.numel()
 
 
 def address(x: torch.Tensor) -> int:

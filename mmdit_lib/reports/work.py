@@ -6,7 +6,6 @@ operator must move: every input read once and every output written once.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from ..engine.kernel_passes import KERNELS
 from ..engine.lowering import lower
 from ..engine.passes import NUMERICS, SPEED
 from ..engine.rehearsal import meta_weights
+from ..engine.torch_ops import item
 from ..models import architecture_of
 from .traffic import on_meta
 
@@ -57,8 +57,8 @@ def count_work(
     """The work of one step on one GPU by part, a finer division than the kinds of `benchmarks/single_gpu.py`.
 
     `attention`; the linear layers `GEMM, image`, `GEMM, text` and `GEMM, conditioning` (modulation and embeddings of
-    the time and the pooled text); `norm, modulation, gate`; `heads` (splitting queries, keys and values into heads,
-    with their norms); `other`. A multiplication and an addition are two FLOP; for operators that are no matrix
+    the time and the pooled text); `norm, modulation, gate`; `heads` (the norms of
+    queries and keys); `other`. A multiplication and an addition are two FLOP; for operators that are no matrix
     products, `ELEMENTWISE_FLOP` per element.
     """
     architecture, config = architecture_of(model), BuildConfig.one_size(resolution, batch, text_tokens)
@@ -84,12 +84,13 @@ class Counter(fx.Interpreter):
         self.found: defaultdict[str, Work] = defaultdict(Work)
 
     def call_function(self, target, args, kwargs) -> Any:
-        if target is kernels.qkv_attention:
-            return self._attention(args, kwargs)
+        if target is kernels.projected_attention:
+            return self._attention(args, **kwargs)
         result = super().call_function(target, args, kwargs)
-        if not isinstance(result, torch.Tensor) or is_view(result, args):
+        made = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, torch.Tensor)]
+        if not made or target is item or is_view(made[0], args):
             return result
-        moved = sum(x.nbytes for x in (*args, result) if isinstance(x, torch.Tensor))
+        moved = sum(x.nbytes for x in (*args, *made) if isinstance(x, torch.Tensor))
         if target in GEMMS:
             stream = (
                 "conditioning" if args[0].dim() == 2 else "text" if args[0].shape[1] == self.text_tokens else "image"
@@ -97,19 +98,20 @@ class Counter(fx.Interpreter):
             self.found[f"GEMM, {stream}"] += Work(2 * result.numel() * args[0].shape[-1], moved)
         else:
             kind = "norm, modulation, gate" if target in NORMS else "other"
-            self.found[kind] += Work(ELEMENTWISE_FLOP * result.numel(), moved)
+            self.found[kind] += Work(ELEMENTWISE_FLOP * sum(x.numel() for x in made), moved)
         return result
 
-    def _attention(self, args, kwargs) -> torch.Tensor:
-        """Two kernels: queries, keys and values split into heads, then attention itself."""
-        q, k, v = kernels.split_heads(*args, heads=kwargs["heads"], eps=kwargs["eps"])
-        nbytes = 3 * q.nbytes
-        self.found["heads"] += Work(ELEMENTWISE_FLOP * 3 * q.numel(), 2 * nbytes)
-        self.found["attention"] += Work(4 * math.prod(q.shape) * k.shape[2], nbytes + v.nbytes)
-        batch, heads, tokens, size = q.shape
-        return torch.empty((tokens, batch, heads, size), dtype=q.dtype, device="meta").permute(
-            1, 2, 0, 3
-        )  # as on a GPU
+    def _attention(self, args, *, inputs: int, heads: int, eps: float, scale: float) -> torch.Tensor:
+        """The linear layers of each stream, norms of queries and keys in place, then attention itself."""
+        streams = [args[i : i + inputs + 2] for i in range(0, len(args), inputs + 2)]
+        merged = [self.call_function(torch_ops.linear, layer, {}) for *layer, _, _ in streams]
+        if streams[0][-1] is not None:
+            two_thirds = 2 * sum(x.numel() for x in merged) // 3
+            self.found["heads"] += Work(ELEMENTWISE_FLOP * two_thirds, 2 * two_thirds * merged[0].itemsize)
+        batch, tokens, width = len(merged[0]), sum(x.shape[1] for x in merged), merged[0].shape[-1] // 3
+        result = merged[0].new_empty(tokens, batch, heads, width // heads).permute(1, 2, 0, 3)  # as on a GPU
+        self.found["attention"] += Work(4 * result.numel() * tokens, 4 * result.nbytes)
+        return result
 
 
 def is_view(result: torch.Tensor, args: tuple) -> bool:
