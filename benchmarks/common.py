@@ -8,12 +8,16 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from mmdit_lib.checkpoint.random_weights import draw_weight
 from mmdit_lib.config import BuildConfig, RankMapping, Resolution, Sizes
+from mmdit_lib.engine import attention
+from mmdit_lib.engine.attention import has_flash_attention_3
 from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.sd3 import SD3, SD3Config
 
@@ -58,6 +62,16 @@ def diffusers_transformer(model: SD3Config, weights: dict[str, torch.Tensor]) ->
     state = {SD3.keys.to_diffusers(name): weight for name, weight in weights.items()}
     reference.load_state_dict(state, strict=False, assign=True)
     return reference
+
+
+def attention_kernel() -> str:
+    """What computes our attention here."""
+    return f"fa3-fwd {version('fa3-fwd')}" if has_flash_attention_3(torch.device("cuda")) else "PyTorch's"
+
+
+def pytorch_attention():
+    """A context in which our attention is PyTorch's, also where FlashAttention-3 is installed."""
+    return patch.object(attention, "has_flash_attention_3", lambda device: False)
 
 
 def compile_blocks(reference: torch.nn.Module) -> None:

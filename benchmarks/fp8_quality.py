@@ -70,6 +70,8 @@ RANDOM = {
 """The published architectures with random weights, 6 heads of 64."""
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "FP8 in float32": "float32", "FP8 in bfloat16": "bfloat16"}
 """Kinds of engines, and their networks' dtypes."""
+ATTENTION = "FP8 in bfloat16, attention too"
+"""The last of them with `fp8_attention`, for images on a Hopper GPU."""
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -259,8 +261,8 @@ def images(work: Path, prompts: int, steps: int, kinds: list[str]) -> dict:
     asked = heldout_prompts(prompts)
     drawn, scores = {}, {}
     for kind in kinds:
-        folder = engine("tiny", kind, work, max_batch_size=16)
-        options = {"backend": "pytorch"}
+        folder = engine("tiny", kind.removesuffix(", attention too"), work, max_batch_size=16)
+        options = {"backend": "pytorch", "fp8_attention": kind == ATTENTION}
         pipe = load_pipeline("tiny", folder, dtype=torch.float32, runner_options=options)
         drawn[kind] = evaluation.draw(pipe, [p.text for p in asked], steps=steps, max_sequence_length=77)
         found = evaluation.score(asked, map(look, drawn[kind]))
@@ -286,11 +288,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256, help="of the images")
     parser.add_argument("--steps", type=int, default=28, help="of the images")
     kinds = ["float32", "bfloat16", "FP8 in bfloat16"]
-    parser.add_argument("--kinds", nargs="+", choices=DTYPES, default=kinds, help="engines that draw the images")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=[*DTYPES, ATTENTION], default=kinds, help="engines that draw the images"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, help="folder of engines, which are made if they are not there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+        work = options.work or Path(folder)
         parts = {
             "weights": weight_errors,
             "sizes": checkpoint_sizes,

@@ -1,7 +1,8 @@
-"""One GPU with FP8 tensor cores: ms per step in FP8 and in bfloat16, and each FP8 pass. Not run yet.
+"""One GPU with FP8 tensor cores: ms per step in FP8 and in bfloat16, with some FP8 passes and with all.
 
     python -m benchmarks.fp8_speed graphs --folder graphs     # needs TensorRT (tensorrt_rtx), but no GPU
     python -m benchmarks.fp8_speed run --folder graphs --output fp8_speed.json     # needs a GPU, but no TensorRT
+    python -m benchmarks.fp8_speed table --results fp8_speed.json     # as Markdown
 
 Random weights, 333 text tokens. Everything that is compared runs alternately in one process; the median of all steps
 counts. With `--torchao`, diffusers with torchao's float8 (dynamic, per row), every block compiled, runs beside it.
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -20,13 +22,11 @@ from mmdit_lib.checkpoint.quantization import NONE, Quantization, quantized_weig
 from mmdit_lib.config import Layout, Resolution
 from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.dry_graph import dry_graph
-from mmdit_lib.engine.fp8_passes import FP8_GEMMS, FP8_KERNELS
+from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_GEMMS, FP8_KERNELS
 from mmdit_lib.engine.graph import Graph
-from mmdit_lib.engine.kernel_passes import KERNELS
-from mmdit_lib.engine.passes import NUMERICS, SPEED
-from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend
 from mmdit_lib.network.layers import ACTIVATION_SCALE, WEIGHT_SCALE
-from mmdit_lib.reports.bench import alternately
+from mmdit_lib.reports.bench import alternately, conditions, peak_bytes
 from mmdit_lib.sd3 import SD3, SD3Config
 
 from . import common
@@ -35,10 +35,11 @@ from .single_gpu import MODELS, PROFILE
 
 SCHEMES = {"bf16": NONE, "fp8": Quantization.fp8(SD3)}
 STAGES = {
-    "emulated": NUMERICS + SPEED + KERNELS,
-    "FP8 GEMMs": FP8_GEMMS + NUMERICS + SPEED + KERNELS,
-    "and FP8 kernels": FP8_GEMMS + NUMERICS + SPEED + KERNELS + FP8_KERNELS,
+    "FP8 GEMMs": FP8_GEMMS + GPU_PASSES,
+    "and FP8 kernels": FP8_GEMMS + GPU_PASSES + FP8_KERNELS,
+    "and FP8 attention": FP8_GEMMS + GPU_PASSES + FP8_ATTENTION + FP8_KERNELS,
 }
+"""The last needs FlashAttention-3 (`fa3-fwd`)."""
 ACTIVATIONS = 2.0**-5
 """Scale of activations; those of random weights stay near unit size."""
 
@@ -69,21 +70,22 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
     graphs = {kind: Graph.load(options.folder / f"{name}.{kind}.graph.json") for kind in SCHEMES}
     quantized = in_fp8(weights, model)
     inputs = common.inputs_on(device, model, Resolution.read(options.side), options.batch)
-    backends = {"ours bf16": PyTorchBackend(graphs["bf16"], weights, device=device)}
-    for label, passes in STAGES.items():
-        backends[f"ours fp8, {label}"] = PyTorchBackend(graphs["fp8"], quantized, device=device, passes=passes)
-    exact = backends["ours bf16"]._run(inputs)
-    result: dict = {"model": name, "side": options.side, "batch": options.batch}
-    result["difference from bf16"] = {way: relative_error(x._run(inputs), exact) for way, x in backends.items()}
-    steps = {way: partial(GraphedStep(backend._run), inputs) for way, backend in backends.items()}
-    diffusers = {"diffusers bf16 compiled": common.diffusers_transformer(model, weights)}
-    if options.torchao:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    ways = {"ours bf16": ("bf16", weights, None)}
+    ways |= {f"ours fp8, {label}": ("fp8", quantized, passes) for label, passes in STAGES.items()}
 
-        diffusers["diffusers torchao float8 compiled"] = common.diffusers_transformer(model, weights)
-        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
-        quantize_(diffusers["diffusers torchao float8 compiled"].transformer_blocks, config)
-    for way, reference in diffusers.items():
+    def backend(way: str) -> PyTorchBackend:
+        kind, tensors, passes = ways[way]
+        return PyTorchBackend(graphs[kind], tensors, device=device, passes=passes)
+
+    result: dict = {"model": name, "side": options.side, "batch": options.batch}
+    result["error to float32, 512x512"] = errors(model, weights, {way: partial(backend, way) for way in ways})
+    common.free()
+    backends = {way: backend(way) for way in ways}
+    steps = {way: partial(GraphedStep(backend._run), inputs) for way, backend in backends.items()}
+    result["GB beyond the weights"] = {
+        way: round(peak_bytes(partial(x._run, inputs)) / 1e9, 2) for way, x in backends.items()
+    }
+    for way, reference in references(model, weights, options.torchao).items():
         common.compile_blocks(reference)
         steps[way] = partial(GraphedStep(lambda given, step=reference: step(**given, return_dict=False)[0]), inputs)
     result["ms"] = {way: round(ms, 2) for way, ms in alternately(steps, device, options.repeats).items()}
@@ -94,28 +96,75 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
     return result
 
 
+def errors(model: SD3Config, weights: dict[str, torch.Tensor], backends: dict[str, Callable]) -> dict[str, float]:
+    """Distance of one step's output from diffusers in float32, of diffusers in bf16 and of each backend."""
+    inputs = common.inputs_on(next(iter(weights.values())).device, model, Resolution.read(512))
+    found = {}
+    for way, open_backend in backends.items():  # one at a time: all of them and float32 do not fit into 80 GB
+        found[way] = open_backend()._run(inputs)
+    reference = common.diffusers_transformer(model, weights)
+    found["diffusers bf16"] = reference(**inputs, return_dict=False)[0]
+    wide = {name: x.float() for name, x in inputs.items()}
+    exact = reference.float()(**wide, return_dict=False)[0]
+    return {way: relative_error(x, exact) for way, x in found.items()}
+
+
+def references(model: SD3Config, weights: dict[str, torch.Tensor], torchao: bool) -> dict[str, torch.nn.Module]:
+    found = {"diffusers bf16 compiled": common.diffusers_transformer(model, weights)}
+    if torchao:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+        # Without its settings for Inductor, which tune for minutes.
+        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+        found["diffusers torchao float8 compiled"] = common.diffusers_transformer(model, weights)
+        quantize_(found["diffusers torchao float8 compiled"].transformer_blocks, config)
+    return found
+
+
 def run(options: argparse.Namespace) -> None:
     torch._dynamo.config.recompile_limit = 64  # diffusers' blocks share one function
-    found = {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": []}
+    found = {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+             "attention": common.attention_kernel(), "conditions": "", "rows": []}  # fmt: skip
     for name in options.models:
         found["rows"].append(measure(name, options, torch.device("cuda")))
-        print(json.dumps(found["rows"][-1], indent=1), flush=True)
+        found["conditions"] = conditions(torch.device("cuda"))
+        print(json.dumps(found["rows"][-1]), flush=True)
         common.save(found, options.output)
         common.free()
 
 
+def table(found: dict) -> list[str]:
+    """One result as Markdown."""
+    lines = [
+        f"{found['hardware']}, torch {found['torch']}, {found['date']}. Milliseconds per denoising step: random "
+        f"weights, {common.TEXT_TOKENS} text tokens, CUDA graphs, run alternately in one process; median of all steps. "
+        f"Attention of ours: {found['attention']}. Afterwards: {found['conditions']}.",
+    ]
+    for row in found["rows"]:
+        base = row["ms"]["diffusers bf16 compiled"]
+        lines += ["", f"## SD{row['model']}, {row['side']}x{row['side']}, {row['batch']} rows", ""]
+        lines += ["| | ms | diffusers bf16 compiled / this | error to float32, 512x512 | GB beyond the weights |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for way, ms in row["ms"].items():
+            error, held = (row[key].get(way) for key in ("error to float32, 512x512", "GB beyond the weights"))
+            cells = [f"{ms:.1f}", f"{base / ms:.2f}x", f"{error:.4f}" if error else "", f"{held:.2f}" if held else ""]
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+        stored = row["GB of weights"]
+        lines += ["", f"diffusers in bf16: error {row['error to float32, 512x512']['diffusers bf16']:.4f}. Weights: "
+                  f"{stored['bf16']} GB in bf16, {stored['fp8']} GB in FP8."]  # fmt: skip
+        kinds = [x for x in [*common.KINDS, "other"] if any(x in found for found in row["kernels"].values())]
+        lines += ["", "| ms by kind of kernel | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
+        for way, spent in row["kernels"].items():
+            lines.append(f"| {way} | " + " | ".join(f"{spent.get(kind, 0):.2f}" for kind in kinds) + " |")
+    return lines
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("graphs", "run"))
-    parser.add_argument("--folder", type=Path, default=Path("graphs"), help="folder of the graph files")
-    parser.add_argument("--output", type=Path, default=Path("fp8_speed.json"))
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["3.5-medium", "3.5-large"])
+    parser = common.parser(__doc__, MODELS, ["3.5-medium", "3.5-large"], "fp8_speed.json", 10)
     parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
     parser.add_argument("--batch", type=int, default=2, help="rows")
-    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--torchao", action="store_true", help="also time diffusers with torchao's float8")
-    options = parser.parse_args()
-    (write_graphs if options.what == "graphs" else run)(options)
+    common.main(parser.parse_args(), write_graphs, run, "FP8 on one GPU", table)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,11 @@ from mpi4py import MPI
 from PIL import Image
 
 from mmdit_lib import MMDiTRunner, load_pipeline, parallel, sample
-from mmdit_lib.engine.kernel_passes import KERNELS
-from mmdit_lib.engine.passes import NUMERICS, SPEED
-from mmdit_lib.engine.pytorch_backend import PyTorchBackend
-from mmdit_lib.engine.rank_passes import RANKS
+from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend
 from mmdit_lib.pipeline import as_pixels
 
 WORLD = MPI.COMM_WORLD
-ALL_PASSES = NUMERICS + SPEED + KERNELS + RANKS
+ALL_PASSES = GPU_PASSES
 
 
 def parity(task: dict) -> list[float]:

@@ -20,10 +20,9 @@ from mmdit_lib.engine.linears import fp8_gemm, fp8_linear
 from mmdit_lib.engine.lowering import _rescaled, lower, placed_weights, value_of
 from mmdit_lib.engine.outline import outline_blocks
 from mmdit_lib.engine.passes import NUMERICS, SPEED, apply
-from mmdit_lib.engine.pytorch_backend import PyTorchBackend, default_passes
-from mmdit_lib.engine.rank_passes import RANKS
+from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend, default_passes
 
-ALL = FP8_GEMMS + NUMERICS + SPEED + KERNELS + RANKS + FP8_KERNELS
+ALL = FP8_GEMMS + GPU_PASSES + FP8_KERNELS
 STAGES = {
     "gemms": FP8_GEMMS + NUMERICS,
     "merged": FP8_GEMMS + NUMERICS + SPEED,

@@ -14,15 +14,14 @@ from mmdit_lib.checkpoint.quantization import rounded
 from mmdit_lib.engine import kernels
 from mmdit_lib.engine.attention import has_flash_attention_3
 from mmdit_lib.engine.capability import has_fp8
-from mmdit_lib.engine.kernel_passes import KERNELS, qkv_attention
+from mmdit_lib.engine.kernel_passes import KERNELS, SUMS, qkv_attention
 from mmdit_lib.engine.linears import fp8_linear
 from mmdit_lib.engine.passes import NUMERICS, SPEED, apply
 from mmdit_lib.engine.precision import without_tf32
-from mmdit_lib.engine.pytorch_backend import PyTorchBackend, default_passes
-from mmdit_lib.engine.rank_passes import RANKS
+from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend, default_passes
 from mmdit_lib.engine.torch_ops import gelu_tanh
 
-PASSES = NUMERICS + SPEED + KERNELS
+PASSES = NUMERICS + SPEED + KERNELS + SUMS
 
 
 @pytest.mark.parametrize("dtype", {"float32": 5e-6, "float16": 1e-2}.items(), ids=lambda item: item[0])
@@ -32,10 +31,10 @@ def test_numbers_are_kept(name, dtype):
     c = case(name)
     runner, inputs = c.runner(dtype), c.inputs(dtype=dtype, patches=(5, 7), tokens=97)
     weights = runner.folder.open_checkpoint(verify=False).weights()
-    for count in range(1, len(KERNELS) + 1):
-        passes = NUMERICS + SPEED + KERNELS[:count]
+    for count in range(1, len(KERNELS + SUMS) + 1):
+        passes = NUMERICS + SPEED + (KERNELS + SUMS)[:count]
         backend = PyTorchBackend(runner.backend.graph, weights, passes=passes)
-        assert relative_error(backend(inputs), runner.run(inputs)) <= limit, KERNELS[count - 1].__name__
+        assert relative_error(backend(inputs), runner.run(inputs)) <= limit, (KERNELS + SUMS)[count - 1].__name__
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -48,8 +47,10 @@ def test_nothing_is_left_between_gemms_and_attention(name):
     assert not any(found[kind] for kind in ("NORMALIZATION", "MODULATE", "RMS_NORM"))
     joined = [layer for layer in layers if layer.type == "CONCATENATION" and "block" in layer.output.name]
     assert not joined, "queries, keys and values are still joined one by one"
-    # Per block: the sums after attention and MLP, of image and text (not of the last text), and after dual attention.
-    assert found["GATED_SUM"] + found["GATED_NORM"] == 2 * blocks + 2 * (blocks - 1) + dual
+    # Per block: the sums after attention and MLP, of image and text (not of the last text). Dual attention's sums
+    # become part of those after them.
+    assert found["GATED_SUM"] + found["GATED_NORM"] == 2 * blocks + 2 * (blocks - 1)
+    assert sum(layer.type == "GATED_NORM" and len(layer.inputs) == 7 for layer in layers) == dual
     assert len({layer.output.name for layer in layers}) == len(layers), "two layers have the same name"
 
 
@@ -69,7 +70,7 @@ def test_they_are_for_gpus_without_a_compiler(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("mmdit_lib.engine.pytorch_backend.has_triton", lambda: True)
     assert default_passes(cpu, compiled=False) == NUMERICS
-    assert default_passes(cuda, compiled=False) == PASSES + RANKS
+    assert default_passes(cuda, compiled=False) == GPU_PASSES
     assert default_passes(cuda, compiled=True) == NUMERICS + SPEED
     monkeypatch.setattr("mmdit_lib.engine.pytorch_backend.has_triton", lambda: False)
     assert default_passes(cuda, compiled=False) == NUMERICS + SPEED
@@ -105,6 +106,7 @@ def test_triton(shape, dtype):
     check(kernels.gated_sum, x, gate, y)
     check(kernels.norm_modulate, x, scale, shift, eps=1e-6)
     check(kernels.gated_norm, x, gate, y, scale, shift, eps=1e-6)
+    check(kernels.gated_norm, x, gate, y, scale, shift, shift, x, eps=1e-6)
     both, one = [*streams[0], *streams[1]], streams[0]
     unnormed = [part if i % 3 == 0 else None for i, part in enumerate(both)]
     for parts in (both, one, unnormed):

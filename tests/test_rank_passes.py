@@ -13,9 +13,9 @@ from helpers import MODELS as ALL
 from mmdit_lib.config import BuildConfig, Layout, Resolution
 from mmdit_lib.engine import symmetric
 from mmdit_lib.engine.dry_graph import dry_graph
-from mmdit_lib.engine.kernel_passes import KERNELS
 from mmdit_lib.engine.passes import NUMERICS, SPEED, apply
-from mmdit_lib.engine.rank_passes import RANKS, gathered_attention, ulysses_attention
+from mmdit_lib.engine.pytorch_backend import GPU_PASSES
+from mmdit_lib.engine.rank_passes import gathered_attention, ulysses_attention
 
 MODELS = {name: ALL[name] for name in ("sd3-medium", "sd3.5-medium")} | {
     "sd3.5-large": ALL["sd3.5-large"].model_copy(update=dict(num_attention_heads=4, attention_head_dim=12))
@@ -40,7 +40,7 @@ def graph(model: str, layout: Layout):
 @pytest.mark.parametrize("model", MODELS)
 def test_only_the_output_is_left_to_collectives(model, name):
     config, layout = MODELS[model], LAYOUTS[name]
-    layers = apply(graph(model, layout), NUMERICS + SPEED + KERNELS + RANKS)
+    layers = apply(graph(model, layout), GPU_PASSES)
     found = Counter(layer.type for layer in layers)
     attentions = config.num_layers + len(config.dual_attention_layers)
     ulysses = layout.cp_method == "ulysses"
@@ -56,7 +56,7 @@ def test_only_the_output_is_left_to_collectives(model, name):
 
 
 def test_the_ranks_wait_for_each_other_where_a_step_begins():
-    layers = apply(graph("sd3.5-medium", LAYOUTS["tp2 x cp2 ulysses"]), NUMERICS + SPEED + KERNELS + RANKS)
+    layers = apply(graph("sd3.5-medium", LAYOUTS["tp2 x cp2 ulysses"]), GPU_PASSES)
     marked = [(layer.type, tuple(x["group"]), x["first"]) for layer in layers if "first" in (x := layer.attributes)]
     assert len({group for _, group, _ in marked}) == 2 and marked[0] == ("ULYSSES_ATTENTION", (1, 3), True)
     for group in {group for _, group, _ in marked}:

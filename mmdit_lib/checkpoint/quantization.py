@@ -102,7 +102,7 @@ def rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def quantized_weight(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight in FP8, and its scale [1]. Raises `ValueError` naming it if it is not finite."""
-    scale = torch.tensor([scale_for(weight.float().abs().max().item(), f"tensor '{name}'")])
+    scale = torch.tensor([scale_for(weight.float().abs().max().item(), f"tensor '{name}'")], device=weight.device)
     return rounded(weight, scale), scale
 
 

@@ -133,4 +133,18 @@ def projected_attention(layers: Layers) -> Layers:
     return without_unread(result, layers)
 
 
+def two_gates(layers: Layers) -> Layers:
+    """GATED_NORM of a GATED_SUM that nothing else reads -> GATED_NORM with both branches: dual attention's sums."""
+    index, result = Index.of(layers), []
+    for layer in layers:
+        first = index.find(layer.inputs[0], "GATED_SUM") if layer.type == "GATED_NORM" else None
+        if first and len(layer.inputs) == 5 and index.uses[first.output.name] == 1:
+            x, *earlier = first.inputs
+            layer = replace(layer, inputs=(x, *layer.inputs[1:], *earlier))
+        result.append(layer)
+    return without_unread(result, layers)
+
+
 KERNELS: tuple[Pass, ...] = (norm_modulate, gated_norm, qkv_attention, projected_attention)
+SUMS: tuple[Pass, ...] = (two_gates,)
+"""After the passes for multiple GPUs, which merge single sums with collectives."""

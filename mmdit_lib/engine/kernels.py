@@ -46,14 +46,14 @@ def norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *, 
     return triton_kernels.norm_modulate(x, scale, shift, eps)
 
 
-def gated_norm(x, gate, y, scale, shift, *, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """s = x + gate y, and layer_norm(s) (scale + 1) + shift."""
+def gated_norm(x, gate, y, scale, shift, *earlier, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """s = x + gate y, and layer_norm(s) (scale + 1) + shift. `earlier`: a gate and a y that are added to x first."""
     if not on_gpu(x):
-        total = gated_sum(x, gate, y)
+        total = gated_sum(gated_sum(x, *earlier) if earlier else x, gate, y)
         return total, norm_modulate(total, scale, shift, eps=eps)
     from . import triton_kernels
 
-    return triton_kernels.gated_norm(x, gate, y, scale, shift, eps)
+    return triton_kernels.gated_norm(x, gate, y, scale, shift, eps, earlier)
 
 
 def qkv_attention(*streams: torch.Tensor | None, heads: int, eps: float, scale: float) -> torch.Tensor:
@@ -155,11 +155,12 @@ def norm_modulate_fp8(x, scale, shift, fp8_scale, *, eps: float) -> torch.Tensor
     return triton_kernels.norm_modulate(x, scale, shift, eps, fp8_scale)
 
 
-def gated_norm_fp8(x, gate, y, scale, shift, fp8_scale, *, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `gated_norm`, with the second result in FP8."""
+def gated_norm_fp8(x, gate, y, scale, shift, *rest, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `gated_norm`, with the second result in FP8; its scale comes last."""
+    *earlier, fp8_scale = rest
     if not on_gpu(x):
-        total = gated_sum(x, gate, y)
+        total = gated_sum(gated_sum(x, *earlier) if earlier else x, gate, y)
         return total, norm_modulate_fp8(total, scale, shift, fp8_scale, eps=eps)
     from . import triton_kernels
 
-    return triton_kernels.gated_norm(x, gate, y, scale, shift, eps, fp8_scale)
+    return triton_kernels.gated_norm(x, gate, y, scale, shift, eps, earlier, fp8_scale)

@@ -16,7 +16,7 @@ from .folder import EngineFolder, graph_file
 from .fp8_passes import FP8_ATTENTION, FP8_GEMMS, FP8_KERNELS
 from .graph import Graph
 from .host_memory import return_freed_memory
-from .kernel_passes import KERNELS
+from .kernel_passes import KERNELS, SUMS
 from .kernels import has_triton
 from .lowering import lower, placed_parts, placed_weights
 from .outline import outline_blocks
@@ -25,6 +25,9 @@ from .precision import without_tf32
 from .profile import layer_times
 from .rank_passes import RANKS
 from .rehearsal import rehearse
+
+GPU_PASSES = NUMERICS + SPEED + KERNELS + RANKS + SUMS
+"""All but those of FP8."""
 
 
 class PyTorchBackend:
@@ -155,8 +158,7 @@ def default_passes(device: torch.device, *, compiled: bool, fp8_attention: bool 
         return NUMERICS
     first, last = (FP8_GEMMS, FP8_KERNELS) if has_fp8(device) else ((), ())
     last = FP8_ATTENTION + last if fp8_attention else last
-    rest = () if compiled or not has_triton() else KERNELS + RANKS + last
-    return first + NUMERICS + SPEED + rest
+    return first + (NUMERICS + SPEED if compiled or not has_triton() else GPU_PASSES + last)
 
 
 class Recorder(fx.Interpreter):

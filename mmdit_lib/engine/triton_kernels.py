@@ -52,14 +52,19 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, *, gelu: bool) -> torch.Tenso
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _row(x, gate, y, bias, scale, shift, fp8_scale, total, normed, tokens, width, y_batch, y_token, gate_batch,
-         scale_batch, shift_batch, n_batch, n_token, eps, GATE: tl.constexpr, RANKS: tl.constexpr, NORM: tl.constexpr,
+def _row(x, gate_0, y_0, gate, y, bias, scale, shift, fp8_scale, total, normed, tokens, width, y_0_batch, y_0_token,
+         gate_0_batch, y_batch, y_token, gate_batch, scale_batch, shift_batch, n_batch, n_token, eps,
+         EARLIER: tl.constexpr, GATE: tl.constexpr, RANKS: tl.constexpr, NORM: tl.constexpr,
          FP8: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     value = tl.load(x + row * width + columns, inside, 0.0).to(tl.float32)
+    if EARLIER:
+        g = tl.load(gate_0 + batch * gate_0_batch + columns, inside, 0.0).to(tl.float32)
+        value += g * tl.load(y_0 + batch * y_0_batch + token * y_0_token + columns, inside, 0.0).to(tl.float32)
+        value = value.to(total.dtype.element_ty).to(tl.float32)
     if GATE:
         g = tl.load(gate + batch * gate_batch + columns, inside, 0.0).to(tl.float32)
         at = batch * y_batch + token * y_token + columns
@@ -125,11 +130,11 @@ def norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps
     return out
 
 
-def gated_norm(x, gate, y, scale, shift, eps: float, fp8=None) -> tuple[torch.Tensor, torch.Tensor]:
+def gated_norm(x, gate, y, scale, shift, eps: float, earlier=(), fp8=None) -> tuple[torch.Tensor, torch.Tensor]:
     """The second result has its tokens first. `fp8`: the scale with which it is quantized; None: it is not."""
     x = x.contiguous()
     out = torch.empty_like(x), _normed(x, fp8)
-    _launch(x, gate, y, scale, shift, out[0], out[1], eps, gated=True, normed=True, fp8=fp8)
+    _launch(x, gate, y, scale, shift, out[0], out[1], eps, gated=True, normed=True, earlier=earlier, fp8=fp8)
     return out
 
 
@@ -141,17 +146,20 @@ def _normed(x: torch.Tensor, fp8: torch.Tensor | None) -> torch.Tensor:
 
 
 def _launch(
-    x, gate, y, scale, shift, total, out, eps: float, *, gated: bool, normed: bool, ranks=None, fp8=None
+    x, gate, y, scale, shift, total, out, eps: float, *, gated: bool, normed: bool, earlier=(), ranks=None, fp8=None
 ) -> None:
-    """`ranks`: addresses of y's parts on the ranks, and the bias; y then only gives the strides. `fp8`: a scale."""
+    """`earlier`: a gate and a branch that are added first. `ranks`: addresses of y's parts on the ranks, and the bias;
+    y then only gives the strides. `fp8`: a scale."""
     batch, tokens, width = x.shape
-    assert y.stride(2) == gate.stride(2) == scale.stride(2) == shift.stride(2) == 1
-    strides = [t.stride(0) if t.shape[0] > 1 else 0 for t in (gate, scale, shift)]
+    gate_0, y_0 = earlier or (gate, y)
+    assert {t.stride(2) for t in (y_0, gate_0, y, gate, scale, shift)} == {1}
+    by_0, *strides = (t.stride(0) if t.shape[0] > 1 else 0 for t in (gate_0, gate, scale, shift))
     addresses, bias = ranks or (y, x)
     _row[(batch * tokens,)](
-        x, gate, addresses, bias, scale, shift, x if fp8 is None else fp8, total, out, tokens, width, y.stride(0),
-        y.stride(1), *strides, out.stride(0), out.stride(1), eps, GATE=gated, RANKS=len(addresses) if ranks else 0,
-        NORM=normed, FP8=fp8 is not None, BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
+        x, gate_0, y_0, gate, addresses, bias, scale, shift, x if fp8 is None else fp8, total, out, tokens, width,
+        y_0.stride(0), y_0.stride(1), by_0, y.stride(0), y.stride(1), *strides, out.stride(0), out.stride(1), eps,
+        EARLIER=bool(earlier), GATE=gated, RANKS=len(addresses) if ranks else 0, NORM=normed, FP8=fp8 is not None,
+        BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
     )  # fmt: skip
 
 

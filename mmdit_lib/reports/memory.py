@@ -19,11 +19,9 @@ from ..engine import kernels
 from ..engine.collectives import dist_collective, without_ranks
 from ..engine.graph import Graph
 from ..engine.inputs import input_dtype, shape_of
-from ..engine.kernel_passes import KERNELS
 from ..engine.lowering import lower
-from ..engine.passes import NUMERICS, SPEED
+from ..engine.pytorch_backend import GPU_PASSES
 from ..engine.rank_kernels import gathered_attention, slot_bytes, ulysses_attention
-from ..engine.rank_passes import RANKS
 from ..engine.rehearsal import meta_weights
 from .traffic import group_names, on_meta
 
@@ -59,8 +57,7 @@ def memory_of(
     data; those of an unquantized checkpoint if not given.
     """
     weights = weights or meta_weights(architecture, model, layout, dtype)
-    passes = NUMERICS + SPEED + KERNELS + RANKS
-    module = lower(graph, weights, device="meta", groups=group_names(graph), passes=passes)
+    module = lower(graph, weights, device="meta", groups=group_names(graph), passes=GPU_PASSES)
     inputs = [
         on_meta(shape_of(x, model, sizes, build.vae_scale_factor), input_dtype(x, dtype))
         for x in architecture.inputs_of(model, build)

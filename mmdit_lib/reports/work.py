@@ -18,9 +18,8 @@ from ..config import BuildConfig, Dtype, Layout, Resolution, Sizes
 from ..engine import kernels, torch_ops
 from ..engine.dry_graph import dry_graph
 from ..engine.inputs import input_dtype, shape_of
-from ..engine.kernel_passes import KERNELS
 from ..engine.lowering import lower
-from ..engine.passes import NUMERICS, SPEED
+from ..engine.pytorch_backend import GPU_PASSES
 from ..engine.rehearsal import meta_weights
 from ..engine.torch_ops import item
 from ..models import architecture_of
@@ -70,7 +69,7 @@ def count_work(
         on_meta(shape_of(x, model, sizes, config.vae_scale_factor), input_dtype(x, dtype))
         for x in architecture.inputs_of(model, config)
     ]
-    counter = Counter(lower(graph, weights, device="meta", passes=NUMERICS + SPEED + KERNELS), text_tokens)
+    counter = Counter(lower(graph, weights, device="meta", passes=GPU_PASSES), text_tokens)
     counter.run(*inputs)
     return dict(counter.found)
 
