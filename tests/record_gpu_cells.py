@@ -27,7 +27,10 @@ def record(path: Path, gpus: int) -> list[str]:
     """Run the cells that need 1 to `gpus` GPUs; returns what went wrong, by cell. Only cells that succeed change."""
     notebook, faults = nbformat.read(path, as_version=4), []
     for number, cell in enumerate(notebook.cells):
-        if not 0 < gpus_needed(cell) <= gpus:
+        needed = gpus_needed(cell)
+        if needed > gpus:
+            print(f"{path.name}, cell {number}: kept, as it needs {needed} GPUs, not {gpus}", flush=True)
+        if not 0 < needed <= gpus:
             continue
         start = time.perf_counter()
         try:
