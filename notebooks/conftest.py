@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,14 @@ import pytest
 ROOT = str(Path(__file__).parents[1])
 # The kernels import the library as it stands beside the notebooks, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
-sys.path.insert(0, ROOT)  # this process too: it reaps the clusters
+sys.path[:0] = [ROOT, str(Path(ROOT, "tests"))]  # this process too: it reaps the clusters
 os.environ.setdefault("IPP_NONINTERACTIVE", "1")  # ipyparallel: ordered output, real tracebacks
+
+from gpu_cells import gpus_here, gpus_needed  # noqa: E402
 
 
 def is_cell(item: pytest.Item) -> bool:
     return hasattr(item, "cell_num")
-
-
-@cache
-def gpu_is_there() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -33,8 +27,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     failed = getattr(item.parent, "failed_cell", None)
     if failed is not None:
         pytest.skip(f"cell {failed} of this notebook failed")
-    if "gpu" in item.cell.metadata.get("tags", []) and not gpu_is_there():
-        pytest.skip("needs a GPU")
+    if (needed := gpus_needed(item.cell)) and needed > gpus_here():
+        pytest.skip(f"needs {needed} GPU{'s' * (needed > 1)}; the notebook has the output of a machine that has them")
 
 
 @pytest.hookimpl(hookwrapper=True)

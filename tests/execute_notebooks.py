@@ -1,6 +1,7 @@
 """Run notebooks in place, as they are committed: `python tests/execute_notebooks.py [notebooks/04-generate.ipynb ...]`.
 
-Every notebook runs alone, in a fresh kernel. A web page shows no widgets: a progress bar is kept as the line of text
+Every notebook runs alone, in a fresh kernel. Cells that need a GPU do not run: they keep what `record_gpu_cells.py`
+recorded. A web page shows no widgets: a progress bar is kept as the line of text
 that it ended with, sliders and other controls as a line that names them, and what an `interact` displayed as it is.
 """
 
@@ -18,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 
 import nbformat
+from gpu_cells import gpus_needed
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -29,11 +31,16 @@ CONTROLS = {"Slider": "slider", "Dropdown": "dropdown", "Checkbox": "checkbox", 
 """What to call a control, by a part of the name of its widget model."""
 
 
+class WithoutGPU(NotebookClient):
+    async def async_execute_cell(self, cell, *arguments, **options):
+        return cell if gpus_needed(cell) else await super().async_execute_cell(cell, *arguments, **options)
+
+
 def execute(path: Path) -> float:
     """Run a notebook; returns its seconds. If a cell fails, raises `CellExecutionError` and writes nothing."""
     notebook = nbformat.read(path, as_version=4)
     start = time.perf_counter()
-    client = NotebookClient(
+    client = WithoutGPU(
         notebook,
         timeout=600,
         kernel_name="python3",
@@ -43,9 +50,11 @@ def execute(path: Path) -> float:
     client.execute()
     seconds = time.perf_counter() - start
     states = notebook.metadata.pop("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
-    for cell in notebook.cells:
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code, 1):
+        cell.execution_count = number
         cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
+        if not gpus_needed(cell):
             cell.outputs = settled(cell.outputs, states)
     notebook.metadata["language_info"] = {"name": "python"}
     nbformat.write(notebook, path)

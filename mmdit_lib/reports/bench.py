@@ -5,8 +5,11 @@ from __future__ import annotations
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import date
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +71,39 @@ def conditions(device: torch.device) -> str:
     ask = "name,driver_version,clocks.sm,clocks.max.sm,power.draw"
     command = ["nvidia-smi", f"--query-gpu={ask}", "--format=csv,noheader", f"--id={device.index or 0}"]
     return f"{versions}; {subprocess.run(command, capture_output=True, text=True).stdout.strip()} ({ask})"
+
+
+def recorded_on() -> str:
+    """This machine's GPUs, the date and torch's version: the first line of what a notebook records on a GPU."""
+    gpus = Counter(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    names = [f"{count} x {name}" if count > 1 else name for name, count in gpus.items()]
+    return f"recorded on {', '.join(names)}, {date.today()}, torch {torch.__version__}"
+
+
+def timed_output(
+    engine_dir: str | Path,
+    *,
+    batch: int = 2,
+    resolution: str | None = None,
+    text_tokens: int | None = None,
+    repeats: int = 20,
+    **options,
+) -> tuple[torch.Tensor, float]:
+    """One step on random inputs, the same for every layout: its output, on the CPU, and its median milliseconds.
+
+    Under `mpirun` and in a cluster, every rank calls this and gets the whole output, and its own time.
+
+    Args:
+        options: for `MMDiTRunner.from_engine`.
+
+    Raises:
+        ValueError: as `MMDiTRunner.from_engine`, and for a size outside the engine's profile.
+    """
+    runner = MMDiTRunner.from_engine(engine_dir, **options)
+    inputs = sample_inputs(runner.folder, resolution=resolution, text_tokens=text_tokens, batch=batch)
+    output, (prepared, _) = runner.run(inputs).cpu(), runner.prepare(inputs)
+    times = step_times(partial(runner.backend, prepared), runner.device, repeats)
+    return output, statistics.median(times)
 
 
 def bench_steps(
