@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 
+from mmdit_lib.checkpoint.quantization import NONE, Quantization
 from mmdit_lib.checkpoint.random_weights import draw_weight
 from mmdit_lib.config import BuildConfig, RankMapping, Resolution, Sizes
 from mmdit_lib.engine import attention
@@ -29,12 +30,14 @@ KINDS = {
 """Parts of the names of CUDA kernels, by kind."""
 
 
-def write_graph(path: Path, model: SD3Config, mapping: RankMapping, resolution: Resolution, dtype: str) -> None:
+def write_graph(
+    path: Path, model: SD3Config, mapping: RankMapping, resolution: Resolution, dtype: str, scheme: Quantization = NONE
+) -> None:
     """Write one rank's graph file. Needs TensorRT, but no GPU."""
     from mmdit_lib.engine.dry_graph import dry_graph
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    dry_graph(model, mapping, BuildConfig.one_size(resolution, BATCH, TEXT_TOKENS), dtype).save(path)
+    dry_graph(model, mapping, BuildConfig.one_size(resolution, BATCH, TEXT_TOKENS), dtype, scheme).save(path)
 
 
 def draw_weights(model: SD3Config, device: torch.device) -> dict[str, torch.Tensor]:

@@ -36,6 +36,7 @@ from mmdit_lib.sd3 import KNOWN_MODELS, SD3
 
 from . import common
 from .common import draw_weights, kernel_times, relative_error
+from .fp8_speed import SCHEMES, in_fp8
 
 WAYS = ("eager", "CUDA graph", "compiled")
 
@@ -68,7 +69,8 @@ def write_graphs(options: Namespace) -> None:
             dtype = "float32" if name == REFERENCE else "bfloat16"
             for mapping in layout.ranks():
                 path = file_of(options.folder, model, name, mapping.rank)
-                common.write_graph(path, MODELS[model], mapping, resolution, dtype)
+                scheme = SCHEMES["fp8" if options.fp8 and name != REFERENCE else "bf16"]
+                common.write_graph(path, MODELS[model], mapping, resolution, dtype, scheme)
     (options.folder / "resolution").write_text(str(resolution))
 
 
@@ -126,8 +128,11 @@ class Bench:
         self.device = ranks.device
         cuda = self.device.type == "cuda"
         device = f"{dist.get_world_size()} x {torch.cuda.get_device_name(self.device)}" if cuda else platform.machine()
+        self.fp8 = options.fp8
         self.result = {
             "hardware": device,
+            "weights": "fp8" if options.fp8 else "bf16",
+            "attention": common.attention_kernel() if cuda else None,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
             "driver": _driver() if cuda else None,
             **common.conditions(self.resolution),
@@ -164,6 +169,7 @@ class Bench:
         exact = wide({name: value.float() for name, value in inputs.items()}).cpu()
         del wide
         common.free()
+        weights = in_fp8(weights, model) if self.fp8 else weights
         alone = None
         for layout in LAYOUTS:
             if self.late():
@@ -171,7 +177,7 @@ class Bench:
             output = self.layout(name, layout, weights, inputs, exact, alone)
             alone = output if alone is None else alone
             common.free()
-        if not self.late():
+        if not self.late() and not self.fp8:
             self.diffusers(name, weights, inputs, exact)
             common.free()
 
@@ -189,7 +195,9 @@ class Bench:
         local, tp_rank = weights, spread.at(rank).tp_rank
         if spread.tp_size > 1:
             shard = SD3.shardings[spread.tp_layout].shard
-            local = {n: shard(n, w, spread.tp_size, tp_rank).contiguous() for n, w in weights.items()}
+            local = weights | {
+                n: shard(n, weights[n], spread.tp_size, tp_rank).contiguous() for n in SD3.parameters(MODELS[name])
+            }  # scales are the same on all ranks
         graph = Graph.load(file_of(self.root, name, layout, rank))
         eager = PyTorchBackend(graph, local, device=self.device, groups=groups)
         output = eager(inputs).cpu()
@@ -278,7 +286,8 @@ def table(result: dict) -> list[str]:
             f"## SD3.5-{model}",
             "",
             f"{result['hardware']}, torch {result['torch']}, NCCL {result['nccl']}, driver {result['driver']}, "
-            f"{result['date']}. One step of the `pytorch` backend, {result['conditions']}; median of "
+            f"{result['date']}. One step of the `pytorch` backend, {result['conditions']}, weights in "
+            f"{result.get('weights', 'bf16')}, attention by {result.get('attention', 'PyTorch')}; median of "
             f"{result['repeats']} on the slowest rank.",
             "",
             "| | "
@@ -310,6 +319,7 @@ def main() -> None:
     parser.add_argument("--resolution", default="1024x1024")
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which no further layout is started")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--fp8", action="store_true", help="with graphs and run: linear layers in FP8")
     common.main(parser.parse_args(), write_graphs, run, "Two GPUs", table)
 
 
