@@ -11,6 +11,8 @@ from .figure import Figure, colours
 TYPES = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16")
 SHOWN = 1.0, 4.0
 """Where the right half shows every number."""
+DRAWN = 100
+"""Lines for at most so many numbers; for more, a bar."""
 
 
 def positive_numbers(dtype: torch.dtype) -> torch.Tensor:
@@ -31,8 +33,11 @@ def number_grids(types: Sequence[str] = TYPES) -> Figure:
         ranges.plot([least, smallest], [row, row], color=colour, linewidth=9, solid_capstyle="butt", alpha=0.3)
         ranges.annotate(f"{least:.2g} to {largest:.3g}", (1.0, row - 0.27), ha="center", va="bottom", fontsize=8)
         shown = numbers[(numbers >= SHOWN[0]) & (numbers <= SHOWN[1])]
-        width = 1.4 if len(shown) < 100 else 0.4
-        grid.vlines(shown.numpy(), row - 0.3, row + 0.3, color=colour, linewidth=width)
+        if len(shown) <= DRAWN:
+            grid.vlines(shown.numpy(), row - 0.3, row + 0.3, color=colour, linewidth=1.6)
+        else:
+            grid.barh(row, SHOWN[1] - SHOWN[0], 0.6, SHOWN[0], color=colour, alpha=0.45, linewidth=0)
+            grid.text(sum(SHOWN) / 2, row, "too close to draw", ha="center", va="center", fontsize=8)
         between = int(((numbers >= 1) & (numbers < 2)).sum())
         grid.annotate(f"{between} in each\ndoubling", (SHOWN[1] * 1.02, row), va="center", fontsize=8,
                       annotation_clip=False)  # fmt: skip
