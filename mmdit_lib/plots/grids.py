@@ -45,6 +45,7 @@ def number_grids(types: Sequence[str] = TYPES) -> Figure:
     ranges.set_yticks(range(len(types)), types)
     ranges.set_ylim(len(types) - 0.45, -0.75)
     ranges.set_title("from the smallest to the largest", loc="left", fontsize=10)
+    grid.use_sticky_edges = False
     grid.set_title(f"every number from {SHOWN[0]:g} to {SHOWN[1]:g}", loc="left", fontsize=10)
     for axes in (ranges, grid):
         axes.spines[["top", "right", "left"]].set_visible(False)

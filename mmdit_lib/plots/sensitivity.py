@@ -6,7 +6,7 @@ import pandas as pd
 
 from .figure import COLOURS, Figure, new_axes
 
-NAMED = 7
+NAMED = 4
 """How many layers are labeled: those whose error is largest."""
 
 
