@@ -367,3 +367,27 @@ def test_rank_grid_numbers_the_ranks():
     colours = [to_hex(patch.get_facecolor()) for patch in figure.axes[0].patches]
     assert colours[0] == colours[1] != colours[2]
     assert len(plots.rank_grid(Layout()).axes) == 1
+
+
+def test_number_grids():
+    numbers = plots.grids.positive_numbers(torch.float8_e4m3fn)
+    assert len(numbers) == 126 and numbers[[0, -1]].tolist() == [2.0**-9, 448.0], "without zero and NaN"
+    assert plots.grids.positive_numbers(torch.bfloat16)[-1] == torch.finfo(torch.bfloat16).max
+    figure = plots.number_grids(("float8_e4m3fn", "bfloat16"))
+    ranges, grid = figure.axes
+    assert [t.get_text() for t in ranges.get_yticklabels()] == ["float8_e4m3fn", "bfloat16"]
+    assert [len(c.get_segments()) for c in grid.collections] == [17] and len(grid.patches) == 1
+    said = texts(figure)
+    assert "0.002 to 448" in said and "8 in each\ndoubling" in said and "128 in each" in said
+
+
+def test_error_and_work():
+    layers = pd.DataFrame(
+        dict(error=[0.03, 0.02, 0.0], work=[1e-4, 0.1, 0.1], kept=[True, False, False]),
+        index=["transformer_blocks.0.norm1.linear", "transformer_blocks.0.ff.net.2", "unused"],
+    )
+    figure = plots.error_and_work(layers)
+    said = texts(figure)
+    assert "0.norm1.linear" in said and "unused" not in said and "transformer_blocks" not in said
+    rounded, kept = (c.get_offsets().tolist() for c in figure.axes[0].collections)
+    assert rounded == [[0.1, 0.02]] and kept == [[1e-4, 0.03]]

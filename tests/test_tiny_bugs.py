@@ -1,11 +1,12 @@
 """Bugs to find: each is planted where it says, and parity in float32 sees it."""
 
+import fp8
 import pytest
 import torch
 
-from mmdit_lib import MMDiTRunner
+from mmdit_lib import Checkpoint, MMDiTRunner
 from mmdit_lib.engine.inputs import sample_inputs
-from mmdit_lib.tiny.bugs import BUGS, plant
+from mmdit_lib.tiny.bugs import BUGS, plant, plant_scale
 
 PLACES = {
     "A": "transformer_blocks.4.norm1_context:0",
@@ -39,3 +40,12 @@ def test_a_bug_is_where_it_says(engine, bug):
 def test_an_edit_that_changes_nothing_is_refused(engine):
     with pytest.raises(ValueError, match="the edit changes none of the"):
         plant(engine, engine.parent / "engine-same", lambda layer: layer)
+
+
+def test_one_scale_of_a_checkpoint(tmp_path):
+    correct = fp8.checkpoint("sd3.5-large")
+    wrong = Checkpoint.open(plant_scale(correct, tmp_path / "wrong")).weights()
+    changed = {name: x / wrong[name] for name, x in Checkpoint.open(correct).weights().items() if x.numel() == 1}
+    assert {name: x.item() for name, x in changed.items() if x != 1} == {
+        "transformer_blocks.3.attn.to_out.0.activation_scaling_factor": 32.0
+    }

@@ -6,6 +6,7 @@ from .block import block_diagram
 from .errors import error_by_depth
 from .film import film_strip
 from .fp8 import error_of_fp8
+from .grids import number_grids
 from .images import image_grid, images_side_by_side
 from .layers import time_by_block
 from .memory import memory_over_time
@@ -17,6 +18,7 @@ from .predictions import predicted_and_measured
 from .ranks import rank_grid
 from .roofline import roofline
 from .rounding import rounding_costs, rounding_error
+from .sensitivity import error_and_work
 from .shards import shard_map
 from .timeline import timeline
 from .tokens import attention_grids, gathered_rows
@@ -25,6 +27,7 @@ __all__ = [
     "attention_grids",
     "attention_quadrants",
     "block_diagram",
+    "error_and_work",
     "error_by_depth",
     "error_of_fp8",
     "film_strip",
@@ -33,6 +36,7 @@ __all__ = [
     "images_side_by_side",
     "memory_over_time",
     "network_diagram",
+    "number_grids",
     "parameters_by_part",
     "position_maps",
     "predicted_and_measured",

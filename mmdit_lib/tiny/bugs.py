@@ -1,4 +1,5 @@
-"""Bugs to find: copies of an engine folder whose network is wrong in one place, for the exercises of notebook 03."""
+"""Bugs to find: copies of an engine folder whose network is wrong in one place, for the exercises of notebook 03, and
+of an FP8 checkpoint with a wrong scale, for those of notebook 08."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY
+from safetensors.torch import load_file, save_file
+
+from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, rank_file
 from ..engine.folder import graph_file
 from ..engine.graph import Graph, Layer
 from ..files import FileRecord
 from ..files.records import to_json
+from ..network.layers import ACTIVATION_SCALE
 
 Edit = Callable[[Layer], Layer]
 """Changes the layers that the bug is in, and returns the others as they are."""
@@ -65,3 +69,15 @@ def wrong_epsilon(layer: Layer) -> Layer:
 
 
 BUGS: dict[str, Edit] = {"A": swapped_shift_and_scale, "B": exact_gelu, "C": wrong_epsilon}
+
+
+def plant_scale(checkpoint_dir: str | Path, output_dir: str | Path) -> Path:
+    """Write a copy of an FP8 checkpoint of one rank in which the scale of one layer's input is 32 times too small. It
+    has no checksums, as if another program had written it."""
+    folder = Path(shutil.copytree(checkpoint_dir, output_dir, dirs_exist_ok=True))
+    tensors, config = load_file(folder / rank_file(0)), json.loads((folder / CONFIG_FILE).read_text())
+    tensors[f"transformer_blocks.3.attn.to_out.0.{ACTIVATION_SCALE}"] /= 32
+    save_file(tensors, folder / rank_file(0))
+    del config[OWN_KEY]
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    return folder
