@@ -56,8 +56,11 @@ PREDICTED = {
     "FlashAttention-3": "517 instead of 415 TFLOP/s for one attention alone: 4 ms",
 }
 """What each pass should gain for SD3.5-medium, from the bytes that it saves at 3 TB/s."""
+POWER = """
+Under load the GPU is at its power limit, so its clock falls: a kernel that saves time makes the others slower. The kinds of kernels above are from one step right after the timings; their sum is less than the median step.
+"""  # noqa: E501
 REJECTED = """
-Ideas tried on the same day and rejected (SD3.5-medium and SD3.5-large, 1024x1024, batch 2):
+Ideas tried and rejected on 2026-11-25, before FlashAttention-3 (SD3.5-medium and SD3.5-large, 1024x1024, batch 2):
 
 The code of these was not kept, so no command repeats their numbers; they came from single runs on an H100.
 
@@ -218,7 +221,7 @@ def table(found: dict) -> list[str]:
         for row in rungs:
             expected = PREDICTED.get(row["pass"], "")
             lines.append(f"| {row['pass']} | {expected} | {row['ms']} | {row['ms, CUDA graph']} |")
-    return [*lines, *found.get("notes", []), REJECTED]
+    return [*lines, *found.get("notes", []), POWER, REJECTED]
 
 
 def label(row: dict) -> str:
