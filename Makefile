@@ -15,6 +15,11 @@ XDIST := --dist=loadscope --no-loadscope-reorder
 # Idle OpenMP threads sleep instead of spinning, which would slow down the other process.
 export OMP_WAIT_POLICY := passive
 
+# The models are tiny: a second thread costs more than it saves. Hundreds of Python processes start, and most of them
+# import the library: compile it once, also where the environment says otherwise.
+test quick: export OMP_NUM_THREADS := 1
+test quick: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help demo test quick lab docs lint format clean
 .DELETE_ON_ERROR:
 
