@@ -32,7 +32,7 @@ demo: $(VENV)/.demo-installed ## convert, build and run the small model that shi
 test: $(VENV)/.test-installed ## all tests, and every notebook from a fresh kernel
 	@IPP_NONINTERACTIVE=1 $(BIN)/python -m pytest --numprocesses=3 $(XDIST) $(NBVAL) tests $(NOTEBOOKS) $(PYTEST_ARGS)
 
-quick: $(VENV)/.test-installed ## all but the slow tests, for after each edit (about two minutes)
+quick: $(VENV)/.test-installed ## all but the slow tests, for after each edit (about three minutes)
 	@$(BIN)/python -m pytest --numprocesses=2 $(XDIST) -m 'not slow and not browser' tests $(PYTEST_ARGS)
 
 lab: $(VENV)/.test-installed ## JupyterLab on the notebooks
