@@ -15,6 +15,11 @@ XDIST := --dist=loadscope --no-loadscope-reorder
 # Idle OpenMP threads sleep instead of spinning, which would slow down the other process.
 export OMP_WAIT_POLICY := passive
 
+# The models are tiny: a second thread costs more than it saves. Hundreds of Python processes start, and most of them
+# import the library: compile it once, also where the environment says otherwise.
+test quick: export OMP_NUM_THREADS := 1
+test quick: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help demo test quick lab docs lint format clean
 .DELETE_ON_ERROR:
 
@@ -27,7 +32,7 @@ demo: $(VENV)/.demo-installed ## convert, build and run the small model that shi
 test: $(VENV)/.test-installed ## all tests, and every notebook from a fresh kernel
 	@IPP_NONINTERACTIVE=1 $(BIN)/python -m pytest --numprocesses=3 $(XDIST) $(NBVAL) tests $(NOTEBOOKS) $(PYTEST_ARGS)
 
-quick: $(VENV)/.test-installed ## all but the slow tests, for after each edit (about two minutes)
+quick: $(VENV)/.test-installed ## all but the slow tests, for after each edit (about three minutes)
 	@$(BIN)/python -m pytest --numprocesses=2 $(XDIST) -m 'not slow and not browser' tests $(PYTEST_ARGS)
 
 lab: $(VENV)/.test-installed ## JupyterLab on the notebooks

@@ -21,6 +21,13 @@ def is_cell(item: pytest.Item) -> bool:
     return hasattr(item, "cell_num")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Snippets are run by tests/test_notebooks.py, each alone in a fresh process, which is stricter."""
+    snippets = [item for item in items if is_cell(item) and "snippet" in item.cell.metadata.get("tags", [])]
+    config.hook.pytest_deselected(items=snippets)
+    items[:] = [item for item in items if item not in snippets]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if not is_cell(item):
         return

@@ -31,17 +31,19 @@ LONGEST_FIRST = [
     "tests/test_docs.py",
     "tests/test_controlnet.py",
     "tests/test_skip_layers.py",
-    "tests/test_compat.py",
     "3 ranks",
     "tests/test_files_faults.py",
-    "tests/test_engine.py",
-    "tests/test_traffic.py",
-    "tests/test_usage.py",
-    "tests/test_lora.py",
-    "tests/test_supply_chain.py",
-    "tests/test_tiny_trained.py",
+    "tests/test_tiny_adapters.py",
+    "tests/test_plots.py",
+    "tests/test_fp8.py",
+    "tests/test_memory.py",
+    "tests/test_step_time.py",
+    "tests/test_tensorrt_10.py",
+    "tests/test_judge.py",
+    "tests/test_adapters.py",
+    "tests/test_cli.py",
 ]
-"""Test files and notebooks that take 20 s or more, by their duration, so that no process has a long one left at the
+"""Test files and notebooks that take 15 s or more, by their duration, so that no process has a long one left at the
 end. Which two run at a time makes no difference."""
 
 

@@ -19,6 +19,7 @@ import torch
 from mmdit_lib import Checkpoint, MMDiTRunner, build, cli, convert
 from mmdit_lib.checkpoint.random_weights import randomize
 from mmdit_lib.config import Sizes
+from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.parallel import mpi_environment
 from mmdit_lib.parallel.launch import session_environment
@@ -246,6 +247,20 @@ def mmdit(*arguments) -> tuple[int, str, str]:
             if isinstance(end.code, str):
                 print(end.code, file=err)
     return code, out.getvalue(), err.getvalue()
+
+
+SHAPES = ("group", "shape", "reshape_dims", "start", "stride", "values", "weight", "crop")
+
+
+def kinds_of_layers(graph: Graph) -> set[str]:
+    """Layers without what depends on a shape or a rank."""
+    values = {x.name: x for x in [*graph.inputs, *(layer.output for layer in graph.layers)]}
+    found = set()
+    for layer in graph.layers:
+        given = [(values[name].dtype, len(values[name].shape)) if name else None for name in layer.inputs]
+        made, options = layer.output, {k: v for k, v in layer.attributes.items() if k not in SHAPES}
+        found.add(repr((layer.type, sorted(options.items()), given, made.dtype, len(made.shape))))
+    return found
 
 
 # Ranks -----------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """What tests run on every rank: `ranks.py` calls the function that a task names."""
 
 import hashlib
+import importlib
+import os
 
 import torch
 from helpers import relative_error
@@ -108,6 +110,17 @@ def controlled(task: dict) -> list[str]:
     if WORLD.rank == 0:
         image.save(task["png"])
     return WORLD.allgather(hashlib.sha256(image.tobytes()).hexdigest())
+
+
+def script(task: dict) -> dict:
+    """A script of `mmdit_lib/compat`, as if it were started in `folder`."""
+    before = os.getcwd()
+    os.chdir(task["folder"])
+    try:
+        importlib.import_module(f"mmdit_lib.compat.{task['name']}").main(task["arguments"])
+    finally:
+        os.chdir(before)
+    return {}
 
 
 def usage(task: dict) -> dict:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import mpirun
 from PIL import Image
+from ranks import run_on_ranks
 
 from mmdit_lib import Checkpoint, Resolution, build, cli, tiny
 from mmdit_lib.compat import convert_checkpoint, sample
@@ -83,11 +83,12 @@ def test_sample(engines, expected, monkeypatch):
 
 
 @pytest.mark.slow
-def test_sample_on_two_ranks(engines, expected, here):
+@pytest.mark.parametrize("world", [2])
+def test_sample_on_ranks(engines, expected, here, world):
     """`mpirun -n 2 --allow-run-as-root python sample.py "A capybara ..."`"""
-    flags = ["--tllm_model_dir", engines / "two", "--gpus_per_node", "8", "--log_level", "info"]
-    run = mpirun(2, "-m", "mmdit_lib.compat.sample", PROMPT, *flags, timeout=120)
-    assert run.returncode == 0, run.stderr
+    flags = ["--tllm_model_dir", str(engines / "two"), "--gpus_per_node", "8", "--log_level", "info"]
+    task = {"kind": "script", "name": "sample", "arguments": [PROMPT, *flags], "folder": str(here)}
+    run_on_ranks(world, {"sample": task})
     assert difference(here / "sd3.5-mmdit.png", expected) <= 1
 
 

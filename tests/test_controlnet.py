@@ -16,7 +16,7 @@ from diffusers import (
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Pipeline,
 )
-from helpers import MODELS, case, mmdit, model_config, random_transformer, relative_error
+from helpers import MODELS, case, kinds_of_layers, mmdit, model_config, random_transformer, relative_error
 from PIL import Image
 from ranks import run_on_ranks
 
@@ -225,7 +225,7 @@ def test_memory_counts_residuals():
     ("name", "dtype"), [("sd3-medium", "bfloat16"), ("sd3.5-medium", "float32"), ("sd3.5-large", "float16")]
 )
 def test_a_plan_is_built(name, dtype):
-    """Each model and each dtype once: test_network builds all of them, to which this adds sums of the image stream."""
+    """Each model and each dtype once; test_network says where the other pairs are."""
     found = EngineFolder.open(folder(name, 2, dtype, plan=True, skip_layers=name != "sd3-medium"))
     weights = sum(t.numel() * t.element_size() for t in found.open_checkpoint().weights().values())
     assert found.files[plan_file(0)].nbytes > 0.3 * weights
@@ -421,12 +421,16 @@ def test_the_pipeline_on_ranks(model, tmp_path, world):
 
 @pytest.mark.slow
 def test_every_rank_has_a_plan(tmp_path):
+    """In one layout: test_parallel builds the others' plans, to which this adds the same kinds of layers in each."""
     config = model_config(heads=12, head_dim=4, num_layers=2, dual_attention_layers=(0,))
     random_transformer(config).save_pretrained(tmp_path / "source")
-    layouts = {name: options for of_world in LAYOUTS.values() for name, options in of_world.items()}
-    for name in ("cp2 ulysses", "tp2 x cp2", "cfg2 x cp2"):
-        converting, building = layouts[name]
-        output = tmp_path / name.replace(" ", "_")
+    profile, added = {k: v for k, v in PROFILE.items() if k not in ("skip_layers", "controlnet_residuals")}, {}
+    for name, (converting, building) in (LAYOUTS[2] | LAYOUTS[4]).items():
+        output, planned = tmp_path / name.replace(" ", "_"), name == "cfg2 x cp2"
         checkpoint = convert(tmp_path / "source", f"{output}_checkpoint", progress=False, **converting)
-        found = EngineFolder.open(build(checkpoint, output, **PROFILE, **building))
-        assert {plan_file(rank) for rank in range(found.layout.world_size)} <= found.files.keys(), name
+        found = EngineFolder.open(build(checkpoint, output, plan=planned, **PROFILE, **building))
+        plain = EngineFolder.open(build(checkpoint, f"{output}_plain", plan=False, **profile, **building))
+        added[name] = kinds_of_layers(found.graph(0)) - kinds_of_layers(plain.graph(0))
+        plans = {plan_file(rank) for rank in range(found.layout.world_size)}
+        assert (plans <= found.files.keys()) == planned, name
+    assert added["cfg2 x cp2"] and all(kinds <= added["cfg2 x cp2"] for kinds in added.values()), added

@@ -83,8 +83,18 @@ def test_half_precision_is_no_further_from_float32_than_diffusers(name, dtype):
     assert all_ok(table), verdict(table)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@each_model
+PLANS = {"sd3-medium": ["float16"], "sd3.5-medium": ["bfloat16"], "sd3.5-large": ["float32"]}
+"""The other six pairs are built in test_controlnet and test_skip_layers, with the same layers and some more."""
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[pytest.mark.slow] if name != "sd3.5-medium" else [])
+        for name in MODELS
+        for dtype in PLANS.get(name, ["float32", "float16", "bfloat16"])
+    ],
+)
 def test_tensorrt_builds_the_plan(name, dtype):
     folder = EngineFolder.open(case(name).engine(dtype))
     weights = sum(t.numel() * t.element_size() for t in folder.open_checkpoint().weights().values())

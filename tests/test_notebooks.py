@@ -1,6 +1,6 @@
 """The notebooks as they are committed: executed, short, in the agreed form; and their snippets, each run alone.
 
-`make test` also runs every cell (nbval; `notebooks/conftest.py`).
+`make test` also runs every other cell in order (nbval; `notebooks/conftest.py`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import diffusers_output, model_config, mpirun, random_transformer
+from helpers import diffusers_output, kinds_of_layers, model_config, mpirun, random_transformer
 from PIL import Image
 from ranks import LAYOUTS, run_on_ranks
 
@@ -16,7 +16,6 @@ from mmdit_lib.checkpoint import convert
 from mmdit_lib.config import Sizes
 from mmdit_lib.engine.build import build
 from mmdit_lib.engine.folder import EngineFolder
-from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.pipeline import load_pipeline
 from mmdit_lib.reports.reference import load_reference
@@ -207,20 +206,8 @@ def test_the_command_under_mpirun(root):
 # Plans of every rank, with two blocks so that each layout takes only seconds.
 
 SMALL = model_config(heads=12, head_dim=4, num_layers=2, dual_attention_layers=(0,))
-PLANS = [*LAYOUTS[2], "tp2 x cp2 ulysses", "cfg2 x cp2"]
-"""The others consist of the same kinds of layers: only groups and shapes differ."""
-SHAPES = ("group", "shape", "reshape_dims", "start", "stride", "values", "weight", "crop")
-
-
-def kinds_of_layers(graph: Graph) -> set[str]:
-    """Layers without what depends on a shape or a rank."""
-    values = {x.name: x for x in [*graph.inputs, *(layer.output for layer in graph.layers)]}
-    found = set()
-    for layer in graph.layers:
-        given = [(values[name].dtype, len(values[name].shape)) if name else None for name in layer.inputs]
-        made, options = layer.output, {k: v for k, v in layer.attributes.items() if k not in SHAPES}
-        found.add(repr((layer.type, sorted(options.items()), given, made.dtype, len(made.shape))))
-    return found
+PLANS = ["tp2 trtllm", "cp2 allgather", "tp2 x cp2 ulysses", "cfg2 x cp2"]
+"""The others consist of the same kinds of layers, as the test checks: only groups and shapes differ."""
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ def test_onnx_and_parity_and_inspect(tmp_path):
     ("name", "dtype"), [("sd3-medium", "float32"), ("sd3.5-medium", "float16"), ("sd3.5-large", "bfloat16")]
 )
 def test_a_plan_is_built(name, dtype):
-    """Each model and each dtype once: test_network builds all of them, to which this adds selects of the streams."""
+    """Each model and each dtype once; test_network says where the other pairs are."""
     found = EngineFolder.open(folder(name, dtype, plan=True))
     weights = sum(t.numel() * t.element_size() for t in found.open_checkpoint().weights().values())
     assert found.files[plan_file(0)].nbytes > 0.3 * weights

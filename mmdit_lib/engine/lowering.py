@@ -36,6 +36,18 @@ def lower(
     Raises:
         ValueError: naming the first layer whose type has no operator.
     """
+    return fx.GraphModule(*lowered(graph, weights, device=device, groups=groups, passes=passes))
+
+
+def lowered(
+    graph: Graph,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    device: torch.device | str,
+    groups: Mapping[tuple[int, ...], str] | None,
+    passes: tuple[Pass, ...],
+) -> tuple[torch.nn.Module, fx.Graph]:
+    """What `lower` makes its module of: the constants, and the calls, for which no Python code is generated."""
     root = torch.nn.Module()
     target = fx.Graph()
     values: dict[str | None, fx.Node | tuple[int, ...] | None] = {None: None}
@@ -60,7 +72,7 @@ def lower(
         values[layer.output.name] = _named(node, layer.output.name)
     target.output(values[graph.outputs[0]])
     target.eliminate_dead_code()
-    return fx.GraphModule(root, target)
+    return root, target
 
 
 def placed_parts(module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,7 +7,7 @@ network (its parameters, how they are sharded) works without TensorRT.
 from __future__ import annotations
 
 import importlib
-from functools import cached_property
+from functools import cache, cached_property
 from types import ModuleType
 from typing import NamedTuple
 
@@ -71,6 +71,7 @@ def trt_dtype(name: str):
     return getattr(trt.DataType, MEMBERS[name])
 
 
+@cache
 def dtype_name(dtype) -> str:
     """The name of a torch or TensorRT data type: 'float32', 'int64', ..."""
     if isinstance(dtype, torch.dtype):

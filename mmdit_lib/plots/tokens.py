@@ -130,7 +130,8 @@ def _grid(axes, corner, name: str, cells: np.ndarray, image: int, ranks: int) ->
     for (head, token), rank in np.ndenumerate(cells):
         style = ABSENT if rank == EMPTY else PADDING if rank == PADDED else None
         style = style or dict(facecolor=palette[rank], edgecolor="white", linewidth=0.6)
-        axes.add_patch(Rectangle((left + token + 0.5 * (token >= image), top + head), 1, 1, **style))
+        # `add_patch` would also extend the limits, which are set: half of the time of the whole figure.
+        axes.add_artist(Rectangle((left + token + 0.5 * (token >= image), top + head), 1, 1, **style))
 
 
 def gathered_rows(lengths: Sequence[int], ranks: int) -> Figure:

@@ -6,9 +6,9 @@ largest set of tensors that are alive at the same time.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import fx
@@ -18,12 +18,11 @@ from ..config import BuildConfig, Dtype, Layout, Sizes
 from ..engine import kernels
 from ..engine.collectives import dist_collective, without_ranks
 from ..engine.graph import Graph
-from ..engine.inputs import input_dtype, shape_of
-from ..engine.lowering import lower
 from ..engine.pytorch_backend import GPU_PASSES
 from ..engine.rank_kernels import gathered_attention, slot_bytes, ulysses_attention
 from ..engine.rehearsal import meta_weights
-from .traffic import group_names, on_meta
+from .on_shapes import OnShapes, address, inputs_on_meta, tensors
+from .traffic import group_names
 
 
 @dataclass(frozen=True)
@@ -57,29 +56,26 @@ def memory_of(
     data; those of an unquantized checkpoint if not given.
     """
     weights = weights or meta_weights(architecture, model, layout, dtype)
-    module = lower(graph, weights, device="meta", groups=group_names(graph), passes=GPU_PASSES)
-    inputs = [
-        on_meta(shape_of(x, model, sizes, build.vae_scale_factor), input_dtype(x, dtype))
-        for x in architecture.inputs_of(model, build)
-    ]
-    peak = Peak(module)
-    peak.run(*inputs)
+    peak = Peak(graph, weights, groups=group_names(graph), passes=GPU_PASSES)
+    peak.run(*inputs_on_meta(model, dtype, sizes, build))
     return Memory(sum(weight.nbytes for weight in weights.values()), peak.nbytes, 2 * peak.slot)
 
 
-class Peak(fx.Interpreter):
-    """Runs a lowered graph on shapes alone; `nbytes` is the peak of the tensors that are alive."""
+class Peak(OnShapes):
+    """`nbytes` is the peak of the tensors that are alive while a graph runs on shapes alone."""
 
-    def __init__(self, module: fx.GraphModule):
-        super().__init__(module)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.nbytes = self.slot = 0
-        self.constants = {address(buffer) for buffer in module.buffers()}
+        self.constants = {address(buffer) for buffer in self.module.buffers()}
+        self.held: dict[fx.Node, dict[int, int]] = {}
+        """The sizes of the storages of a node's result, by their addresses."""
 
     def run_node(self, node: fx.Node):
         value = super().run_node(node)
-        found = chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in (*self.env.values(), value))
-        alive = [x for x in found if isinstance(x, torch.Tensor)]
-        storages = {address(x): x.untyped_storage().nbytes() for x in alive if address(x) not in self.constants}
+        made = ((address(x), x.untyped_storage().nbytes()) for x in tensors(value))
+        self.held[node] = {place: nbytes for place, nbytes in made if place not in self.constants}
+        storages = dict(ChainMap(*(self.held[x] for x in (*self.env, node))))
         # Attention copies queries, keys and values; with a single stream, the values stay where they are.
         copied = (3 if len(node.args) > 3 else 2) * value.nbytes if node.target is kernels.qkv_attention else 0
         # Projected inside the operator, they are there once, and in FP8 a second time.
@@ -99,7 +95,3 @@ class Peak(fx.Interpreter):
 def _projected(result: torch.Tensor, node: fx.Node) -> int:
     in_fp8 = len(node.args) % (node.kwargs["inputs"] + 2) > 0
     return 3 * result.nbytes + in_fp8 * 3 * result.numel()
-
-
-def address(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata

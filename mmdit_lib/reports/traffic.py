@@ -8,22 +8,19 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Column, Table
-from torch import fx
 
 from ..architecture import ModelConfig
-from ..config import TORCH_DTYPES, BuildConfig, Dtype, Layout, Resolution, Sizes
+from ..config import BuildConfig, Dtype, Layout, Resolution, Sizes
 from ..engine.collectives import dist_collective, without_ranks
 from ..engine.dry_graph import dry_graph
 from ..engine.graph import Graph
-from ..engine.inputs import check_build, input_dtype, shape_of
-from ..engine.lowering import lower
+from ..engine.inputs import check_build
 from ..engine.rehearsal import meta_weights
 from ..models import KNOWN_MODELS, architecture_of
+from .on_shapes import OnShapes, inputs_on_meta
 
 
 @dataclass(frozen=True)
@@ -81,19 +78,10 @@ def collectives_of(
     graph: Graph, model: ModelConfig, layout: Layout, dtype: Dtype, sizes: Sizes, build: BuildConfig
 ) -> Counter[Collective]:
     """How often each collective of rank 0's graph runs in one step."""
-    architecture = architecture_of(model)
-    weights = meta_weights(architecture, model, layout, dtype)
-    inputs = [
-        on_meta(shape_of(x, model, sizes, build.vae_scale_factor), input_dtype(x, dtype))
-        for x in architecture.inputs_of(model, build)
-    ]
-    counter = Recorder(lower(graph, weights, device="meta", groups=group_names(graph)))
-    counter.run(*inputs)
+    weights = meta_weights(architecture_of(model), model, layout, dtype)
+    counter = Recorder(graph, weights, groups=group_names(graph))
+    counter.run(*inputs_on_meta(model, dtype, sizes, build))
     return counter.found
-
-
-def on_meta(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
 
 
 def group_names(graph: Graph) -> dict[tuple[int, ...], str]:
@@ -102,27 +90,18 @@ def group_names(graph: Graph) -> dict[tuple[int, ...], str]:
     return {group: json.dumps(group) for group in groups}
 
 
-class Recorder(fx.Interpreter):
-    """Runs a lowered graph on shapes alone and records its collectives."""
+class Recorder(OnShapes):
+    """Records the collectives of a graph that runs on shapes alone."""
 
-    def __init__(self, module: fx.GraphModule):
-        super().__init__(module)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.found: Counter[Collective] = Counter()
-        self.known: dict[str, Any] = {}
 
     def call_function(self, target, args, kwargs):
         if target is not dist_collective:
-            # Blocks repeat, and a result without data depends only on shapes: calculate each one once.
-            key = repr((target, fx.node.map_aggregate((args, kwargs), shape_and_dtype)))
-            if key not in self.known:
-                self.known[key] = super().call_function(target, args, kwargs)
-            return self.known[key]
+            return super().call_function(target, args, kwargs)
         self.found[Collective(kwargs["operation"], tuple(json.loads(kwargs["group"])), args[0].nbytes)] += 1
         return without_ranks(args[0], kwargs["operation"], kwargs["size"])
-
-
-def shape_and_dtype(x):
-    return (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
 
 
 def bytes_sent(found: Counter[Collective]) -> int:

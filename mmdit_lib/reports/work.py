@@ -7,23 +7,22 @@ operator must move: every input read once and every output written once.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from ..architecture import ModelConfig
 from ..config import BuildConfig, Dtype, Layout, Resolution, Sizes
 from ..engine import kernels, torch_ops
 from ..engine.dry_graph import dry_graph
-from ..engine.inputs import input_dtype, shape_of
-from ..engine.lowering import lower
+from ..engine.graph import Graph
 from ..engine.pytorch_backend import GPU_PASSES
 from ..engine.rehearsal import meta_weights
 from ..engine.torch_ops import item
 from ..models import architecture_of
-from .traffic import on_meta
+from .on_shapes import OnShapes, inputs_on_meta, tensors, viewed
 
 GEMMS = (torch_ops.linear, torch_ops.linear_gelu)
 NORMS = (kernels.norm_modulate, kernels.gated_norm, kernels.gated_sum)
@@ -60,25 +59,18 @@ def count_work(
     queries and keys); `other`. A multiplication and an addition are two FLOP; for operators that are no matrix
     products, `ELEMENTWISE_FLOP` per element.
     """
-    architecture, config = architecture_of(model), BuildConfig.one_size(resolution, batch, text_tokens)
-    mapping = Layout().at(0)
+    config, mapping = BuildConfig.one_size(resolution, batch, text_tokens), Layout().at(0)
     graph = dry_graph(model, mapping, config, dtype)
-    weights = meta_weights(architecture, model, mapping.layout, dtype)
-    sizes = Sizes(batch, resolution.height, resolution.width, text_tokens)
-    inputs = [
-        on_meta(shape_of(x, model, sizes, config.vae_scale_factor), input_dtype(x, dtype))
-        for x in architecture.inputs_of(model, config)
-    ]
-    counter = Counter(lower(graph, weights, device="meta", passes=GPU_PASSES), text_tokens)
-    counter.run(*inputs)
+    counter = Counter(graph, meta_weights(architecture_of(model), model, mapping.layout, dtype), text_tokens)
+    counter.run(*inputs_on_meta(model, dtype, Sizes(batch, resolution.height, resolution.width, text_tokens), config))
     return dict(counter.found)
 
 
-class Counter(fx.Interpreter):
-    """Runs a lowered graph on shapes alone and adds up its work by part."""
+class Counter(OnShapes):
+    """Adds up the work of a graph that runs on shapes alone, by part."""
 
-    def __init__(self, module: fx.GraphModule, text_tokens: int):
-        super().__init__(module)
+    def __init__(self, graph: Graph, weights: Mapping[str, torch.Tensor], text_tokens: int):
+        super().__init__(graph, weights, passes=GPU_PASSES)
         self.text_tokens = text_tokens
         self.found: defaultdict[str, Work] = defaultdict(Work)
 
@@ -86,8 +78,8 @@ class Counter(fx.Interpreter):
         if target is kernels.projected_attention:
             return self._attention(args, **kwargs)
         result = super().call_function(target, args, kwargs)
-        made = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, torch.Tensor)]
-        if not made or target is item or is_view(made[0], args):
+        made = tensors(result)
+        if not made or target is item or viewed(made[0], args) is not None:
             return result
         moved = sum(x.nbytes for x in (*args, *made) if isinstance(x, torch.Tensor))
         if target in GEMMS:
@@ -111,9 +103,3 @@ class Counter(fx.Interpreter):
         result = merged[0].new_empty(tokens, batch, heads, width // heads).permute(1, 2, 0, 3)  # as on a GPU
         self.found["attention"] += Work(4 * result.numel() * tokens, 4 * result.nbytes)
         return result
-
-
-def is_view(result: torch.Tensor, args: tuple) -> bool:
-    """Whether an operator only looked at its input in another way."""
-    storages = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
-    return result.untyped_storage()._cdata in storages
