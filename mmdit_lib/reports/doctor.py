@@ -38,6 +38,7 @@ def doctor() -> list[Check]:
         package("safetensors", "reading and writing checkpoints"),
         tensorrt(),
         *gpus(),
+        package("fa3_fwd", "faster attention on Hopper GPUs (pytorch backend)", pip="fa3-fwd"),
         mpi(),
         package("mpi4py", "communication between ranks under mpirun"),
         package("ipyparallel", "several ranks inside a notebook"),
