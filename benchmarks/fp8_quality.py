@@ -3,10 +3,11 @@
 From the repository root:
 
     python -m benchmarks.fp8_quality                    # everything but the images; minutes on a CPU
-    python -m benchmarks.fp8_quality images --prompts 64    # the judge's scores; slow on a CPU
+    python -m benchmarks.fp8_quality images    # the judge's scores of 256 prompts; on a GPU, as it is slow on a CPU
 
-Writes `benchmarks/results/fp8_quality.json`, part by part, and its tables. On a CPU the `pytorch` backend
-emulates FP8: its values are those of the Q/DQ layers' definition.
+Writes `benchmarks/results/fp8_quality.json`, part by part, and its tables. The recorded images are from an H100, with
+`--kinds float32 bfloat16 "FP8 in bfloat16" "FP8 in bfloat16, attention too"`; everything else is from a CPU, on which
+the `pytorch` backend emulates FP8: its values are those of the Q/DQ layers' definition.
 """
 
 from __future__ import annotations
