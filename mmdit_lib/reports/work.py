@@ -1,8 +1,8 @@
 """FLOP and bytes of one denoising step, counted from the network's graph, without weights or a GPU.
 
 The graph, fused as for a GPU, runs on `meta` tensors, which have shapes but no data. Bytes are the least that each
-operator must move: every input read once and every output written once. A kernel that finds its inputs in a cache can be
-faster than the memory's bandwidth allows: at 512 x 512, the norms of queries and keys are.
+operator must move: every input read once and every output written once. A kernel that finds its inputs in a
+cache can be faster than the memory's bandwidth allows: at 512 x 512, the norms of queries and keys are.
 """
 
 from __future__ import annotations
