@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdit_lib.engine.torch_ops import ACTIVATIONS, ELEMENTWISE, OPS, SHAPE_OPS, UNARY
+from mmdit_lib.engine.torch_ops import ACTIVATIONS, ELEMENTWISE, OPS, SHAPE_OPS, UNARY, of_patches, patch_linear
 
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 DTYPES = {name: getattr(torch, name) for name in TOLERANCE}
@@ -259,6 +259,25 @@ def test_operator(case, dtype):
     assert found.dtype == OWN_DTYPES.get(case.op, DTYPES[dtype])
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found.double().numpy(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_patches_are_a_linear_layer():
+    """What `convolution` calls on a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    x, kernel, bias = (torch.randn(s, generator=generator).double() for s in ((2, 3, 6, 10), (7, 3, 2, 2), (7,)))
+    found = patch_linear(x, kernel, bias)
+    torch.testing.assert_close(found, torch.nn.functional.conv2d(x, kernel, bias, 2))
+    assert found.permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_which_convolutions_are_of_patches():
+    def which(**changes) -> bool:
+        usual = dict(stride_nd=[2, 2], padding_nd=[0, 0], dilation_nd=[1, 1], num_groups=1)
+        return of_patches(torch.empty(7, 3, 2, 2), **usual | changes)
+
+    assert which()
+    others = dict(stride_nd=[1, 1]), dict(padding_nd=[1, 1]), dict(dilation_nd=[2, 2]), dict(num_groups=3)
+    assert not any(which(**other) for other in others)
 
 
 def test_no_operator_is_without_a_case():

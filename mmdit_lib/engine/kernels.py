@@ -25,7 +25,7 @@ def has_triton() -> bool:
 
 def on_gpu(x: torch.Tensor) -> bool:
     """Whether to launch the Triton kernel; `torch.compile` gets the formula, to fuse it with its neighbors."""
-    return x.is_cuda and has_triton() and not torch.compiler.is_compiling()
+    return x.is_cuda and not torch.compiler.is_compiling() and has_triton()
 
 
 def gated_sum(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

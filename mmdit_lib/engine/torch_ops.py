@@ -46,10 +46,15 @@ def concatenation(*parts, axis):
 
 
 def convolution(x, kernel, bias, *, stride_nd, padding_nd, dilation_nd, num_groups):
-    patches = tuple(kernel.shape[2:]) == tuple(stride_nd) and num_groups == 1 and not any(padding_nd)
-    if x.is_cuda and patches:
+    if x.is_cuda and of_patches(kernel, stride_nd, padding_nd, dilation_nd, num_groups):
         return patch_linear(x, kernel, bias)
     return F.conv2d(x, kernel, bias, stride_nd, padding_nd, dilation_nd, num_groups)
+
+
+def of_patches(kernel, stride_nd, padding_nd, dilation_nd, num_groups) -> bool:
+    """Whether a convolution reads each value once, in patches side by side."""
+    plain = num_groups == 1 and not any(padding_nd) and set(dilation_nd) == {1}
+    return plain and tuple(kernel.shape[2:]) == tuple(stride_nd)
 
 
 def patch_linear(x, kernel, bias):
@@ -144,10 +149,6 @@ def unary(x, *, op):
 # Operators inserted by the fusions in `lowering.py`.
 
 
-def silu(x):
-    return F.silu(x)
-
-
 def rms_norm(x, weight, *, eps):
     return F.rms_norm(x, x.shape[-1:], weight.flatten(), eps)
 
@@ -193,7 +194,7 @@ OPS: dict[str, Callable] = {
     "RMS_NORM": rms_norm,
     "SELECT": select,
     "SHUFFLE": shuffle,
-    "SILU": silu,
+    "SILU": F.silu,
     "SLICE": slice_,
     "SOFTMAX": softmax,
     "ULYSSES_ATTENTION": rank_kernels.ulysses_attention,
