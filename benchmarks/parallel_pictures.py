@@ -107,7 +107,7 @@ def table(result: dict) -> list[str]:
     lines = [
         f"{result['hardware']}; {result['conditions']}; {result['date']}. Seconds per image of {SIDE}x{SIDE} pixels on "
         f"rank 0: bf16, random weights, {STEPS} steps with guidance; median of {result['repeats']}. Text encoders and "
-        f"VAE run on rank 0 only. Attention: {result['attention']}.",
+        f"VAE run on rank 0 only; the image is not converted to PIL. Attention: {result['attention']}.",
         "",
         "| | text encoders | sending | steps | VAE | sum | 1 GPU / this | first image |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

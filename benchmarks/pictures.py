@@ -178,7 +178,8 @@ def table(result: dict) -> list[str]:
     lines += ["", "| first image, s | " + " | ".join(WAYS) + " |", "|---" + "|---:" * len(WAYS) + "|"]
     for row in result["rows"]:
         lines.append(f"| {row['case']['title']} | " + " | ".join(f"{row['first'][way]:.2f}" for way in WAYS) + " |")
-    note = "`diffusers` runs first, so its time includes the first use of what all share: encoders, VAE, libraries."
+    note = "`diffusers` runs first, so its first image includes the first use of what all share: "
+    note += "encoders, VAE, libraries."
     return [*lines, "", note, ""]
 
 
