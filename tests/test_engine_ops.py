@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmdit_lib.engine.torch_ops import ACTIVATIONS, ELEMENTWISE, OPS, SHAPE_OPS, UNARY, of_patches, patch_linear
+from mmdit_lib.engine.torch_ops import ACTIVATIONS, ELEMENTWISE, FUSED, OPS, SHAPE_OPS, UNARY, of_patches, patch_linear
+from mmdit_lib.network.trt import trt
 
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 DTYPES = {name: getattr(torch, name) for name in TOLERANCE}
@@ -282,6 +283,9 @@ def test_which_convolutions_are_of_patches():
 
 def test_no_operator_is_without_a_case():
     assert {case.op for case in CASES} | NEEDS_PROCESSES | FP8_FUSED == set(OPS)
+    # Older TensorRT has no collectives; an attention is two of its layers, one at each end.
+    of_tensorrt = {*trt.LayerType.__members__, "ATTENTION", "DIST_COLLECTIVE"}
+    assert set(OPS) & of_tensorrt == set(OPS) - FUSED and FUSED < set(OPS)
     assert {case.attributes["op"] for case in CASES if case.op == "ELEMENTWISE"} == set(ELEMENTWISE)
     assert {case.attributes["op"] for case in CASES if case.op == "UNARY"} == set(UNARY)
     assert {case.attributes["kind"] for case in CASES if case.op == "ACTIVATION"} == {*ACTIVATIONS, "CLIP"}

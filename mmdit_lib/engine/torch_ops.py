@@ -146,7 +146,7 @@ def unary(x, *, op):
     return UNARY[op](x)
 
 
-# Operators inserted by the fusions in `lowering.py`.
+# Operators inserted by graph passes.
 
 
 def rms_norm(x, weight, *, eps):
@@ -200,6 +200,14 @@ OPS: dict[str, Callable] = {
     "ULYSSES_ATTENTION": rank_kernels.ulysses_attention,
     "UNARY": unary,
 }
+
+
+FUSED = frozenset({
+    "FP8_LINEAR", "GATED_NORM", "GATED_NORM_FP8", "GATED_SUM", "GATHERED_ATTENTION", "GELU_FP8", "ITEM", "LINEAR",
+    "LINEAR_GELU", "MODULATE", "NORM_MODULATE", "NORM_MODULATE_FP8", "PROJECTED_ATTENTION", "QKV_ATTENTION",
+    "REDUCED_GATED_NORM", "REDUCED_GATED_SUM", "RMS_NORM", "SILU", "ULYSSES_ATTENTION",
+})  # fmt: skip
+"""Operators that only graph passes insert: a graph file with one of them is invalid."""
 
 
 KINDS: dict[str, tuple[str, set[str]]] = {

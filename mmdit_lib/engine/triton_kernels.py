@@ -153,6 +153,8 @@ def _launch(
     y then only gives the strides. `fp8`: a scale."""
     batch, tokens, width = x.shape
     gate_0, y_0 = earlier or (gate, y)
+    vectors = [*((gate_0, gate) if gated else ()), *((scale, shift) if normed else ())]
+    assert y_0.shape == y.shape == x.shape and all(v.shape[1:] == (1, width) and len(v) in (1, batch) for v in vectors)
     assert {t.stride(2) for t in (y_0, gate_0, y, gate, scale, shift)} == {1}
     by_0, *strides = (t.stride(0) if t.shape[0] > 1 else 0 for t in (gate_0, gate, scale, shift))
     addresses, bias = ranks or (y, x)
