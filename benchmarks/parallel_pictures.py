@@ -25,7 +25,7 @@ from mmdit_lib.sd3.companions import vae
 
 from . import common
 from .parallel import LAYOUTS, MODELS, Ranks, backend
-from .pictures import SIDE, Ours, Parts, now
+from .pictures import SIDE, Ours, Parts, now, pipeline
 
 STEPS, GUIDANCE = 28, 4.5
 
@@ -34,16 +34,11 @@ class Painter:
     """One model in one layout, on this rank."""
 
     def __init__(self, ranks: Ranks, options: Namespace, name: str, layout: str, weights: dict, parts: Parts | None):
-        from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
         device, config = ranks.device, MODELS[name]
         step = GraphedStep(backend(ranks, options.folder, name, layout, weights)._run)
         with torch.device(device):  # on every rank: the pipeline takes its device from it
             decoder = parts.vae if parts else vae(torch.bfloat16, SIDE)
-        others = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        self.pipe = StableDiffusion3Pipeline(Ours(step, config, device), scheduler, decoder, **dict.fromkeys(others))
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = pipeline(Ours(step, config, device), decoder)
         self.parts, self.device, self.config = parts, device, config
         self.several = LAYOUTS[layout].world_size > 1
 
