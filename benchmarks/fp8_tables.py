@@ -33,7 +33,8 @@ def report(found: dict) -> str:
         if part == "images":
             pairs, scores = content.pop("PSNR in dB"), content.pop("scores")
             text += ", ".join(f"{name} {value}" for name, value in content.items()) + ".\n\n"
-            text += f"{_table(scores, '.1%')}\nPeak signal-to-noise ratio (PSNR) between the images of two engines in dB; higher is closer:\n\n{_table(pairs, '.1f')}"
+            text += f"{_table(scores, '.1%')}\nPeak signal-to-noise ratio (PSNR) between the images of two engines in "
+            text += f"dB; higher is closer:\n\n{_table(pairs, '.1f')}"
         elif part == "calibration":
             text += _table({"all linear layers": content}, ".3g")
         else:
