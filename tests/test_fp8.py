@@ -23,7 +23,7 @@ Sums in another order differ by about 1e-7. Where such a difference moves an act
 values, one of the two results has the next value: a step of 1/16 to 1/8 of it. Of n values about n * 1e-6 are that
 close, so most results agree within 3e-7. One flipped value changes its token's sums over 64 inputs by up to
 1/8 / sqrt(64) = 1.6e-2, and less of the whole; with the models and inputs of the tests, 5e-3 was the most that was
-seen. More is possible, as later layers can turn one value into an avalanche (4e-2 with the tiny model, notebook 08).
+seen. More is possible, as later layers can turn one value into an avalanche (6e-2 with the tiny model, notebook 08).
 A wrong scale changes everything by a factor of two.
 """
 

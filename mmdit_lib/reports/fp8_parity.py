@@ -26,7 +26,7 @@ TOLERANCES = {"float32": 2e-2, "float16": 0.25, "bfloat16": 0.25}
 
 Where rounding or another order of a sum moves an activation across the middle of two FP8 values, it gets the next one,
 which is 1/16 to 1/8 away. Between float32 results this is rare, most of all on one rank and a CPU: to check every
-layer, convert with --dtype float32. But one such value can start an avalanche through later layers (4e-2 was seen at
+layer, convert with --dtype float32. But one such value can start an avalanche through later layers (6e-2 was seen at
 the tiny model's output): then try another seed. In half precision it happens to several percent of the values. A
 swapped, missing or wrongly sharded weight causes an error of order one.
 """
