@@ -56,7 +56,7 @@ def test_the_loss_is_that_of_cfg_2(size):
 
 @pytest.mark.slow
 def test_whole_images_beside_two_gpus():
-    """The steps of an image: the tolerance of one step, and 1 % for the scheduler between them, which is not predicted."""
+    """The steps of an image: one step's tolerance, and 1 % for the scheduler between them, which is not predicted."""
     model, one, _ = measured("medium")
     pictures = json.loads((RESULTS / "pictures_h100x2.json").read_text())["rows"]
     assert {row["layout"] for row in pictures} == LAYOUTS.keys()
