@@ -68,12 +68,12 @@ def diffusers_transformer(model: SD3Config, weights: dict[str, torch.Tensor]) ->
 
 
 def attention_kernel() -> str:
-    """What computes our attention here."""
+    """The attention kernel that our steps use on this machine."""
     return f"fa3-fwd {version('fa3-fwd')}" if has_flash_attention_3(torch.device("cuda")) else "PyTorch's"
 
 
 def pytorch_attention():
-    """A context in which our attention is PyTorch's, also where FlashAttention-3 is installed."""
+    """A context in which our attention is PyTorch's, even if FlashAttention-3 is installed."""
     return patch.object(attention, "has_flash_attention_3", lambda device: False)
 
 

@@ -71,7 +71,7 @@ RANDOM = {
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "FP8 in float32": "float32", "FP8 in bfloat16": "bfloat16"}
 """Kinds of engines, and their networks' dtypes."""
 ATTENTION = "FP8 in bfloat16, attention too"
-"""The last of them with `fp8_attention`, for images on a Hopper GPU."""
+"""The last of these kinds with `fp8_attention`; draws images on a Hopper GPU."""
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -292,7 +292,7 @@ def main() -> None:
         "--kinds", nargs="+", choices=[*DTYPES, ATTENTION], default=kinds, help="engines that draw the images"
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--work", type=Path, help="folder of engines, which are made if they are not there")
+    parser.add_argument("--work", type=Path, help="folder that keeps the engines; by default a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)

@@ -138,12 +138,17 @@ def table(found: dict) -> list[str]:
     lines = [
         f"{found['hardware']}, torch {found['torch']}, {found['date']}. Milliseconds per denoising step: random "
         f"weights, {common.TEXT_TOKENS} text tokens, CUDA graphs, run alternately in one process; median of all steps. "
-        f"Attention of ours: {found['attention']}. Afterwards: {found['conditions']}.",
+        f"Our attention: {found['attention']}. At the end: {found['conditions']}.",
+        "",
+        "The commands are at the top of `benchmarks/fp8_speed.py`. Each row in FP8 adds to the one above it: linear "
+        "layers as FP8 GEMMs, then kernels for norms and GELU that round their results to FP8 themselves, then "
+        "attention in FP8 (`fp8_attention`). torchao's float8 scales activations dynamically, per row. In FP8, "
+        '"other" is mostly rounding to FP8 in kernels of its own, and GELU if it has no FP8 kernel.',
     ]
     for row in found["rows"]:
         base = row["ms"]["diffusers bf16 compiled"]
-        lines += ["", f"## SD{row['model']}, {row['side']}x{row['side']}, {row['batch']} rows", ""]
-        lines += ["| | ms | diffusers bf16 compiled / this | error to float32, 512x512 | GB beyond the weights |"]
+        lines += ["", f"## SD{row['model']}, {row['side']}x{row['side']}, batch {row['batch']}", ""]
+        lines += ["| | ms | diffusers bf16 compiled / this | error to float32, 512x512 | peak GB beyond the weights |"]
         lines += ["|---|---:|---:|---:|---:|"]
         for way, ms in row["ms"].items():
             error, held = (row[key].get(way) for key in ("error to float32, 512x512", "GB beyond the weights"))
@@ -153,7 +158,7 @@ def table(found: dict) -> list[str]:
         lines += ["", f"diffusers in bf16: error {row['error to float32, 512x512']['diffusers bf16']:.4f}. Weights: "
                   f"{stored['bf16']} GB in bf16, {stored['fp8']} GB in FP8."]  # fmt: skip
         kinds = [x for x in [*common.KINDS, "other"] if any(x in found for found in row["kernels"].values())]
-        lines += ["", "| ms by kind of kernel | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
+        lines += ["", "| ms of our kernels, by kind | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
         for way, spent in row["kernels"].items():
             lines.append(f"| {way} | " + " | ".join(f"{spent.get(kind, 0):.2f}" for kind in kinds) + " |")
     return lines

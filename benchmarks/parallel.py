@@ -187,19 +187,8 @@ class Bench:
         assert self.ranks.slowest(total) == -self.ranks.slowest(-total), "the ranks drew different weights"
 
     def layout(self, name, layout, weights, inputs, exact, alone) -> torch.Tensor:
-        spread = LAYOUTS[layout]
         begin = time.monotonic()
-        several = spread.world_size > 1
-        rank = self.ranks.rank if several else 0
-        groups = self.ranks.join(spread) if several else None
-        local, tp_rank = weights, spread.at(rank).tp_rank
-        if spread.tp_size > 1:
-            shard = SD3.shardings[spread.tp_layout].shard
-            local = weights | {
-                n: shard(n, weights[n], spread.tp_size, tp_rank).contiguous() for n in SD3.parameters(MODELS[name])
-            }  # scales are the same on all ranks
-        graph = Graph.load(file_of(self.root, name, layout, rank))
-        eager = PyTorchBackend(graph, local, device=self.device, groups=groups)
+        eager = backend(self.ranks, self.root, name, layout, weights)
         output = eager(inputs).cpu()
         row = {"model": name, "layout": layout, "error_to_float32": relative_error(output, exact)}
         if alone is not None:
@@ -248,6 +237,21 @@ class Bench:
             row["error_to_eager compiled"] = relative_error(step().cpu(), eager)
             self.time(row, "compiled", step)
         self.save(row)
+
+
+def backend(ranks: Ranks, root: Path, name: str, layout: str, weights: dict[str, torch.Tensor]) -> PyTorchBackend:
+    """This rank's part of a model in a layout; scales in `weights` are the same on all ranks. All ranks call it."""
+    spread = LAYOUTS[layout]
+    several = spread.world_size > 1
+    rank = ranks.rank if several else 0
+    groups = ranks.join(spread) if several else None
+    if spread.tp_size > 1:
+        shard, tp_rank = SD3.shardings[spread.tp_layout].shard, spread.at(rank).tp_rank
+        weights = weights | {
+            n: shard(n, weights[n], spread.tp_size, tp_rank).contiguous() for n in SD3.parameters(MODELS[name])
+        }
+    graph = Graph.load(file_of(root, name, layout, rank))
+    return PyTorchBackend(graph, weights, device=ranks.device, groups=groups)
 
 
 class Float32(dict):

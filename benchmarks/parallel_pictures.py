@@ -20,15 +20,12 @@ import torch.distributed as dist
 
 from mmdit_lib.config import Layout
 from mmdit_lib.engine.cuda_graph import GraphedStep
-from mmdit_lib.engine.graph import Graph
-from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.reports.bench import conditions
-from mmdit_lib.sd3 import SD3
 from mmdit_lib.sd3.companions import vae
 
 from . import common
-from .parallel import LAYOUTS, MODELS, Ranks, file_of
-from .pictures import SIDE, Ours, Parts, now
+from .parallel import LAYOUTS, MODELS, Ranks, backend
+from .pictures import SIDE, Ours, Parts, now, pipeline
 
 STEPS, GUIDANCE = 28, 4.5
 
@@ -37,25 +34,13 @@ class Painter:
     """One model in one layout, on this rank."""
 
     def __init__(self, ranks: Ranks, options: Namespace, name: str, layout: str, weights: dict, parts: Parts | None):
-        from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
-        spread, device, config = LAYOUTS[layout], ranks.device, MODELS[name]
-        several = spread.world_size > 1
-        rank = ranks.rank if several else 0
-        groups = ranks.join(spread) if several else None
-        if spread.tp_size > 1:
-            shard = SD3.shardings[spread.tp_layout].shard
-            tp_rank = spread.at(rank).tp_rank
-            weights = {n: shard(n, w, spread.tp_size, tp_rank).contiguous() for n, w in weights.items()}
-        graph = Graph.load(file_of(options.folder, name, layout, rank))
-        step = GraphedStep(PyTorchBackend(graph, weights, device=device, groups=groups)._run)
+        device, config = ranks.device, MODELS[name]
+        step = GraphedStep(backend(ranks, options.folder, name, layout, weights)._run)
         with torch.device(device):  # on every rank: the pipeline takes its device from it
             decoder = parts.vae if parts else vae(torch.bfloat16, SIDE)
-        others = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        self.pipe = StableDiffusion3Pipeline(Ours(step, config, device), scheduler, decoder, **dict.fromkeys(others))
-        self.pipe.set_progress_bar_config(disable=True)
-        self.parts, self.device, self.several, self.config = parts, device, several, config
+        self.pipe = pipeline(Ours(step, config, device), decoder)
+        self.parts, self.device, self.config = parts, device, config
+        self.several = LAYOUTS[layout].world_size > 1
 
     def paint(self) -> list[float]:
         """Seconds for the text encoders, sending their result, the steps and the VAE."""
@@ -117,7 +102,7 @@ def table(result: dict) -> list[str]:
     lines = [
         f"{result['hardware']}; {result['conditions']}; {result['date']}. Seconds per image of {SIDE}x{SIDE} pixels on "
         f"rank 0: bf16, random weights, {STEPS} steps with guidance; median of {result['repeats']}. Text encoders and "
-        f"VAE run on rank 0 only. Attention: {result['attention']}.",
+        f"VAE run on rank 0 only; the image is not converted to PIL. Attention: {result['attention']}.",
         "",
         "| | text encoders | sending | steps | VAE | sum | 1 GPU / this | first image |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

@@ -85,6 +85,17 @@ class Parts:
         return text, torch.cat([x.text_embeds for x in found], -1)
 
 
+def pipeline(transformer, decoder):
+    """diffusers' pipeline without text encoders: it takes prompt embeddings."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    others = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    made = StableDiffusion3Pipeline(transformer, scheduler, decoder, **dict.fromkeys(others))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def paint(pipe, parts: Parts, case: Case) -> tuple[float, float, float]:
     """Seconds for the text encoders, the steps and the VAE."""
     times = [now()]
@@ -110,21 +121,16 @@ def now() -> float:
 
 @torch.inference_mode()
 def measure(case: Case, parts: Parts, weights: dict, options: Namespace, device: torch.device) -> dict:
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
     torch._dynamo.reset()
     config = MODELS[case.model]
     eager, compiled = (common.diffusers_transformer(config, weights) for _ in range(2))
     common.compile_blocks(compiled)
     backend = PyTorchBackend(Graph.load(options.folder / f"{case.model}.graph.json"), weights, device=device)
     ours = [Ours(step, config, device) for step in (backend._run, GraphedStep(backend._run))]
-    others = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-    paints = {}
-    for way, transformer in zip(WAYS, (eager, compiled, *ours), strict=True):
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        pipe = StableDiffusion3Pipeline(transformer, scheduler, parts.vae, **dict.fromkeys(others))
-        pipe.set_progress_bar_config(disable=True)
-        paints[way] = partial(paint, pipe, parts, case)
+    paints = {
+        way: partial(paint, pipeline(transformer, parts.vae), parts, case)
+        for way, transformer in zip(WAYS, (eager, compiled, *ours), strict=True)
+    }
     row = {"case": case._asdict(), "first": {way: round(sum(one()), 2) for way, one in paints.items()}}
     times = {way: [] for way in WAYS}
     for _ in range(options.repeats):
@@ -178,7 +184,8 @@ def table(result: dict) -> list[str]:
     lines += ["", "| first image, s | " + " | ".join(WAYS) + " |", "|---" + "|---:" * len(WAYS) + "|"]
     for row in result["rows"]:
         lines.append(f"| {row['case']['title']} | " + " | ".join(f"{row['first'][way]:.2f}" for way in WAYS) + " |")
-    note = "`diffusers` runs first, so its time includes the first use of what all share: encoders, VAE, libraries."
+    note = "`diffusers` runs first, so its first image includes the first use of what all share: "
+    note += "encoders, VAE, libraries."
     return [*lines, "", note, ""]
 
 

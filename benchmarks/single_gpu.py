@@ -57,12 +57,12 @@ PREDICTED = {
 }
 """What each pass should gain for SD3.5-medium, from the bytes that it saves at 3 TB/s."""
 POWER = """
-Under load the GPU is at its power limit, so its clock falls: a kernel that saves time makes the others slower. The kinds of kernels above are from one step right after the timings; their sum is less than the median step.
+Under load the GPU is at its power limit, so its clock falls: a kernel that saves time makes the others slower. The kinds of kernels above are from one step right after the timings; their sum is less than the median step. "heads" are the RMS norms of queries and keys, which SD3-medium does not have.
 """  # noqa: E501
 REJECTED = """
-Ideas tried and rejected on 2026-11-25, before FlashAttention-3 (SD3.5-medium and SD3.5-large, 1024x1024, batch 2):
+## Ideas tried and rejected
 
-The code of these was not kept, so no command repeats their numbers; they came from single runs on an H100.
+On 2026-11-25, before FlashAttention-3, with SD3.5-medium and SD3.5-large at 1024x1024, batch 2. The code was not kept, so no command repeats these numbers; they come from single runs on an H100.
 
 | idea | expected | measured |
 |---|---|---|
@@ -192,11 +192,13 @@ def table(found: dict) -> list[str]:
     lines = [
         f"{found['hardware']}, torch {found['torch']}, diffusers {found['diffusers']}, {found['date']}. Milliseconds "
         "per denoising step of the `pytorch` backend and of diffusers' transformer: bf16, random weights, "
-        f"{TEXT_TOKENS} text tokens, run alternately in one process; median of all steps. Attention of ours: "
-        f"{found.get('attention', 'cuDNN')}; of diffusers: its default, cuDNN's kernel. The GPU right after the "
+        f"{TEXT_TOKENS} text tokens, run alternately in one process; median of all steps. Our attention: "
+        f"{found.get('attention', 'cuDNN')}; diffusers': its default, cuDNN's kernel. The GPU right after the "
         f"first case: {found['conditions'][0].rpartition('; ')[2]}.",
         "",
-        "The commands are at the top of `benchmarks/single_gpu.py`.",
+        "The commands are at the top of `benchmarks/single_gpu.py`. The batch counts rows: two are one image with "
+        "guidance. First steps were timed in the order of the columns, so those with a CUDA graph find everything "
+        "compiled.",
         "",
         "| | " + " | ".join(WAYS) + " | diffusers / ours | diffusers compiled / ours + CUDA graph |",
         "|---" + "|---:" * (len(WAYS) + 2) + "|",
@@ -210,14 +212,15 @@ def table(found: dict) -> list[str]:
         lines += ["", f"| {title} | " + " | ".join(WAYS) + " |", "|---" + "|---:" * len(WAYS) + "|"]
         lines += [f"| {label(row)} | " + " | ".join(str(row[key][way]) for way in WAYS) + " |" for row in found["rows"]]
     kinds = [x for x in [*common.KINDS, "other"] if any(x in row["kernels"] for row in found["rows"])]
-    lines += ["", "| ms of ours, by kind of kernel | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
+    lines += ["", "| ms of our kernels, by kind | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
     for row in found["rows"]:
         lines.append(f"| {label(row)} | " + " | ".join(f"{row['kernels'].get(kind, 0):.2f}" for kind in kinds) + " |")
     if found["errors"]:
         lines += ["", "| relative error of bf16 to float32, 512x512 | diffusers | ours |", "|---|---:|---:|"]
         lines += [f"| SD{name} | {e['diffusers']:.4f} | {e['ours']:.4f} |" for name, e in found["errors"].items()]
     for name, rungs in found["ladder"].items():
-        lines += ["", f"| SD{name}, passes up to | expected | ms | ms, CUDA graph |", "|---|---|---:|---:|"]
+        lines += ["", f"| SD{name}, passes up to and including | expected gain | ms | ms, CUDA graph |"]
+        lines.append("|---|---|---:|---:|")
         for row in rungs:
             expected = PREDICTED.get(row["pass"], "")
             lines.append(f"| {row['pass']} | {expected} | {row['ms']} | {row['ms, CUDA graph']} |")

@@ -63,6 +63,13 @@ def test_what_it_supports(dtype, size, takes):
     assert module._supports(torch.empty(1, 2, 3, size, dtype=dtype)) is takes
 
 
+def test_compiled_code_does_not_look_for_the_package(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(module, "has_flash_attention_3", None)  # a call would fail
+    q = torch.ones(1, 2, 3, 16, dtype=torch.bfloat16)
+    assert torch.equal(attention(q, q, q, 0.25), q)
+
+
 def parts(order: str, batch: int, heads: int, tokens: int, size: int) -> list[torch.Tensor]:
     """Queries, keys and values [batch, heads, tokens, size], stored in one of the orders that the network has."""
     generator = torch.Generator().manual_seed(0)

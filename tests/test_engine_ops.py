@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmdit_lib.engine.torch_ops import ACTIVATIONS, ELEMENTWISE, OPS, SHAPE_OPS, UNARY
+from mmdit_lib.engine.torch_ops import ACTIVATIONS, ELEMENTWISE, FUSED, OPS, SHAPE_OPS, UNARY, of_patches, patch_linear
+from mmdit_lib.network.trt import trt
 
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 DTYPES = {name: getattr(torch, name) for name in TOLERANCE}
@@ -261,8 +262,30 @@ def test_operator(case, dtype):
     np.testing.assert_allclose(found.double().numpy(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+def test_patches_are_a_linear_layer():
+    """What `convolution` calls on a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    x, kernel, bias = (torch.randn(s, generator=generator).double() for s in ((2, 3, 6, 10), (7, 3, 2, 2), (7,)))
+    found = patch_linear(x, kernel, bias)
+    torch.testing.assert_close(found, torch.nn.functional.conv2d(x, kernel, bias, 2))
+    assert found.permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_which_convolutions_are_of_patches():
+    def which(**changes) -> bool:
+        usual = dict(stride_nd=[2, 2], padding_nd=[0, 0], dilation_nd=[1, 1], num_groups=1)
+        return of_patches(torch.empty(7, 3, 2, 2), **usual | changes)
+
+    assert which()
+    others = dict(stride_nd=[1, 1]), dict(padding_nd=[1, 1]), dict(dilation_nd=[2, 2]), dict(num_groups=3)
+    assert not any(which(**other) for other in others)
+
+
 def test_no_operator_is_without_a_case():
     assert {case.op for case in CASES} | NEEDS_PROCESSES | FP8_FUSED == set(OPS)
+    # Older TensorRT has no collectives; an attention is two of its layers, one at each end.
+    of_tensorrt = {*trt.LayerType.__members__, "ATTENTION", "DIST_COLLECTIVE"}
+    assert set(OPS) & of_tensorrt == set(OPS) - FUSED and FUSED < set(OPS)
     assert {case.attributes["op"] for case in CASES if case.op == "ELEMENTWISE"} == set(ELEMENTWISE)
     assert {case.attributes["op"] for case in CASES if case.op == "UNARY"} == set(UNARY)
     assert {case.attributes["kind"] for case in CASES if case.op == "ACTIVATION"} == {*ACTIVATIONS, "CLIP"}

@@ -220,3 +220,10 @@ def test_attention_in_fp8_needs_norms():
     graph = opened("sd3-medium", "bfloat16")[0].backend.graph
     with pytest.raises(ValueError, match="fp8_attention needs a model that normalizes queries and keys"):
         apply(graph, IN_ATTENTION)
+
+
+def test_attention_in_fp8_needs_half_precision():
+    """In float32, linear layers have no FP8 GEMM, so their results are not in the kernel's dtype."""
+    graph = opened("sd3.5-medium", "float32")[0].backend.graph
+    with pytest.raises(ValueError, match="in bfloat16 or float16"):
+        apply(graph, IN_ATTENTION)

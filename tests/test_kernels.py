@@ -5,6 +5,7 @@ kernels round once: half a unit in the last place of the dtype, 3e-8, 4.9e-4 and
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mmdit_lib.checkpoint.quantization import rounded
 from mmdit_lib.engine import kernels
 from mmdit_lib.engine.attention import has_flash_attention_3
 from mmdit_lib.engine.capability import has_fp8
-from mmdit_lib.engine.kernel_passes import KERNELS, SUMS, qkv_attention
+from mmdit_lib.engine.kernel_passes import KERNELS, SUMS, projected_attention, qkv_attention
 from mmdit_lib.engine.linears import fp8_linear
 from mmdit_lib.engine.passes import NUMERICS, SPEED, apply
 from mmdit_lib.engine.precision import without_tf32
@@ -64,6 +65,15 @@ def test_attention_that_communicates_is_left_alone():
         layout = Layout(cp_size=2, cp_method=method)
         layers = apply(dry_graph(MODELS["sd3.5-medium"], layout.at(0), config, "float32"), NUMERICS + SPEED)
         assert [x.type for x in qkv_attention(layers)] == [x.type for x in layers]
+
+
+def test_streams_of_two_kinds_are_left_alone():
+    """The kernel has one form for all streams: with norms of queries and keys, or without."""
+    layers = apply(case("sd3.5-medium").runner().backend.graph, NUMERICS + SPEED + KERNELS[:3])
+    joint = [layer for layer in layers if layer.type == "QKV_ATTENTION" and len(layer.inputs) == 6]
+    mixed = [replace(x, inputs=(*x.inputs[:4], None, None)) if x is joint[0] else x for x in layers]
+    for given, left in ((layers, 0), (mixed, 1)):
+        assert sum(layer.type == "QKV_ATTENTION" for layer in projected_attention(given)) == left
 
 
 def test_they_are_for_gpus_without_a_compiler(monkeypatch):

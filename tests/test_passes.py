@@ -107,6 +107,9 @@ def test_near_misses_are_left_alone():
     graph = case("sd3.5-medium").runner().backend.graph
     no_eps = [replace(x, attributes={"op": "SUB"}) if x.attributes.get("op") == "SUM" else x for x in graph.layers]
     assert types(rms_norm(no_eps))["RMS_NORM"] == 0 and types(linear(no_eps))["LINEAR"] == 0
+    norms = {x.inputs[1] for x in rms_norm(list(graph.layers)) if x.type == "RMS_NORM"}
+    scalars = [replace(x, output=replace(x.output, shape=(1,))) if x.output.name in norms else x for x in graph.layers]
+    assert norms and types(rms_norm(scalars))["RMS_NORM"] == 0  # one weight for all channels
 
 
 def test_tf32_is_off_inside_and_as_before_outside(monkeypatch):

@@ -237,6 +237,7 @@ HOSTILE = "x=__import__('pathlib').Path('hacked').touch(), b"
         (lambda c: layer(c, "REDUCE").update(attributes={}), "TypeError: reduce() missing 3 required"),
         (attributes("ELEMENTWISE", op="POW"), "the pytorch backend does not support ELEMENTWISE with POW"),
         (lambda c: layer(c, "UNARY").update(type="PLUGIN_V3"), "no operator for layers of type PLUGIN_V3"),
+        (lambda c: layer(c, "UNARY").update(type="SILU", attributes={}), "only graph passes insert them"),
         (attributes("CONVOLUTION", num_groups=HUGE), "of type 'CONVOLUTION': "),
         (attributes("CONSTANT", weight="no.such"), "KeyError: 'no.such'"),
         (attributes("CONSTANT", weight=BIAS, shape=[HUGE]), "of type 'CONSTANT': RuntimeError: "),

@@ -1,4 +1,4 @@
-"""Attention of one device: FlashAttention-3 on a Hopper GPU if its package is there, else PyTorch's."""
+"""Attention of one device: FlashAttention-3 on a Hopper GPU if its package is installed, else PyTorch's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 PACKAGE = "fa3_fwd"
 """The forward pass of FlashAttention-3, `pip install fa3-fwd`: https://github.com/Dao-AILab/flash-attention."""
 LARGEST_HEAD = 256
+"""Channels of a head that its kernels are built for."""
 
 
 def attention(
@@ -22,20 +23,20 @@ def attention(
         q, k, v: [B, heads, tokens, head_size], in any order in memory that keeps each head's channels together; in
             FP8 only with FlashAttention-3.
         scale: factor of the products of queries and keys.
-        v_scale: of v in FP8, a float32 scalar; the scale of q and k is 1.
+        v_scale: scale of v if it is FP8, a float32 scalar; that of q and k is 1.
 
     Returns:
         [B, heads, tokens of q, head_size], in bfloat16 if q is FP8. With FlashAttention-3 the tokens come first in
         memory; otherwise the order is that of q.
     """
-    if has_flash_attention_3(q.device) and _supports(q):
+    if _supports(q) and has_flash_attention_3(q.device):  # in this order, so that `torch.compile` sees only the first
         return _flash_attention_3(q, k, v, scale, v_scale)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 @cache
 def has_flash_attention_3(device: torch.device) -> bool:
-    """Whether the package is installed and the device is what its kernels are made for, a Hopper GPU.
+    """Whether the package is installed and the device is a Hopper GPU, for which its kernels are made.
 
     Raises `ImportError` if it is installed but does not fit the installed torch.
     """

@@ -92,7 +92,7 @@ def scales_first(layers: Layers) -> Layers:
 
 
 HEADROOM = 8.0
-"""Of attention's values over the scale of its result: results are averages of values, so these can be larger."""
+"""The scale of attention's values over that of its result, which is an average of values: they can be larger."""
 
 
 def fp8_attention(layers: Layers) -> Layers:
@@ -117,7 +117,8 @@ def fp8_attention(layers: Layers) -> Layers:
         result.append(layer)
     if len(result) == len(layers):
         raise ValueError(
-            "fp8_attention needs a model that normalizes queries and keys, as SD3.5 does, and no context parallelism"
+            "fp8_attention needs a model that normalizes queries and keys, as SD3.5 does, in bfloat16 or float16, and "
+            "no context parallelism"
         )
     return result
 

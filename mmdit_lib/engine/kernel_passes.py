@@ -119,13 +119,17 @@ def _is_whole(q: Head, k: Head, v: Head, index: Index) -> bool:
 
 
 def projected_attention(layers: Layers) -> Layers:
-    """QKV_ATTENTION and the linear layers that only it reads -> PROJECTED_ATTENTION, if they are of one kind."""
+    """QKV_ATTENTION and the linear layers that only it reads -> PROJECTED_ATTENTION.
+
+    The linear layers must be of one kind, and either all streams have norms or none has.
+    """
     index, result = Index.of(layers), []
     for layer in layers:
         merged = [index.made_by[name] for name in layer.inputs[::3]] if layer.type == "QKV_ATTENTION" else []
         kinds = {(x.type, len(x.inputs), x.attributes.get("to_type")) for x in merged}
         alone = all(x.type in LINEARS and index.uses[x.output.name] == 1 for x in merged)
-        if 0 < len(merged) <= 2 and alone and len(kinds) == 1:
+        normed = {name is not None for name in layer.inputs[1::3]}
+        if 0 < len(merged) <= 2 and alone and len(kinds) == len(normed) == 1:
             streams = [(*x.inputs, *layer.inputs[3 * i + 1 : 3 * i + 3]) for i, x in enumerate(merged)]
             attributes = {**layer.attributes, **merged[0].attributes, "inputs": len(merged[0].inputs)}
             layer = fused(layer, "PROJECTED_ATTENTION", *(name for stream in streams for name in stream), **attributes)

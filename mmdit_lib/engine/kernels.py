@@ -25,7 +25,7 @@ def has_triton() -> bool:
 
 def on_gpu(x: torch.Tensor) -> bool:
     """Whether to launch the Triton kernel; `torch.compile` gets the formula, to fuse it with its neighbors."""
-    return x.is_cuda and has_triton() and not torch.compiler.is_compiling()
+    return x.is_cuda and not torch.compiler.is_compiling() and has_triton()
 
 
 def gated_sum(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -97,12 +97,12 @@ def projected_attention(
     q, k, v = split_heads(*joined, heads=heads, eps=eps)
     if extra:
         one = torch.ones((), device=q.device)
-        q, k, v = (dequantized(x, s) for x, s in ((q, one), (k, one), (v, v_scale)))
+        q, k, v = (through_fp8(x, s) for x, s in ((q, one), (k, one), (v, v_scale)))
     return attention(q, k, v, scale)
 
 
-def dequantized(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x rounded to FP8, in its own dtype again."""
+def through_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x rounded to FP8 and back, in its own dtype."""
     return (rounded(x, scale).float() * scale.float()).to(x.dtype)
 
 
@@ -129,7 +129,7 @@ def _split_heads(qkv, norm_q, norm_k, heads: int, eps: float) -> tuple[torch.Ten
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x / scale in FP8, with one scale for all of x. In one kernel also if x is stored tokens first."""
+    """x / scale in FP8, with one scale for all of x; on a GPU one kernel, even if x is stored tokens first."""
     if not on_gpu(x) or x.dim() != 3 or not has_fp8(x.device):
         return rounded(x, scale.reshape(()))
     from . import triton_kernels

@@ -175,6 +175,8 @@ def rms_norm(layer: Layer, index: Index, x: str, eps: str, weight: str) -> Layer
     number = index.number(eps)
     if number is None or not index.constant(weight):
         return None
+    if index.made_by[weight].output.shape[-1:] != layer.output.shape[-1:]:  # kernels do not broadcast it
+        return None
     wide = index.find(x, "CAST") if index.find(layer.inputs[0], "CAST") else None
     return fused(layer, "RMS_NORM", wide.inputs[0] if wide else x, weight, eps=number)
 

@@ -149,7 +149,9 @@ def require_fp8_attention(folder: EngineFolder, options: RunnerOptions) -> None:
     if folder.quantization.quant_algo is None:
         raise ValueError(f"fp8_attention: {folder.path} is not in FP8; convert with --quantization fp8")
     if options.compile or not has_triton() or not has_flash_attention_3(options.torch_device):
-        raise ValueError("fp8_attention needs a Hopper GPU (compute capability 9.0), fa3-fwd and no compile")
+        raise ValueError(
+            "fp8_attention needs a Hopper GPU (compute capability 9.0), fa3-fwd and Triton, without compile"
+        )
 
 
 def default_passes(device: torch.device, *, compiled: bool, fp8_attention: bool = False) -> tuple[Pass, ...]:

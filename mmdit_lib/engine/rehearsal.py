@@ -20,6 +20,7 @@ from .collectives import without_ranks
 from .graph import Graph, Layer
 from .inputs import Engine, Shape, profile_shapes, shape_of
 from .lowering import constant, operator_of
+from .torch_ops import FUSED
 
 GROWTH = 256
 """No tensor may have more elements than this many times the inputs and weights together."""
@@ -96,6 +97,8 @@ def _result(layer: Layer, inputs: list, weights: Mapping[str, torch.Tensor], map
         return _collective(*inputs, **layer.attributes, mapping=mapping)
     if "group" in layer.attributes:
         raise ValueError("only a collective has a group")
+    if layer.type in FUSED:  # their kernels rely on what the passes have checked
+        raise ValueError("a graph file has no layers of this type; only graph passes insert them")
     return operator_of(layer)(*inputs, **layer.attributes)
 
 

@@ -46,10 +46,15 @@ def concatenation(*parts, axis):
 
 
 def convolution(x, kernel, bias, *, stride_nd, padding_nd, dilation_nd, num_groups):
-    patches = tuple(kernel.shape[2:]) == tuple(stride_nd) and num_groups == 1 and not any(padding_nd)
-    if x.is_cuda and patches:
+    if x.is_cuda and of_patches(kernel, stride_nd, padding_nd, dilation_nd, num_groups):
         return patch_linear(x, kernel, bias)
     return F.conv2d(x, kernel, bias, stride_nd, padding_nd, dilation_nd, num_groups)
+
+
+def of_patches(kernel, stride_nd, padding_nd, dilation_nd, num_groups) -> bool:
+    """Whether a convolution reads each value once, in patches side by side."""
+    plain = num_groups == 1 and not any(padding_nd) and set(dilation_nd) == {1}
+    return plain and tuple(kernel.shape[2:]) == tuple(stride_nd)
 
 
 def patch_linear(x, kernel, bias):
@@ -141,11 +146,7 @@ def unary(x, *, op):
     return UNARY[op](x)
 
 
-# Operators inserted by the fusions in `lowering.py`.
-
-
-def silu(x):
-    return F.silu(x)
+# Operators inserted by graph passes.
 
 
 def rms_norm(x, weight, *, eps):
@@ -193,12 +194,20 @@ OPS: dict[str, Callable] = {
     "RMS_NORM": rms_norm,
     "SELECT": select,
     "SHUFFLE": shuffle,
-    "SILU": silu,
+    "SILU": F.silu,
     "SLICE": slice_,
     "SOFTMAX": softmax,
     "ULYSSES_ATTENTION": rank_kernels.ulysses_attention,
     "UNARY": unary,
 }
+
+
+FUSED = frozenset({
+    "FP8_LINEAR", "GATED_NORM", "GATED_NORM_FP8", "GATED_SUM", "GATHERED_ATTENTION", "GELU_FP8", "ITEM", "LINEAR",
+    "LINEAR_GELU", "MODULATE", "NORM_MODULATE", "NORM_MODULATE_FP8", "PROJECTED_ATTENTION", "QKV_ATTENTION",
+    "REDUCED_GATED_NORM", "REDUCED_GATED_SUM", "RMS_NORM", "SILU", "ULYSSES_ATTENTION",
+})  # fmt: skip
+"""Operators that only graph passes insert: a graph file with one of them is invalid."""
 
 
 KINDS: dict[str, tuple[str, set[str]]] = {

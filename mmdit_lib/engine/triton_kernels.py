@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .linears import tokens_first
 from .symmetric import Exchange, Slot
 
 
@@ -152,6 +153,8 @@ def _launch(
     y then only gives the strides. `fp8`: a scale."""
     batch, tokens, width = x.shape
     gate_0, y_0 = earlier or (gate, y)
+    vectors = [*((gate_0, gate) if gated else ()), *((scale, shift) if normed else ())]
+    assert y_0.shape == y.shape == x.shape and all(v.shape[1:] == (1, width) and len(v) in (1, batch) for v in vectors)
     assert {t.stride(2) for t in (y_0, gate_0, y, gate, scale, shift)} == {1}
     by_0, *strides = (t.stride(0) if t.shape[0] > 1 else 0 for t in (gate_0, gate, scale, shift))
     addresses, bias = ranks or (y, x)
@@ -183,7 +186,7 @@ def reduced_gated_norm(x, gate, h, weight, bias, scale, shift, eps: float, other
 def _partial(h: torch.Tensor, weight: torch.Tensor, others: Exchange, first: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's h weight^T [B, S, D] in memory that the others read, and where it is on each rank."""
     weight = weight.reshape(weight.shape[-2:])
-    swap = not h.is_contiguous() and h.transpose(0, 1).is_contiguous()  # tokens first: no copy
+    swap = tokens_first(h)  # then no copy
     rows = h.transpose(0, 1) if swap else h
     slot = others.slot(h.shape[0] * h.shape[1] * len(weight) * h.element_size(), first=first)
     y = slot.view(h.dtype, rows.shape[0], rows.shape[1], len(weight))
@@ -284,9 +287,9 @@ def _send(parts, lengths, q, slot: Slot, heads: int, eps: float, others: Exchang
 
 
 @triton.jit(do_not_specialize=["tokens", "batches", "first", "start"])
-def _return_rows(whole, addresses, tokens, batches, first, start, by_batch, by_head, by_token, here,
-                 SHARE: tl.constexpr, RANKS: tl.constexpr, SIZE: tl.constexpr, SHARE_2: tl.constexpr,
-                 SIZE_2: tl.constexpr):  # fmt: skip
+def _return_heads(whole, addresses, tokens, batches, first, start, by_batch, by_head, by_token, here,
+                  SHARE: tl.constexpr, RANKS: tl.constexpr, SIZE: tl.constexpr, SHARE_2: tl.constexpr,
+                  SIZE_2: tl.constexpr):  # fmt: skip
     """One token of one stream, computed here for some heads, to the rank that has the token."""
     row = tl.program_id(0).to(tl.int64)
     token, batch = row // batches, row % batches
@@ -306,7 +309,7 @@ def return_heads(whole: torch.Tensor, parts, lengths: Sequence[int], heads: int,
     slot = others.slot(rows * batch * heads * size * whole.element_size(), first=False)
     first = start = 0
     for (qkv, _, _), length in zip(parts, lengths, strict=True):
-        _return_rows[(batch * length,)](
+        _return_heads[(batch * length,)](
             whole, slot.addresses, qkv.shape[1], batch, first, start, *whole.stride()[:3], others.rank, SHARE=share,
             RANKS=heads // share, SIZE=size, SHARE_2=triton.next_power_of_2(share),
             SIZE_2=triton.next_power_of_2(size), num_warps=2,

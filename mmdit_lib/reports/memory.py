@@ -53,7 +53,8 @@ def memory_of(
     """Memory of rank 0 for one step at these sizes.
 
     The graph must be sound: it is lowered without the checks of `engine/rehearsal.py`. `weights` are without
-    data; those of an unquantized checkpoint if not given.
+    data; those of an unquantized checkpoint if not given. Activations are counted without the passes for FP8, which
+    need slightly less.
     """
     weights = weights or meta_weights(architecture, model, layout, dtype)
     peak = Peak(graph, weights, groups=group_names(graph), passes=GPU_PASSES)
@@ -78,8 +79,8 @@ class Peak(OnShapes):
         storages = dict(ChainMap(*(self.held[x] for x in (*self.env, node))))
         # Attention copies queries, keys and values; with a single stream, the values stay where they are.
         copied = (3 if len(node.args) > 3 else 2) * value.nbytes if node.target is kernels.qkv_attention else 0
-        # Projected inside the operator, they are there once, and in FP8 a second time.
-        copied += _projected(value, node) if node.target is kernels.projected_attention else 0
+        # Projected inside the operator, they are there once.
+        copied += 3 * value.nbytes if node.target is kernels.projected_attention else 0
         # Across ranks, keys and values are in the slot; of some heads, it holds everything until the copy.
         copied += value.nbytes if node.target in (gathered_attention, ulysses_attention) else 0
         self.nbytes = max(self.nbytes, sum(storages.values()) + copied)
@@ -90,8 +91,3 @@ class Peak(OnShapes):
         if target is dist_collective:
             return without_ranks(args[0], kwargs["operation"], kwargs["size"])
         return super().call_function(target, args, kwargs)
-
-
-def _projected(result: torch.Tensor, node: fx.Node) -> int:
-    in_fp8 = len(node.args) % (node.kwargs["inputs"] + 2) > 0
-    return 3 * result.nbytes + in_fp8 * 3 * result.numel()

@@ -55,9 +55,9 @@ def count_work(
     """The work of one step on one GPU by part, a finer division than the kinds of `benchmarks/single_gpu.py`.
 
     `attention`; the linear layers `GEMM, image`, `GEMM, text` and `GEMM, conditioning` (modulation and embeddings of
-    the time and the pooled text); `norm, modulation, gate`; `heads` (the norms of
-    queries and keys); `other`. A multiplication and an addition are two FLOP; for operators that are no matrix
-    products, `ELEMENTWISE_FLOP` per element.
+    the time and the pooled text); `norm, modulation, gate`; `heads` (the norms of queries and keys); `other`. A
+    multiplication and an addition are two FLOP; for operators that are no matrix products, `ELEMENTWISE_FLOP` per
+    element.
     """
     config, mapping = BuildConfig.one_size(resolution, batch, text_tokens), Layout().at(0)
     graph = dry_graph(model, mapping, config, dtype)
