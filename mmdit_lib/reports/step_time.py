@@ -49,7 +49,7 @@ class OneGPU:
         ms: of the step.
         kernels: its time by kind of kernel, in any unit: only the proportions count.
         memory_bandwidth: GB/s with which the GPU reads weights that multiply a few rows only.
-        loss: by how much half of the work takes longer than half of the time, as a fraction: a fitted number.
+        loss: by how much half of the work takes longer than half of the time, as a fraction: fitted for each model.
     """
 
     ms: float
