@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from reprlib import Repr
 from typing import Annotated, Any, Literal, NamedTuple
@@ -294,7 +293,7 @@ class BuildConfig(Config):
         sizes = {f"{end}_resolution": resolution for end in ends} | {f"{end}_text_tokens": text_tokens for end in ends}
         return cls.parse({"max_batch_size": batch} | sizes | options, "sizes")
 
-    @cached_property
+    @property
     def resolutions(self) -> tuple[Resolution, Resolution, Resolution]:
         return self.min_resolution, self.opt_resolution, self.max_resolution
 

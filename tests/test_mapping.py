@@ -117,3 +117,10 @@ def test_number_of_processes():
 def test_ranks_that_alternate_between_hosts():
     assert order_of_hosts(["a", "a", "b", "b"]) is None and order_of_hosts(["b", "a"]) is None
     assert "(a, b, a, b)" in order_of_hosts(["a", "b", "a", "b"])
+
+
+def test_a_changed_copy_of_a_profile_has_its_own_resolutions():
+    config, small = BuildConfig.one_size(Resolution.read(128), 2, 77), Resolution.read(96)
+    assert small not in config.resolutions
+    smaller = dict.fromkeys(("min_resolution", "opt_resolution", "max_resolution"), small)
+    assert config.model_copy(update=smaller).resolutions == (small, small, small)
