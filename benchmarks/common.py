@@ -7,7 +7,7 @@ import gc
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
@@ -109,6 +109,23 @@ def conditions(resolution: Resolution) -> dict[str, str]:
     """What every result records."""
     sizes = f"{resolution}, batch {BATCH}, {TEXT_TOKENS} text tokens, bf16, random weights"
     return {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "conditions": sizes}
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """The lines of a table; columns but those in `left` are aligned to the right."""
+    line = "|" + "|".join("---" if i in left else "---:" for i in range(len(head))) + "|"
+    cells = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return [cells[0], line, *cells[1:]]
+
+
+def kinds_table(title: str, times: Mapping[str, Mapping[str, float]], total: bool = False) -> list[str]:
+    """The lines of a table of `kernel_times`, by label; with `total`, also their sum."""
+    kinds = [kind for kind in [*KINDS, "other"] if any(kind in spent for spent in times.values())]
+    rows = [
+        [label, *(f"{spent.get(kind, 0):.2f}" for kind in kinds), *([f"{sum(spent.values()):.2f}"] if total else [])]
+        for label, spent in times.items()
+    ]
+    return markdown([title, *kinds, *(["sum"] if total else [])], rows)
 
 
 def save(result: dict, path: Path) -> None:

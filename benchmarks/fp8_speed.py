@@ -148,19 +148,17 @@ def table(found: dict) -> list[str]:
     for row in found["rows"]:
         base = row["ms"]["diffusers bf16 compiled"]
         lines += ["", f"## SD{row['model']}, {row['side']}x{row['side']}, batch {row['batch']}", ""]
-        lines += ["| | ms | diffusers bf16 compiled / this | error to float32, 512x512 | peak GB beyond the weights |"]
-        lines += ["|---|---:|---:|---:|---:|"]
+        head = ["", "ms", "diffusers bf16 compiled / this", "error to float32, 512x512", "peak GB beyond the weights"]
+        cells = []
         for way, ms in row["ms"].items():
             error, held = (row[key].get(way) for key in ("error to float32, 512x512", "GB beyond the weights"))
-            cells = [f"{ms:.1f}", f"{base / ms:.2f}x", f"{error:.4f}" if error else "", f"{held:.2f}" if held else ""]
-            lines.append(f"| {way} | {' | '.join(cells)} |")
+            optional = [f"{error:.4f}" if error else "", f"{held:.2f}" if held else ""]
+            cells.append([way, f"{ms:.1f}", f"{base / ms:.2f}x", *optional])
+        lines += common.markdown(head, cells)
         stored = row["GB of weights"]
         lines += ["", f"diffusers in bf16: error {row['error to float32, 512x512']['diffusers bf16']:.4f}. Weights: "
-                  f"{stored['bf16']} GB in bf16, {stored['fp8']} GB in FP8."]  # fmt: skip
-        kinds = [x for x in [*common.KINDS, "other"] if any(x in found for found in row["kernels"].values())]
-        lines += ["", "| ms of our kernels, by kind | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
-        for way, spent in row["kernels"].items():
-            lines.append(f"| {way} | " + " | ".join(f"{spent.get(kind, 0):.2f}" for kind in kinds) + " |")
+                  f"{stored['bf16']} GB in bf16, {stored['fp8']} GB in FP8.", ""]  # fmt: skip
+        lines += common.kinds_table("ms of our kernels, by kind", row["kernels"])
     return lines
 
 

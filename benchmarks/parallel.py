@@ -294,27 +294,21 @@ def table(result: dict) -> list[str]:
             f"{result.get('weights', 'bf16')}, attention by {result.get('attention', 'PyTorch')}; median of "
             f"{result['repeats']} on the slowest rank.",
             "",
-            "| | "
-            + " | ".join(f"ms, {way} | speed-up" for way in WAYS)
-            + " | GB | error to 1 GPU | error to float32 |",
-            "|---" + "|---:" * (2 * len(WAYS) + 3) + "|",
         ]
+        head = ["", *(column for way in WAYS for column in (f"ms, {way}", "speed-up"))]
+        head += ["GB", "error to 1 GPU", "error to float32"]
+        written = []
         for row in rows:
-            cells = []
+            cells = [row["layout"]]
             for way in WAYS:
                 ms, base = row.get(f"ms {way}"), alone.get(f"ms {way}")
                 cells += [f"{ms:.1f}" if ms else "-", f"{base / ms:.2f}" if ms and base else "-"]
             cells.append(f"{row['GB']:.2f}" if "GB" in row else "-")
             cells += [f"{row[key]:.2e}" if key in row else "-" for key in ("error_to_1_gpu", "error_to_float32")]
-            lines.append(f"| {row['layout']} | " + " | ".join(cells) + " |")
-        kinds = [kind for kind in [*common.KINDS, "other"] if any(kind in row.get("profile", {}) for row in rows)]
-        lines += ["", "| ms of one rank, by kind of kernel | " + " | ".join(kinds) + " | sum |"]
-        lines.append("|---" + "|---:" * (len(kinds) + 1) + "|")
-        for row in rows:
-            if spent := row.get("profile"):
-                cells = [f"{spent.get(kind, 0):.2f}" for kind in kinds] + [f"{sum(spent.values()):.2f}"]
-                lines.append(f"| {row['layout']} | " + " | ".join(cells) + " |")
-        lines.append("")
+            written.append(cells)
+        profiles = {row["layout"]: row["profile"] for row in rows if row.get("profile")}
+        lines += [*common.markdown(head, written), ""]
+        lines += [*common.kinds_table("ms of one rank, by kind of kernel", profiles, total=True), ""]
     return lines
 
 

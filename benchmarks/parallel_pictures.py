@@ -104,16 +104,16 @@ def table(result: dict) -> list[str]:
         f"rank 0: bf16, random weights, {STEPS} steps with guidance; median of {result['repeats']}. Text encoders and "
         f"VAE run on rank 0 only; the image is not converted to PIL. Attention: {result['attention']}.",
         "",
-        "| | text encoders | sending | steps | VAE | sum | 1 GPU / this | first image |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    head = ["", "text encoders", "sending", "steps", "VAE", "sum", "1 GPU / this", "first image"]
+    cells = []
     alone = {row["model"]: sum(row["seconds"]) for row in result["rows"] if row["layout"] == "1 GPU"}
     for row in result["rows"]:
         total = sum(row["seconds"])
-        cells = [f"{x:.3f}" for x in row["seconds"]]
-        cells += [f"{total:.2f}", f"{alone[row['model']] / total:.2f}x", f"{row['first']:.2f}"]
-        lines.append(f"| SD3.5-{row['model']}, {row['layout']} | " + " | ".join(cells) + " |")
-    return lines
+        parts = [f"{x:.3f}" for x in row["seconds"]]
+        ratios = [f"{total:.2f}", f"{alone[row['model']] / total:.2f}x", f"{row['first']:.2f}"]
+        cells.append([f"SD3.5-{row['model']}, {row['layout']}", *parts, *ratios])
+    return [*lines, *common.markdown(head, cells)]
 
 
 def main() -> None:

@@ -200,30 +200,25 @@ def table(found: dict) -> list[str]:
         "guidance. First steps were timed in the order of the columns, so those with a CUDA graph find everything "
         "compiled.",
         "",
-        "| | " + " | ".join(WAYS) + " | diffusers / ours | diffusers compiled / ours + CUDA graph |",
-        "|---" + "|---:" * (len(WAYS) + 2) + "|",
     ]
+    cells = []
     for row in found["rows"]:
         ms = row["ms"]
         ratios = ms["diffusers"] / ms["ours"], ms["diffusers compiled"] / ms["ours + CUDA graph"]
-        cells = [f"{ms[way]:.1f}" for way in WAYS] + [f"{ratio:.2f}x" for ratio in ratios]
-        lines.append(f"| {label(row)} | " + " | ".join(cells) + " |")
+        cells.append([label(row), *(f"{ms[way]:.1f}" for way in WAYS), *(f"{ratio:.2f}x" for ratio in ratios)])
+    lines += common.markdown(["", *WAYS, "diffusers / ours", "diffusers compiled / ours + CUDA graph"], cells)
     for key, title in (("first step, s", "Seconds for the first step"), ("GB", "Peak memory beyond the weights, GB")):
-        lines += ["", f"| {title} | " + " | ".join(WAYS) + " |", "|---" + "|---:" * len(WAYS) + "|"]
-        lines += [f"| {label(row)} | " + " | ".join(str(row[key][way]) for way in WAYS) + " |" for row in found["rows"]]
-    kinds = [x for x in [*common.KINDS, "other"] if any(x in row["kernels"] for row in found["rows"])]
-    lines += ["", "| ms of our kernels, by kind | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
-    for row in found["rows"]:
-        lines.append(f"| {label(row)} | " + " | ".join(f"{row['kernels'].get(kind, 0):.2f}" for kind in kinds) + " |")
+        cells = [[label(row), *(row[key][way] for way in WAYS)] for row in found["rows"]]
+        lines += ["", *common.markdown([title, *WAYS], cells)]
+    spent = {label(row): row["kernels"] for row in found["rows"]}
+    lines += ["", *common.kinds_table("ms of our kernels, by kind", spent)]
     if found["errors"]:
-        lines += ["", "| relative error of bf16 to float32, 512x512 | diffusers | ours |", "|---|---:|---:|"]
-        lines += [f"| SD{name} | {e['diffusers']:.4f} | {e['ours']:.4f} |" for name, e in found["errors"].items()]
+        cells = [[f"SD{name}", f"{e['diffusers']:.4f}", f"{e['ours']:.4f}"] for name, e in found["errors"].items()]
+        lines += ["", *common.markdown(["relative error of bf16 to float32, 512x512", "diffusers", "ours"], cells)]
     for name, rungs in found["ladder"].items():
-        lines += ["", f"| SD{name}, passes up to and including | expected gain | ms | ms, CUDA graph |"]
-        lines.append("|---|---|---:|---:|")
-        for row in rungs:
-            expected = PREDICTED.get(row["pass"], "")
-            lines.append(f"| {row['pass']} | {expected} | {row['ms']} | {row['ms, CUDA graph']} |")
+        head = [f"SD{name}, passes up to and including", "expected gain", "ms", "ms, CUDA graph"]
+        cells = [[x["pass"], PREDICTED.get(x["pass"], ""), x["ms"], x["ms, CUDA graph"]] for x in rungs]
+        lines += ["", *common.markdown(head, cells, left=(0, 1))]
     return [*lines, *found.get("notes", []), POWER, REJECTED]
 
 

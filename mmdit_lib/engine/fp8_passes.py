@@ -110,7 +110,7 @@ def fp8_attention(layers: Layers) -> Layers:
         found = scales.get(layer.output.name)
         if found and layer.attributes.get("to_type") and all(layer.inputs[-2:]):
             name = f"{layer.output.name}/value_scale"
-            largest = {"largest": [scale.attributes for scale in found], "times": HEADROOM, "dtype": "float32"}
+            largest = {"largest": [scale.attributes for scale in found], "times": HEADROOM}
             output = replace(found[0].output, name=name, dtype="float32")
             result.append(replace(found[0], name=name, output=output, attributes=largest))
             layer = replace(layer, inputs=(*layer.inputs, name))

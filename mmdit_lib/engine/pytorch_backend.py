@@ -77,10 +77,8 @@ class PyTorchBackend:
         checkpoint = folder.open_checkpoint(options.checkpoint_dir, verify=options.verify, tp_rank=mapping.tp_rank)
         graph, weights = folder.graph(mapping.rank, verify=options.verify), checkpoint.weights(mapping.tp_rank)
         rehearse(folder, graph, weights, mapping, folder.path / graph_file(mapping.rank))
-        passes = None
         if options.fp8_attention:
             require_fp8_attention(folder, options)
-            passes = default_passes(options.torch_device, compiled=False, fp8_attention=True)
         return cls(
             graph,
             weights,
@@ -88,7 +86,7 @@ class PyTorchBackend:
             groups=team.groups if team else None,
             compile_blocks=folder.architecture.blocks if options.compile else None,
             cuda_graph=options.cuda_graph,
-            passes=passes,
+            passes=default_passes(options.torch_device, compiled=options.compile, fp8_attention=options.fp8_attention),
         )
 
     @torch.inference_mode()
