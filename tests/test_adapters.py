@@ -104,7 +104,7 @@ def test_in_half_precision_the_base_is_the_checkpoints(case, given, tmp_path, dt
 @pytest.mark.parametrize("passes", [NUMERICS + SPEED, NUMERICS + SPEED + KERNELS], ids=["speed", "kernels"])
 def test_merged_weights_are_replaced_where_they_are(case, given, tmp_path, monkeypatch, passes):
     """The graph as on a GPU: queries, keys and values stacked, and the modulations of all blocks."""
-    monkeypatch.setattr(pytorch_backend, "default_passes", lambda device, compiled: passes)
+    monkeypatch.setattr(pytorch_backend, "default_passes", lambda device, **options: passes)
     runner, inputs = case.open(), case.inputs(batch=3, patches=(5, 7))
     before, memory = runner.run(inputs), places(runner)
     assert any("stack" in node.meta["source"] for node in runner.backend.module.graph.find_nodes(op="get_attr"))

@@ -163,6 +163,7 @@ def test_the_controlnet_puts_things_in_their_places():
 @pytest.mark.slow
 def test_training_a_controlnet(tmp_path):
     pipeline, how = Pipeline(), dict(layers=2, batch=2, scenes=8, prompts=1)
+    assert torch.get_float32_matmul_precision() == "highest"
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
         controlnet.train(pipeline, controlnet.Options(tmp_path, resume=True, **how))
     controlnet.train(pipeline, controlnet.Options(tmp_path, steps=2, **how))
@@ -175,3 +176,4 @@ def test_training_a_controlnet(tmp_path):
     controlnet.train(pipeline, controlnet.Options(tmp_path, resume=True, steps=3, **how))
     assert json.loads((tmp_path / "checkpoint" / "facts.json").read_text())["step"] == 3
     assert set(json.loads((tmp_path / "scores.json").read_text())) == {"without", "with"}
+    assert torch.get_float32_matmul_precision() == "highest", "training has changed the precision of this process"

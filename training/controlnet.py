@@ -26,7 +26,7 @@ from .adapters import SIDE, STROKE, batches, side_by_side
 from .data import Data, tokenize
 from .evaluation import Pipeline, draw
 from .layouts import Placing, control_picture, draw_layout, heldout_layouts, judge_layouts, outlines
-from .optimise import fit
+from .optimise import fast_products, fit
 from .render import encode_placed
 from .schedule import Budget, Log
 from .train_flow import fast_encoder, flow_loss
@@ -63,6 +63,7 @@ class Options:
     """Number of held-out prompts to score with."""
 
 
+@fast_products()
 def train(pipeline: Pipeline, options: Options) -> None:
     """Train, save and score.
 
@@ -72,7 +73,6 @@ def train(pipeline: Pipeline, options: Options) -> None:
     checkpoint, finished = options.output / "checkpoint", options.output / "controlnet"
     require_place(checkpoint, "training checkpoint", is_checkpoint)
     torch.manual_seed(options.seed)
-    torch.set_float32_matmul_precision("high")
     pipe = pipeline.load()
     controlnet, facts = make_controlnet(pipe.transformer, options.layers).to(pipe.device), {}
     if options.resume:

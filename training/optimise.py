@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,17 @@ MATRICES = ("transformer_blocks.", "encoder.layers.", "encoder.block.")  # hidde
 MOMENTUM = 0.95  # Muon's
 AVERAGING = 0.999  # decay of the moving average of the weights
 CHECKPOINT_SECONDS = 60
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Inside, float32 matrix products may use TF32; outside, the process's precision is as before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def fit(

@@ -27,6 +27,7 @@ from .data import make_data
 from .evaluation import Pipeline, evaluate
 from .gallery import gallery_of
 from .model import TRAINED, make_parts, save_pipeline
+from .optimise import fast_products
 from .schedule import Budget, Log
 from .train_flow import initialise, learners, train_flow
 from .train_vae import train_decoder, train_vae
@@ -87,6 +88,7 @@ class Options:
         return {name: value for name, value in asdict(self).items() if name not in omitted}
 
 
+@fast_products()
 def train(options: Options) -> None:
     """Train, save and score.
 
@@ -96,7 +98,6 @@ def train(options: Options) -> None:
     checkpoint = options.output_dir / "checkpoint"
     require_place(checkpoint, "training checkpoint", _is_checkpoint)
     torch.manual_seed(options.seed)
-    torch.set_float32_matmul_precision("high")
     parts, facts = make_parts(TRAINED, words()), {}
     initialise(parts)
     if options.resume:
