@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -179,6 +180,7 @@ def child(arguments: tuple[str, ...], said: Path) -> None:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        tqdm.set_lock(threading.RLock())  # the default one is shared with forks, and a killed one may hold it
         sys.argv = ["mmdit", *arguments]
         entry.main()
     except SystemExit as end:

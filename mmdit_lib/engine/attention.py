@@ -8,6 +8,8 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
+from .capability import slow_on_cpu
+
 PACKAGE = "fa3_fwd"
 """The forward pass of FlashAttention-3, `pip install fa3-fwd`: https://github.com/Dao-AILab/flash-attention."""
 LARGEST_HEAD = 256
@@ -31,6 +33,8 @@ def attention(
     """
     if _supports(q) and has_flash_attention_3(q.device):  # in this order, so that `torch.compile` sees only the first
         return _flash_attention_3(q, k, v, scale, v_scale)
+    if slow_on_cpu(q):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 

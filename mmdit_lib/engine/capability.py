@@ -1,4 +1,4 @@
-"""Which GPUs TensorRT and TensorRT-RTX plans run on, as documented and measured."""
+"""Which GPUs TensorRT and TensorRT-RTX plans run on, as documented and measured; and what GPU and CPU compute fast."""
 
 from __future__ import annotations
 
@@ -35,6 +35,17 @@ def refused_fp8(capability: tuple[int, int]) -> str | None:
     if capability >= FP8_CAPABILITY:
         return None
     return "FP8 needs compute capability 8.9 or later, and this GPU has {}.{}".format(*capability)
+
+
+CPU_SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+"""PyTorch's functions that say whether this CPU has instructions to multiply in a dtype."""
+SLOW_ON_CPU = frozenset(x for x, name in CPU_SUPPORT.items() if not getattr(torch.ops.mkldnn, name, bool)())
+"""Without them, products in these dtypes take PyTorch several times as long as in float32."""
+
+
+def slow_on_cpu(x: torch.Tensor) -> bool:
+    """Whether to multiply in float32 and to round the result once, as a GPU does."""
+    return x.device.type == "cpu" and x.dtype in SLOW_ON_CPU
 
 
 def plan_runs_here(package: str, device: torch.device | str = "cuda") -> str | None:

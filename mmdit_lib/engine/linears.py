@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import TORCH_DTYPES
+from .capability import slow_on_cpu
 
 
 def tokens_first(x: torch.Tensor) -> bool:
@@ -20,16 +21,19 @@ def linear(x, weight, bias):
     """Matrix multiply by a transposed constant, plus bias, with one rounding instead of two."""
     if tokens_first(x):
         return linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
-    return F.linear(x, weight.reshape(weight.shape[-2:]), bias.flatten())
+    weight, bias = weight.reshape(weight.shape[-2:]), bias.flatten()
+    if slow_on_cpu(x):
+        return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 def linear_gelu(x, weight, bias):
     """A linear layer and GELU in its tanh form; on a GPU cuBLASLt applies it in the GEMM's epilogue."""
     if tokens_first(x):
         return linear_gelu(x.transpose(0, 1), weight, bias).transpose(0, 1)
-    weight, bias = weight.reshape(weight.shape[-2:]), bias.flatten()
     if not x.is_cuda:
-        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+        return F.gelu(linear(x, weight, bias), approximate="tanh")
+    weight, bias = weight.reshape(weight.shape[-2:]), bias.flatten()
     y = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
