@@ -5,8 +5,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import case
 
 from mmdit_lib.engine import attention as module
+from mmdit_lib.engine import pytorch_backend
 from mmdit_lib.engine.attention import attention, has_flash_attention_3
 
 CUDA = torch.device("cuda")
@@ -45,6 +47,15 @@ def test_a_package_for_another_torch(hopper, monkeypatch):
         ImportError, match=r"fa3-fwd is installed but does not load with torch .*: install the version for it"
     ):
         has_flash_attention_3(CUDA)
+
+
+def test_such_a_package_is_refused_when_an_engine_is_opened(monkeypatch):
+    def refuse(device):
+        raise ImportError("fa3-fwd is installed but does not load")
+
+    monkeypatch.setattr(pytorch_backend, "has_flash_attention_3", refuse)
+    with pytest.raises(ImportError, match="fa3-fwd is installed but does not load"):
+        case("sd3.5-medium").open("bfloat16")
 
 
 @pytest.mark.parametrize(

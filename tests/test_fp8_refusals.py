@@ -209,6 +209,7 @@ def test_attention_in_fp8_is_refused_where_it_cannot_run(monkeypatch):
         return MMDiTRunner.from_engine(engine, backend="pytorch", device="cpu", fp8_attention=True, **options)
 
     refused(lambda: opened(case(NAME).engine()), "fp8_attention", "is not in FP8", "--quantization fp8")
+    refused(lambda: opened(fp8.engine(NAME, "float16")), "fp8_attention", "is in float16", "--dtype bfloat16")
     refused(lambda: opened(fp8.engine(NAME, "bfloat16")), "fp8_attention needs a Hopper GPU", "fa3-fwd")
     monkeypatch.setattr(TensorRTBackend, "refusal", staticmethod(lambda folder, device: None))
     options = RunnerOptions(fp8_attention=True, trust=True, device="cpu")

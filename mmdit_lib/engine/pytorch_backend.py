@@ -77,6 +77,7 @@ class PyTorchBackend:
         checkpoint = folder.open_checkpoint(options.checkpoint_dir, verify=options.verify, tp_rank=mapping.tp_rank)
         graph, weights = folder.graph(mapping.rank, verify=options.verify), checkpoint.weights(mapping.tp_rank)
         rehearse(folder, graph, weights, mapping, folder.path / graph_file(mapping.rank))
+        has_flash_attention_3(options.torch_device)  # a package that does not load is refused here, not in a step
         if options.fp8_attention:
             require_fp8_attention(folder, options)
         return cls(
@@ -146,6 +147,8 @@ def require_fp8_attention(folder: EngineFolder, options: RunnerOptions) -> None:
     """Raises `ValueError` if attention cannot run in FP8."""
     if folder.quantization.quant_algo is None:
         raise ValueError(f"fp8_attention: {folder.path} is not in FP8; convert with --quantization fp8")
+    if folder.dtype != "bfloat16":  # FlashAttention-3 returns nothing else
+        raise ValueError(f"fp8_attention: {folder.path} is in {folder.dtype}; convert with --dtype bfloat16")
     if options.compile or not has_triton() or not has_flash_attention_3(options.torch_device):
         raise ValueError(
             "fp8_attention needs a Hopper GPU (compute capability 9.0), fa3-fwd and Triton, without compile"
