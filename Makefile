@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY := passive
 # import the library: compile it once, also where the environment says otherwise, and collect less garbage meanwhile.
 test quick: export OMP_NUM_THREADS := 1
 test quick: export PYTHONDONTWRITEBYTECODE :=
-test quick: export PYTHONPATH := $(CURDIR)/tests/startup$(addprefix :,$(PYTHONPATH))
+test quick: export PYTHONPATH := $(CURDIR)/tests/startup$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .PHONY: help demo test quick lab docs lint format clean
 .DELETE_ON_ERROR:
