@@ -49,13 +49,14 @@ def test_a_package_for_another_torch(hopper, monkeypatch):
         has_flash_attention_3(CUDA)
 
 
-def test_such_a_package_is_refused_when_an_engine_is_opened(monkeypatch):
+def test_such_a_package_is_refused_when_an_engine_that_needs_it_is_opened(monkeypatch):
     def refuse(device):
         raise ImportError("fa3-fwd is installed but does not load")
 
     monkeypatch.setattr(pytorch_backend, "has_flash_attention_3", refuse)
     with pytest.raises(ImportError, match="fa3-fwd is installed but does not load"):
         case("sd3.5-medium").open("bfloat16")
+    case("sd3.5-medium").open("float16")
 
 
 @pytest.mark.parametrize(

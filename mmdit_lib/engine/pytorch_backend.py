@@ -77,7 +77,8 @@ class PyTorchBackend:
         checkpoint = folder.open_checkpoint(options.checkpoint_dir, verify=options.verify, tp_rank=mapping.tp_rank)
         graph, weights = folder.graph(mapping.rank, verify=options.verify), checkpoint.weights(mapping.tp_rank)
         rehearse(folder, graph, weights, mapping, folder.path / graph_file(mapping.rank))
-        has_flash_attention_3(options.torch_device)  # a package that does not load is refused here, not in a step
+        if folder.dtype == "bfloat16":  # a package that does not load is refused here, not in the first step
+            has_flash_attention_3(options.torch_device)
         if options.fp8_attention:
             require_fp8_attention(folder, options)
         return cls(
