@@ -8,6 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
 from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
@@ -19,7 +20,11 @@ from mmdit_lib.checkpoint.random_weights import draw_weight
 from mmdit_lib.config import BuildConfig, RankMapping, Resolution, Sizes
 from mmdit_lib.engine import attention
 from mmdit_lib.engine.attention import has_flash_attention_3
+from mmdit_lib.engine.cuda_graph import GraphedStep
+from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.inputs import draw_inputs
+from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.reports.bench import Loop, peak_bytes
 from mmdit_lib.sd3 import SD3, SD3Config
 
 BATCH, TEXT_TOKENS = 2, 333
@@ -52,8 +57,33 @@ def draw_weights(model: SD3Config, device: torch.device) -> dict[str, torch.Tens
 def inputs_on(
     device: torch.device, model: SD3Config, resolution: Resolution, batch: int = BATCH
 ) -> dict[str, torch.Tensor]:
+    """Random inputs, of the first timestep of a `Loop`."""
     sizes = Sizes(batch, resolution.height, resolution.width, TEXT_TOKENS)
-    return {name: x.to(device) for name, x in draw_inputs(SD3, model, sizes, "bfloat16", seed=1).items()}
+    inputs = {name: x.to(device) for name, x in draw_inputs(SD3, model, sizes, "bfloat16", seed=1).items()}
+    return inputs | {"timestep": torch.full_like(inputs["timestep"], 1000.0)}
+
+
+def backend_of(graph: Graph, weights: Mapping[str, torch.Tensor], device: torch.device, **options) -> PyTorchBackend:
+    """As a runner opens it on a GPU."""
+    return PyTorchBackend(graph, weights, device=device, conditioning=SD3.conditioning, **options)
+
+
+def with_cuda_graphs(backend: PyTorchBackend) -> PyTorchBackend:
+    """The same backend, without a copy of the weights, with every step replayed as a CUDA graph."""
+    made = copy(backend)
+    made._step, made._later_step = GraphedStep(backend._step), GraphedStep(backend._later_step)
+    return made
+
+
+def loop(backend: PyTorchBackend, inputs: Mapping[str, torch.Tensor]) -> Loop:
+    """The steps of an image."""
+    return Loop(backend, inputs, SD3.conditioning[0])
+
+
+def peak_of_image(steps: Loop) -> int:
+    """Peak GPU memory of an image's steps beyond the weights, with what is computed ahead of them."""
+    steps.backend._ahead.forget()
+    return peak_bytes(steps)
 
 
 def diffusers_transformer(model: SD3Config, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -87,10 +117,11 @@ def kernel_times(step: Callable[[], object]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
+    count = step.steps if isinstance(step, Loop) else 1
     spent: Counter = Counter()
     for event in profile.key_averages():
         kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "other")
-        spent[kind] += event.device_time_total / 1000
+        spent[kind] += event.device_time_total / 1000 / count
     return {kind: round(ms, 2) for kind, ms in spent.items() if ms}
 
 

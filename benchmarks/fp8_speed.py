@@ -26,7 +26,7 @@ from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_GEMMS, FP8_KERNELS
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend
 from mmdit_lib.network.layers import ACTIVATION_SCALE, WEIGHT_SCALE
-from mmdit_lib.reports.bench import alternately, conditions, peak_bytes
+from mmdit_lib.reports.bench import alternately, conditions
 from mmdit_lib.sd3 import SD3, SD3Config
 
 from . import common
@@ -75,15 +75,15 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
 
     def backend(way: str) -> PyTorchBackend:
         kind, tensors, passes = ways[way]
-        return PyTorchBackend(graphs[kind], tensors, device=device, passes=passes)
+        return common.backend_of(graphs[kind], tensors, device, passes=passes)
 
     result: dict = {"model": name, "side": options.side, "batch": options.batch}
     result["error to float32, 512x512"] = errors(model, weights, {way: partial(backend, way) for way in ways})
     common.free()
     backends = {way: backend(way) for way in ways}
-    steps = {way: partial(GraphedStep(backend._run), inputs) for way, backend in backends.items()}
+    steps = {way: common.loop(common.with_cuda_graphs(backend), inputs) for way, backend in backends.items()}
     result["GB beyond the weights"] = {
-        way: round(peak_bytes(partial(x._run, inputs)) / 1e9, 2) for way, x in backends.items()
+        way: round(common.peak_of_image(common.loop(x, inputs)) / 1e9, 2) for way, x in backends.items()
     }
     for way, reference in references(model, weights, options.torchao).items():
         common.compile_blocks(reference)
@@ -101,7 +101,7 @@ def errors(model: SD3Config, weights: dict[str, torch.Tensor], backends: dict[st
     inputs = common.inputs_on(next(iter(weights.values())).device, model, Resolution.read(512))
     found = {}
     for way, open_backend in backends.items():  # one at a time: all of them and float32 do not fit into 80 GB
-        found[way] = open_backend()._run(inputs)
+        found[way] = common.loop(open_backend(), inputs).first()
     reference = common.diffusers_transformer(model, weights)
     found["diffusers bf16"] = reference(**inputs, return_dict=False)[0]
     wide = {name: x.float() for name, x in inputs.items()}

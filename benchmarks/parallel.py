@@ -19,19 +19,17 @@ import statistics
 import time
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from mmdit_lib.config import Layout, Resolution
-from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.folder import graph_file
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.precision import without_tf32
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
-from mmdit_lib.reports.bench import peak_bytes, step_times
+from mmdit_lib.reports.bench import Loop, step_times
 from mmdit_lib.sd3 import KNOWN_MODELS, SD3
 
 from . import common
@@ -56,6 +54,7 @@ LAYOUTS = {
     "tp 2": Layout(tp_size=2),
 }
 REFERENCE = "1 GPU, float32"
+IMAGES = 3
 
 
 def file_of(root: Path, model: str, layout: str, rank: int) -> Path:
@@ -165,7 +164,7 @@ class Bench:
         weights = draw_weights(model, device)
         self.check_weights(weights)
         inputs = common.inputs_on(device, model, self.resolution)
-        wide = PyTorchBackend(Graph.load(file_of(self.root, name, REFERENCE, 0)), Float32(weights), device=device)
+        wide = common.backend_of(Graph.load(file_of(self.root, name, REFERENCE, 0)), Float32(weights), device)
         exact = wide({name: value.float() for name, value in inputs.items()}).cpu()
         del wide
         common.free()
@@ -188,36 +187,39 @@ class Bench:
 
     def layout(self, name, layout, weights, inputs, exact, alone) -> torch.Tensor:
         begin = time.monotonic()
-        eager = backend(self.ranks, self.root, name, layout, weights)
-        output = eager(inputs).cpu()
+        opened = backend(self.ranks, self.root, name, layout, weights)
+        eager = common.loop(opened, inputs)
+        output = eager.first().cpu()
         row = {"model": name, "layout": layout, "error_to_float32": relative_error(output, exact)}
         if alone is not None:
             row["error_to_1_gpu"] = relative_error(output, alone)
-        self.time(row, "eager", partial(eager, inputs))
+        self.time(row, "eager", eager)
         if self.device.type == "cuda":
-            row["GB"] = round(self.ranks.slowest(peak_bytes(partial(eager, inputs))) / 1e9, 3)
-            self.graphed(row, eager, inputs, output)
+            row["GB"] = round(self.ranks.slowest(common.peak_of_image(eager)) / 1e9, 3)
+            self.graphed(row, common.loop(common.with_cuda_graphs(opened), inputs), output)
         row["seconds"] = time.monotonic() - begin
         self.save(row)
         return output
 
-    def graphed(self, row, eager, inputs, output) -> None:
+    def graphed(self, row, steps: Loop, output) -> None:
         """The same step as a CUDA graph, and where its time goes."""
         way, fault = "CUDA graph", None
         try:
-            step = torch.inference_mode()(GraphedStep(eager._run))
-            found = step(inputs).cpu()
+            found = steps.first().cpu()
         except Exception as error:
             fault = f"{type(error).__name__}: {str(error)[:300]}"
         if not self.ranks.all_well(fault is None):
             row[f"fault {way}"] = fault or "on another rank"
             return
         row[f"error_to_eager {way}"] = relative_error(found, output)
-        self.time(row, way, partial(step, inputs))
-        row["profile"] = kernel_times(partial(step, inputs))
+        self.time(row, way, steps)
+        row["profile"] = kernel_times(steps)
 
     def time(self, row, way, step) -> None:
-        times = step_times(step, self.device, self.repeats, warm_up=5)
+        if isinstance(step, Loop):
+            times = [ms / step.steps for ms in step_times(step, self.device, IMAGES, warm_up=1)]
+        else:
+            times = step_times(step, self.device, self.repeats, warm_up=5)
         row[f"ms {way}"] = self.ranks.slowest(statistics.median(times))
         row.setdefault("times", {})[way] = times
 
@@ -251,7 +253,7 @@ def backend(ranks: Ranks, root: Path, name: str, layout: str, weights: dict[str,
             n: shard(n, weights[n], spread.tp_size, tp_rank).contiguous() for n in SD3.parameters(MODELS[name])
         }
     graph = Graph.load(file_of(root, name, layout, rank))
-    return PyTorchBackend(graph, weights, device=ranks.device, groups=groups)
+    return common.backend_of(graph, weights, ranks.device, groups=groups)
 
 
 class Float32(dict):
@@ -291,8 +293,9 @@ def table(result: dict) -> list[str]:
             "",
             f"{result['hardware']}, torch {result['torch']}, NCCL {result['nccl']}, driver {result['driver']}, "
             f"{result['date']}. One step of the `pytorch` backend, {result['conditions']}, weights in "
-            f"{result.get('weights', 'bf16')}, attention by {result.get('attention', 'PyTorch')}; median of "
-            f"{result['repeats']} on the slowest rank.",
+            f"{result.get('weights', 'bf16')}, attention by {result.get('attention', 'PyTorch')}; mean of an image's "
+            f"{Loop.steps} steps, median of {IMAGES} images, on the slowest rank; of diffusers, median of "
+            f"{result['repeats']} steps.",
             "",
         ]
         head = ["", *(column for way in WAYS for column in (f"ms, {way}", "speed-up"))]

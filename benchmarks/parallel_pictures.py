@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from mmdit_lib.config import Layout
-from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.reports.bench import conditions
 from mmdit_lib.sd3.companions import vae
 
@@ -35,10 +34,10 @@ class Painter:
 
     def __init__(self, ranks: Ranks, options: Namespace, name: str, layout: str, weights: dict, parts: Parts | None):
         device, config = ranks.device, MODELS[name]
-        step = GraphedStep(backend(ranks, options.folder, name, layout, weights)._run)
+        opened = common.with_cuda_graphs(backend(ranks, options.folder, name, layout, weights))
         with torch.device(device):  # on every rank: the pipeline takes its device from it
             decoder = parts.vae if parts else vae(torch.bfloat16, SIDE)
-        self.pipe = pipeline(Ours(step, config, device), decoder)
+        self.pipe = pipeline(Ours(opened, config, device), decoder)
         self.parts, self.device, self.config = parts, device, config
         self.several = LAYOUTS[layout].world_size > 1
 

@@ -13,7 +13,6 @@ import json
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -21,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 
-from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.reports.bench import conditions
@@ -50,17 +48,18 @@ CASES = (
 
 
 class Ours:
-    """A lowered graph in place of a pipeline's transformer."""
+    """A backend in place of a pipeline's transformer."""
 
-    def __init__(self, step: Callable, config: SD3Config, device: torch.device):
+    def __init__(self, backend: PyTorchBackend, config: SD3Config, device: torch.device):
         from diffusers.configuration_utils import FrozenDict
 
-        self.step, self.config = step, FrozenDict(config.to_diffusers())
+        self.backend, self.config, self.scheduler = backend, FrozenDict(config.to_diffusers()), None
         self.device, self.dtype = device, torch.bfloat16
 
     def __call__(self, hidden_states, timestep, encoder_hidden_states, pooled_projections, **_):
         inputs = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
-        return (self.step(inputs | {"pooled_projections": pooled_projections, "timestep": timestep.float()}),)
+        inputs |= {"pooled_projections": pooled_projections, "timestep": timestep.float()}
+        return (self.backend(inputs, self.scheduler.timesteps),)
 
     def cache_context(self, name: str):
         return nullcontext()
@@ -93,6 +92,7 @@ def pipeline(transformer, decoder):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     made = StableDiffusion3Pipeline(transformer, scheduler, decoder, **dict.fromkeys(others))
     made.set_progress_bar_config(disable=True)
+    transformer.scheduler = scheduler
     return made
 
 
@@ -125,8 +125,8 @@ def measure(case: Case, parts: Parts, weights: dict, options: Namespace, device:
     config = MODELS[case.model]
     eager, compiled = (common.diffusers_transformer(config, weights) for _ in range(2))
     common.compile_blocks(compiled)
-    backend = PyTorchBackend(Graph.load(options.folder / f"{case.model}.graph.json"), weights, device=device)
-    ours = [Ours(step, config, device) for step in (backend._run, GraphedStep(backend._run))]
+    backend = common.backend_of(Graph.load(options.folder / f"{case.model}.graph.json"), weights, device)
+    ours = [Ours(one, config, device) for one in (backend, common.with_cuda_graphs(backend))]
     paints = {
         way: partial(paint, pipeline(transformer, parts.vae), parts, case)
         for way, transformer in zip(WAYS, (eager, compiled, *ours), strict=True)

@@ -216,6 +216,8 @@ class Architecture:
             Raises `ValueError`.
         single_file: layout of the original checkpoints.
         blocks: path of the list of repeated blocks.
+        conditioning: names of the inputs that set how a step modulates all tokens: the timestep, then inputs that stay
+            the same for an image.
         vae_scale_factor: image pixels per latent pixel of the published models.
     """
 
@@ -236,6 +238,7 @@ class Architecture:
     reference: Reference
     pipelines: Pipelines
     blocks: str
+    conditioning: tuple[str, ...]
     vae_scale_factor: int
 
     def inputs_of(self, config: ModelConfig, build: BuildConfig) -> tuple[Input, ...]:

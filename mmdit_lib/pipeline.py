@@ -93,9 +93,14 @@ def install(pipe, runner: MMDiTRunner):
     # runner's `save_pretrained`, but after it has saved other components, so this pipeline's own asks the runner first.
     LOADABLE_CLASSES["mmdit_lib"] = {"MMDiTRunner": ["save_pretrained", "from_pretrained"]}
     pipe.register_modules(transformer=runner)
+    runner.timesteps = partial(_timesteps, weakref.ref(pipe))
     pipe.save_pretrained = partial(_save_pretrained, weakref.proxy(pipe))  # a cycle would delay freeing the memory
     runner.folder.architecture.pipelines.adapt(pipe, runner.folder.model)
     return pipe
+
+
+def _timesteps(pipe: weakref.ref) -> torch.Tensor | None:
+    return getattr(getattr(pipe(), "scheduler", None), "timesteps", None)
 
 
 def _save_pretrained(pipe, *arguments, **options) -> None:

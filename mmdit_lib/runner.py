@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import cached_property
@@ -37,6 +37,8 @@ class MMDiTRunner:
         backend: the backend in use; `backend.name` is 'tensorrt' or 'pytorch'.
         reason: why that backend was chosen.
         rank: this process's rank in the engine folder's layout.
+        timesteps: called in each step; returns the timesteps of all steps, or None if they are unknown. A pipeline
+            that `install` has given the runner returns its scheduler's.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class MMDiTRunner:
         self.dtype = TORCH_DTYPES[folder.dtype]
         self.device = backend.device
         self._adapters = adapters or Adapters(folder, backend, RunnerOptions())
+        self.timesteps: Callable[[], torch.Tensor | None] = lambda: None
         self._step, self._steps = 0, None
         self._last: tuple[object, float] = (None, 0)  # the sizes of the last step, and how long it took
 
@@ -157,7 +160,7 @@ class MMDiTRunner:
         """
         prepared, batch = self.prepare(inputs)
         with self._named_step(prepared):
-            output = self.backend(prepared)[:batch]
+            output = self.backend(prepared, self.timesteps())[:batch]
             if self.check_finite:
                 given = {name: prepared[name] for name, value in inputs.items() if value is not None}
                 self._check_finite({**given, "output": output})

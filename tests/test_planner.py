@@ -35,7 +35,7 @@ def test_rank_0():
     model = MODELS["sd3.5-medium"]
     memory, beside = rank_memory(model, Layout(), SIZES, "bfloat16"), companions("bfloat16", 64, 64, 1)
     without = bytes_of_rank_0(model, Layout(), SIZES, "bfloat16", encoders=False)
-    assert without == memory.weights + beside.vae + max(memory.activations, beside.decoding)
+    assert without == memory.weights + beside.vae + memory.ahead + max(memory.activations, beside.decoding)
     assert bytes_of_rank_0(model, Layout(), SIZES, "bfloat16") - without == sum(beside.encoders.values())
 
 

@@ -77,8 +77,11 @@ class Backend(Protocol):
     def open(cls, folder: EngineFolder, options: RunnerOptions, team: Ranks | None = None) -> Backend:
         """Open this rank's part (`team`'s, or the only one) on `options.torch_device`. Raises `ValueError`."""
 
-    def __call__(self, inputs: Inputs) -> torch.Tensor:
-        """`inputs` by name, on the device, in the engine's dtypes -> the output."""
+    def __call__(self, inputs: Inputs, timesteps: torch.Tensor | None = None) -> torch.Tensor:
+        """`inputs` by name, on the device, in the engine's dtypes -> the output.
+
+        `timesteps`: those of all steps, if known; a backend may compute ahead what later steps need.
+        """
 
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Every named tensor of the network, by name. Raises `ValueError` if the backend does not keep them."""

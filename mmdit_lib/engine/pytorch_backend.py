@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, partial
 
 import torch
 from torch import fx
 
+from .ahead import VALUE, Ahead, split_ahead
 from .attention import has_flash_attention_3
 from .backend import Inputs, Ranks, RunnerOptions
 from .capability import has_fp8
@@ -40,6 +41,8 @@ class PyTorchBackend:
         compile_blocks: path of the module list whose blocks are compiled with `torch.compile`; None: no compilation.
         cuda_graph: capture and replay a CUDA graph per set of input shapes; the last 8 sets are kept.
         passes: those of `default_passes` if not given.
+        conditioning: names of the inputs from which to compute for several steps at once what depends on them alone:
+            the timestep, and inputs that stay the same for an image.
     """
 
     name = "pytorch"
@@ -54,6 +57,7 @@ class PyTorchBackend:
         compile_blocks: str | None = None,
         cuda_graph: bool = False,
         passes: tuple[Pass, ...] | None = None,
+        conditioning: Sequence[str] = (),
     ):
         self.graph = graph
         self.modules = graph.modules
@@ -66,6 +70,11 @@ class PyTorchBackend:
         self.module = lower(graph, weights, device=self.device, groups=groups, passes=passes)
         self._module = outline_blocks(self.module, compile_blocks, torch.compile) if compile_blocks else self.module
         self._step = GraphedStep(self._run) if cuda_graph else self._run
+        self._ahead = None
+        if parts := split_ahead(self.module, conditioning) if conditioning and compile_blocks is None else None:
+            first, rest = (partial(self._call, part) for part in parts)
+            self._ahead = Ahead(first, *conditioning)
+            self._later_step = GraphedStep(rest) if cuda_graph else rest
 
     @staticmethod
     def refusal(folder: EngineFolder, device: torch.device) -> str | None:
@@ -89,19 +98,27 @@ class PyTorchBackend:
             compile_blocks=folder.architecture.blocks if options.compile else None,
             cuda_graph=options.cuda_graph,
             passes=default_passes(options.torch_device, compiled=options.compile, fp8_attention=options.fp8_attention),
+            conditioning=folder.architecture.conditioning if options.torch_device.type == "cuda" else (),
         )
 
     @torch.inference_mode()
-    def __call__(self, inputs: Inputs) -> torch.Tensor:
+    def __call__(self, inputs: Inputs, timesteps: torch.Tensor | None = None) -> torch.Tensor:
         shapes = {name: value.shape for name, value in inputs.items()}
         if self.device.type == "cpu" and shapes != self._last_shapes:
             return_freed_memory()
             self._last_shapes = shapes
+        if self._ahead and timesteps is not None:
+            rows = self._ahead.rows(inputs, timesteps)
+            if rows is not None:
+                return self._later_step({**inputs, VALUE: rows})
         return self._step(inputs)
 
     def _run(self, inputs: Inputs) -> torch.Tensor:
+        return self._call(self._module, inputs)
+
+    def _call(self, module: fx.GraphModule, inputs: Inputs) -> torch.Tensor:
         with without_tf32():
-            return self._module(*(inputs[name] for name in self.inputs))
+            return module(*(inputs[node.target] for node in module.graph.find_nodes(op="placeholder")))
 
     @torch.inference_mode()
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -126,6 +143,8 @@ class PyTorchBackend:
         for name, placed in placed_parts(self.module):
             if name in names:
                 placed.copy_(read(name).reshape(placed.shape))
+        if self._ahead:
+            self._ahead.forget()
 
     @torch.inference_mode()
     def profile(self, inputs: Inputs, repeats: int) -> dict[str, float]:

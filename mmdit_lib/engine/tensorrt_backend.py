@@ -106,7 +106,7 @@ class TensorRTBackend:
             raise ValueError(f"{plan.name} cannot run here: {logger().last_error()}")
         return engine
 
-    def __call__(self, inputs: Inputs) -> torch.Tensor:
+    def __call__(self, inputs: Inputs, timesteps: torch.Tensor | None = None) -> torch.Tensor:
         return self._step(inputs)
 
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:

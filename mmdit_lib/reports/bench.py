@@ -16,6 +16,7 @@ import torch
 from rich.table import Table
 
 from ..config import Resolution
+from ..engine.backend import Inputs
 from ..engine.inputs import sample_inputs
 from ..runner import MMDiTRunner
 from .reference import load_reference
@@ -41,14 +42,39 @@ def step_times(step: Callable[[], object], device: torch.device, repeats: int, w
     return times
 
 
+class Loop:
+    """The steps of one image, as a pipeline runs them: their timesteps are known to the backend from the first step on.
+
+    Args:
+        backend: inputs by name, and all timesteps -> output.
+        inputs: of every step but for the timestep, which is the first input that `conditioning` names.
+    """
+
+    steps = 28
+
+    def __init__(self, backend: Callable[..., torch.Tensor], inputs: Inputs, timestep: str):
+        like = inputs[timestep]
+        self.backend, self.timesteps = backend, torch.linspace(1000, 1000 / self.steps, self.steps, device=like.device)
+        self.given = [{**inputs, timestep: x.expand_as(like).contiguous()} for x in self.timesteps]
+
+    def first(self) -> torch.Tensor:
+        return self.backend(self.given[0], self.timesteps)
+
+    def __call__(self) -> None:
+        for given in self.given:
+            self.backend(given, self.timesteps)
+
+
 def alternately(
     steps: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, rounds: int = 3
 ) -> dict[str, float]:
-    """Median milliseconds of each step, in `rounds` alternating rounds of `repeats` calls, as a GPU's clock changes."""
+    """Median milliseconds of each step, in `rounds` alternating rounds of `repeats` steps, as a GPU's clock changes."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name] += step_times(step, device, repeats)
+            count = step.steps if isinstance(step, Loop) else 1
+            found = step_times(step, device, -(-repeats // count), warm_up=3 if count == 1 else 1)
+            times[name] += [ms / count for ms in found]
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -111,12 +137,14 @@ def bench_steps(
 ) -> dict[str, Callable[[], object]]:
     """Steps to time, by name: the engine and, with `model_path`, diffusers' transformer in the same dtype.
 
-    On a GPU diffusers' transformer comes twice, the second time with every block compiled.
+    On a GPU the engine runs all steps of an image, and diffusers' transformer comes twice, the second time with every
+    block compiled.
     """
     device, architecture = runner.device, runner.folder.architecture
     inputs = sample_inputs(runner.folder, resolution=resolution, batch=batch, text_tokens=text_tokens)
     prepared, _ = runner.prepare(inputs)
-    steps = {f"engine ({runner.backend.name})": partial(runner.backend, prepared)}
+    step = Loop(runner.backend, prepared, architecture.conditioning[0]) if device.type == "cuda" else None
+    steps = {f"engine ({runner.backend.name})": step or partial(runner.backend, prepared)}
     if model_path is None:
         return steps
 

@@ -142,6 +142,8 @@ def _describe_engine(report: EngineReport) -> Group:
         memory = f"{size(report.memory.weights)} of weights, {size(report.memory.activations)} of activations"
         if report.memory.exchange:
             memory += f", {size(report.memory.exchange)} of symmetric memory"
+        if report.memory.ahead:
+            memory += f", {size(report.memory.ahead)} for what is computed ahead"
         about.append(("GPU memory", f"{memory} per rank at {sizes} (pytorch backend)"))
     if given := engine.plan_options.given():
         about.append(("plan options", ", ".join(f"{name} {value}" for name, value in given.items())))

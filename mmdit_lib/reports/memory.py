@@ -16,6 +16,7 @@ from torch import fx
 from ..architecture import Architecture, ModelConfig
 from ..config import BuildConfig, Dtype, Layout, Sizes
 from ..engine import kernels
+from ..engine.ahead import last_early, steps_at_once
 from ..engine.collectives import dist_collective, without_ranks
 from ..engine.graph import Graph
 from ..engine.pytorch_backend import GPU_PASSES
@@ -34,10 +35,12 @@ class Memory:
     """The peak beyond the weights, not counting what CUDA, cuBLAS and cuDNN reserve."""
     exchange: int
     """Symmetric memory: two slots through which the ranks of one machine exchange data."""
+    ahead: int
+    """What is computed for the coming steps, if a pipeline knows their timesteps (`engine/ahead.py`)."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.exchange
+        return self.weights + self.activations + self.exchange + self.ahead
 
 
 def memory_of(
@@ -58,8 +61,9 @@ def memory_of(
     """
     weights = weights or meta_weights(architecture, model, layout, dtype)
     peak = Peak(graph, weights, groups=group_names(graph), passes=GPU_PASSES)
+    peak.last = last_early(peak.graph, architecture.conditioning)
     peak.run(*inputs_on_meta(model, dtype, sizes, build))
-    return Memory(sum(weight.nbytes for weight in weights.values()), peak.nbytes, 2 * peak.slot)
+    return Memory(sum(weight.nbytes for weight in weights.values()), peak.nbytes, 2 * peak.slot, peak.ahead)
 
 
 class Peak(OnShapes):
@@ -67,13 +71,16 @@ class Peak(OnShapes):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.nbytes = self.slot = 0
+        self.nbytes = self.slot = self.ahead = 0
+        self.last: fx.Node | None = None
         self.constants = {address(buffer) for buffer in self.module.buffers()}
         self.held: dict[fx.Node, dict[int, int]] = {}
         """The sizes of the storages of a node's result, by their addresses."""
 
     def run_node(self, node: fx.Node):
         value = super().run_node(node)
+        if node is self.last and (steps := steps_at_once(len(value))) > 1:
+            self.ahead = steps * value.nbytes
         made = ((address(x), x.untyped_storage().nbytes()) for x in tensors(value))
         self.held[node] = {place: nbytes for place, nbytes in made if place not in self.constants}
         storages = dict(ChainMap(*(self.held[x] for x in (*self.env, node))))

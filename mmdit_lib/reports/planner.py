@@ -62,7 +62,7 @@ def bytes_of_rank_0(
     memory = rank_memory(model, layout, sizes, dtype)
     beside = companions(dtype, sizes.height, sizes.width, images)
     weights = memory.weights + beside.vae + (sum(beside.encoders.values()) if encoders else 0)
-    return weights + max(memory.activations + memory.exchange, beside.decoding)
+    return weights + memory.ahead + max(memory.activations + memory.exchange, beside.decoding)
 
 
 def memory_plan(

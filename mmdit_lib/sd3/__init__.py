@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..architecture import Architecture
 from . import keys, lora, pipelines, reference
 from .config import KNOWN_MODELS, SD3Config, infer_config
-from .inputs import INPUTS, OUTPUT, optional_inputs
+from .inputs import CONDITIONING, INPUTS, OUTPUT, optional_inputs
 from .original import SINGLE_FILE
 from .quantization import FULL_PRECISION
 from .tensor_parallel import SHARDINGS
@@ -29,6 +29,7 @@ SD3 = Architecture(
     reference=reference,
     pipelines=pipelines,
     blocks="transformer_blocks",
+    conditioning=CONDITIONING,
     vae_scale_factor=8,
 )
 

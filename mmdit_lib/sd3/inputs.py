@@ -16,6 +16,7 @@ INPUTS = (
     # float32 in every network, as in diffusers: near 1000, float16 has steps of 0.5 and bfloat16 of 4.
     Input("timestep", ("batch",), dtype="float32", uniform=1000.0),
 )
+CONDITIONING = ("timestep", "pooled_projections")
 OUTPUT = Input("output", ("batch", "out_channels", *LATENT))
 
 KEPT_LAYERS = Input("kept_layers", ("num_layers",), dtype="bool", default=True)
