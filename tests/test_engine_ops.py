@@ -240,9 +240,10 @@ CASES = [
 FP8_FUSED = {"FP8_LINEAR", "GATED_NORM_FP8", "GELU_FP8", "NORM_MODULATE_FP8"}
 """test_fp8_passes.py compares them with the operators that they replace."""
 NEEDS_PROCESSES = {
-    "DIST_COLLECTIVE", "GATHERED_ATTENTION", "REDUCED_GATED_NORM", "REDUCED_GATED_SUM", "ULYSSES_ATTENTION",
+    "DIST_COLLECTIVE", "GATHERED_ATTENTION", "REDUCED_GATED_NORM", "REDUCED_GATED_NORM_FP8", "REDUCED_GATED_SUM",
+    "ULYSSES_ATTENTION",
 }  # fmt: skip
-"""test_parallel.py compares them with diffusers."""
+"""test_parallel.py compares them with diffusers, test_fp8_parallel.py those in FP8 with one rank."""
 
 
 OWN_DTYPES = {"CAST": torch.float32, "DEQUANTIZE": torch.float32, "QUANTIZE": FP8}

@@ -80,9 +80,9 @@ def _fused(layer: Layer, index: Index) -> Iterator[tuple[str, Layer]]:
     elif made.type == "ACTIVATION" and made.attributes["kind"] == "GELU_TANH":
         yield layer.output.name, fused(layer, "GELU_FP8", *made.inputs, scale)
     elif made.type == "ITEM" and made.attributes["index"] == 1:
-        both = index.find(made.inputs[0], "GATED_NORM")
+        both = index.find(made.inputs[0], "GATED_NORM") or index.find(made.inputs[0], "REDUCED_GATED_NORM")
         if both:
-            yield both.output.name, replace(both, type="GATED_NORM_FP8", inputs=(*both.inputs, scale))
+            yield both.output.name, replace(both, type=f"{both.type}_FP8", inputs=(*both.inputs, scale))
             yield layer.output.name, fused(layer, "ITEM", both.output.name, index=1)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from . import kernels
 from .attention import attention
 from .collectives import dist_collective
+from .linears import fp8_linear
 from .symmetric import exchange
 
 
@@ -68,24 +69,31 @@ def ulysses_attention(*streams, heads: int, eps: float, scale: float, group: str
     return mine.transpose(0, 1).flatten(1, 2)
 
 
-def reduced_gated_sum(x, gate, h, weight, bias, *, group: str, size: int, first: bool = False) -> torch.Tensor:
-    """x + gate y, where y is the sum over the ranks of h weight^T, plus bias."""
+def reduced_gated_sum(
+    x, gate, *linear, group: str, size: int, to_type: str | None = None, first: bool = False
+) -> torch.Tensor:
+    """x + gate y, where y is the sum over the ranks of a linear layer without bias, plus its bias.
+
+    `linear`: the arguments of its `linear`, or of its `fp8_linear`, with the latter's `to_type`.
+    """
     if others := _pair(x, group, size):
         from . import triton_kernels
 
-        return triton_kernels.reduced_gated_sum(x, gate, h, weight, bias, others, first)
-    return kernels.gated_sum(x, gate, _reduced(h, weight, bias, group, size))
+        return triton_kernels.reduced_gated_sum(x, gate, linear, others, first)
+    return kernels.gated_sum(x, gate, _reduced(linear, to_type, group, size))
 
 
 def reduced_gated_norm(
-    x, gate, h, weight, bias, scale, shift, *, eps: float, group: str, size: int, first: bool = False
-) -> torch.Tensor:
-    """`gated_norm` of the same y."""
+    x, gate, *rest, inputs: int, eps: float, group: str, size: int, to_type: str | None = None, first: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gated_norm` of the same y, whose layer has `inputs` arguments; with another scale last, `gated_norm_fp8`."""
+    linear, (scale, shift, *fp8_scale) = rest[:inputs], rest[inputs:]
     if others := _pair(x, group, size):
         from . import triton_kernels
 
-        return triton_kernels.reduced_gated_norm(x, gate, h, weight, bias, scale, shift, eps, others, first)
-    return kernels.gated_norm(x, gate, _reduced(h, weight, bias, group, size), scale, shift, eps=eps)
+        return triton_kernels.reduced_gated_norm(x, gate, linear, scale, shift, eps, others, first, *fp8_scale)
+    norm = kernels.gated_norm_fp8 if fp8_scale else kernels.gated_norm
+    return norm(x, gate, _reduced(linear, to_type, group, size), scale, shift, *fp8_scale, eps=eps)
 
 
 def _pair(x: torch.Tensor, group: str, size: int):
@@ -93,8 +101,12 @@ def _pair(x: torch.Tensor, group: str, size: int):
     return exchange(x, group) if size == 2 and kernels.on_gpu(x) else None
 
 
-def _reduced(h, weight, bias, group: str, size: int) -> torch.Tensor:
-    partial = F.linear(h, weight.reshape(weight.shape[-2:]))
+def _reduced(linear, to_type: str | None, group: str, size: int) -> torch.Tensor:
+    h, weight, *scales, bias = linear
+    if scales:
+        partial = fp8_linear(h, weight, *scales, None, to_type=to_type)
+    else:
+        partial = F.linear(h, weight.reshape(weight.shape[-2:]))
     if not h.is_meta:
         partial = dist_collective(partial, operation="ALL_REDUCE", group=group, size=size)
     return partial + bias

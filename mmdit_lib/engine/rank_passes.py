@@ -110,7 +110,8 @@ def _fused_attention(kind: str, layer: Layer, attention: Layer, index: Index, qk
     return fused(layer, kind, *inputs, **options, group=group)
 
 
-SUMMED = total(collective("ALL_REDUCE", Op("MATRIX_MULTIPLY", ("h", "weight"), {"op1": "TRANSPOSE"})), "bias")
+PRODUCT = Op("MATRIX_MULTIPLY", ("h", "weight"), {"op1": "TRANSPOSE"})
+FP8_PRODUCT = Op("FP8_LINEAR", ("h", "weight", "x_scale", "weight_scale", "bias of one rank"))
 
 
 def reduced_gates(layers: Layers) -> Layers:
@@ -118,14 +119,25 @@ def reduced_gates(layers: Layers) -> Layers:
     index, result = Index.of(layers), []
     for layer in layers:
         y = layer.inputs[2] if layer.type in ("GATED_SUM", "GATED_NORM") else None
-        found = SUMMED.match(index.made_by.get(y), index) if index.uses[y] == 1 else None
-        if found and index.constant(found["weight"], found["bias"]):
-            x, gate, _, *rest = layer.inputs
-            group = index.made_by[index.made_by[y].inputs[0]].attributes["group"]
-            inputs = (x, gate, found["h"], found["weight"], found["bias"], *rest)
-            layer = fused(layer, f"REDUCED_{layer.type}", *inputs, **layer.attributes, group=group)
+        found = _row_parallel(y, index) if index.uses[y] == 1 else None
+        if found:
+            linear, attributes = found
+            x, gate, _, *norm = layer.inputs
+            attributes |= {**layer.attributes, "inputs": len(linear)} if norm else layer.attributes
+            layer = fused(layer, f"REDUCED_{layer.type}", x, gate, *linear, *norm, **attributes)
         result.append(layer)
     return without_unread(result, layers)
+
+
+def _row_parallel(y: str, index: Index) -> tuple[list[str], dict] | None:
+    """The inputs of the linear layer whose sum over the ranks, plus bias, is y; its group and dtype."""
+    patterns = [total(collective("ALL_REDUCE", part), "bias") for part in (PRODUCT, FP8_PRODUCT)]
+    found = next(filter(None, (pattern.match(index.made_by.get(y), index) for pattern in patterns)), None)
+    if not found or found.pop("bias of one rank", None) or not index.constant(found["weight"], found["bias"]):
+        return None
+    reduced = index.made_by[index.made_by[y].inputs[0]]
+    to_type = index.made_by[reduced.inputs[0]].attributes.get("to_type")
+    return list(found.values()), {"group": reduced.attributes["group"], "to_type": to_type}
 
 
 def first_exchanges(layers: Layers) -> Layers:

@@ -190,6 +190,7 @@ OPS: dict[str, Callable] = {
     "QUANTIZE": quantize,
     "REDUCE": reduce,
     "REDUCED_GATED_NORM": rank_kernels.reduced_gated_norm,
+    "REDUCED_GATED_NORM_FP8": rank_kernels.reduced_gated_norm,
     "REDUCED_GATED_SUM": rank_kernels.reduced_gated_sum,
     "RMS_NORM": rms_norm,
     "SELECT": select,
@@ -205,7 +206,7 @@ OPS: dict[str, Callable] = {
 FUSED = frozenset({
     "FP8_LINEAR", "GATED_NORM", "GATED_NORM_FP8", "GATED_SUM", "GATHERED_ATTENTION", "GELU_FP8", "ITEM", "LINEAR",
     "LINEAR_GELU", "MODULATE", "NORM_MODULATE", "NORM_MODULATE_FP8", "PROJECTED_ATTENTION", "QKV_ATTENTION",
-    "REDUCED_GATED_NORM", "REDUCED_GATED_SUM", "RMS_NORM", "SILU", "ULYSSES_ATTENTION",
+    "REDUCED_GATED_NORM", "REDUCED_GATED_NORM_FP8", "REDUCED_GATED_SUM", "RMS_NORM", "SILU", "ULYSSES_ATTENTION",
 })  # fmt: skip
 """Operators that only graph passes insert: a graph file with one of them is invalid."""
 

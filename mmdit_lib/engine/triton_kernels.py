@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .linears import tokens_first
+from .linears import fp8_gemm, tokens_first
 from .symmetric import Exchange, Slot
 
 
@@ -166,33 +166,37 @@ def _launch(
     )  # fmt: skip
 
 
-def reduced_gated_sum(x, gate, h, weight, bias, others: Exchange, first: bool) -> torch.Tensor:
+def reduced_gated_sum(x, gate, linear, others: Exchange, first: bool) -> torch.Tensor:
     x = x.contiguous()
     total = torch.empty_like(x)
-    y, addresses = _partial(h, weight, others, first)
-    _launch(x, gate, y, x, x, total, x, 0.0, gated=True, normed=False, ranks=(addresses, bias.contiguous()))
+    y, *ranks = _partial(linear, x.dtype, others, first)
+    _launch(x, gate, y, x, x, total, x, 0.0, gated=True, normed=False, ranks=ranks)
     return total
 
 
-def reduced_gated_norm(x, gate, h, weight, bias, scale, shift, eps: float, others: Exchange, first: bool):
+def reduced_gated_norm(x, gate, linear, scale, shift, eps: float, others: Exchange, first: bool, fp8=None):
     x = x.contiguous()
-    out = torch.empty_like(x), _normed(x, None)
-    y, addresses = _partial(h, weight, others, first)
-    ranks = addresses, bias.contiguous()
-    _launch(x, gate, y, scale, shift, out[0], out[1], eps, gated=True, normed=True, ranks=ranks)
+    out = torch.empty_like(x), _normed(x, fp8)
+    y, *ranks = _partial(linear, x.dtype, others, first)
+    _launch(x, gate, y, scale, shift, out[0], out[1], eps, gated=True, normed=True, ranks=ranks, fp8=fp8)
     return out
 
 
-def _partial(h: torch.Tensor, weight: torch.Tensor, others: Exchange, first: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's h weight^T [B, S, D] in memory that the others read, and where it is on each rank."""
+def _partial(linear: Sequence[torch.Tensor], dtype: torch.dtype, others: Exchange, first: bool):
+    """This rank's h weight^T [B, S, D] in memory that the others read; where it is on each rank; and the bias."""
+    h, weight, *scales, bias = linear
     weight = weight.reshape(weight.shape[-2:])
     swap = tokens_first(h)  # then no copy
     rows = h.transpose(0, 1) if swap else h
-    slot = others.slot(h.shape[0] * h.shape[1] * len(weight) * h.element_size(), first=first)
-    y = slot.view(h.dtype, rows.shape[0], rows.shape[1], len(weight))
-    torch.mm(rows.reshape(-1, rows.shape[-1]), weight.t(), out=y.view(-1, len(weight)))
+    slot = others.slot(h.shape[0] * h.shape[1] * len(weight) * dtype.itemsize, first=first)
+    y = slot.view(dtype, rows.shape[0], rows.shape[1], len(weight))
+    rows, out = rows.reshape(-1, rows.shape[-1]), y.view(-1, len(weight))
+    if scales:
+        fp8_gemm(rows, weight, *scales, None, dtype, out)
+    else:
+        torch.mm(rows, weight.t(), out=out)
     slot.barrier()
-    return y.transpose(0, 1) if swap else y, slot.addresses
+    return y.transpose(0, 1) if swap else y, slot.addresses, bias.contiguous()
 
 
 def split_heads(parts: Sequence[tuple], heads: int, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
