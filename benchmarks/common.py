@@ -19,6 +19,7 @@ from mmdit_lib.checkpoint.quantization import NONE, Quantization
 from mmdit_lib.checkpoint.random_weights import draw_weight
 from mmdit_lib.config import BuildConfig, RankMapping, Resolution, Sizes
 from mmdit_lib.engine import attention
+from mmdit_lib.engine.ahead import Ahead
 from mmdit_lib.engine.attention import has_flash_attention_3
 from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.graph import Graph
@@ -72,6 +73,7 @@ def with_cuda_graphs(backend: PyTorchBackend) -> PyTorchBackend:
     """The same backend, without a copy of the weights, with every step replayed as a CUDA graph."""
     made = copy(backend)
     made._step, made._later_step = GraphedStep(backend._step), GraphedStep(backend._later_step)
+    made._ahead = Ahead(GraphedStep(backend._ahead.compute), *SD3.conditioning)
     return made
 
 

@@ -110,7 +110,6 @@ class Bench:
         result = {"model": self.name, "side": int(side), "batch": int(batch), "first step, s": {}, "GB": {}}
         for way, step in steps.items():
             first, peak = (step.first, common.peak_of_image) if step in loops else (step, peak_bytes)
-            ours._ahead.forget()
             begin = time.perf_counter()
             capturing = peak_bytes(first)
             result["first step, s"][way] = round(time.perf_counter() - begin, 2)

@@ -89,9 +89,13 @@ class Known(NamedTuple):
     timesteps: list[float]
     values: torch.Tensor
 
-    def of(self, inputs: Inputs) -> bool:
-        """Whether they are of this prompt."""
-        return all(torch.equal(x, inputs[name]) for name, x in self.prompt.items())
+    def like(self, inputs: Inputs) -> torch.Tensor:
+        """Whether they are of this prompt: 0 or 1."""
+        return torch.stack([(x == inputs[name]).all() for name, x in self.prompt.items()]).all().float()
+
+    def fit(self, inputs: Inputs) -> bool:
+        """Whether they can be of this prompt."""
+        return all(x.shape == inputs[name].shape for name, x in self.prompt.items())
 
     def at(self, timestep: float) -> torch.Tensor:
         """[images, width]."""
@@ -118,10 +122,14 @@ class Ahead:
 
     def rows(self, inputs: Inputs, timesteps: torch.Tensor) -> torch.Tensor | None:
         """`compute` of these inputs; None if their timestep is not one of `timesteps`, or there are too many rows."""
-        timestep, *others = set(inputs[self.timestep].tolist())
+        candidates = [known for known in self._known if known.fit(inputs)]
+        # One transfer from the GPU, for which the step waits.
+        answers = torch.cat([inputs[self.timestep], *(known.like(inputs)[None] for known in candidates)]).tolist()
+        images = len(inputs[self.timestep])
+        timestep, *others = set(answers[:images])
         if others:
             return None
-        found = next((known for known in self._known if known.of(inputs)), None)
+        found = next((known for known, like in zip(candidates, answers[images:], strict=True) if like), None)
         if found is None or timestep not in found.timesteps:
             coming, count = timesteps.tolist(), self._count(inputs)
             if timestep not in coming or count < 2:
