@@ -13,7 +13,7 @@ import torch
 from test_fp8 import FLIPPED
 
 from mmdit_lib import Checkpoint, EngineFolder, MMDiTRunner
-from mmdit_lib.engine.fp8_passes import FP8_GEMMS, FP8_KERNELS
+from mmdit_lib.engine.fp8_passes import FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.passes import apply
 from mmdit_lib.engine.pytorch_backend import GPU_PASSES
@@ -62,7 +62,7 @@ def test_outputs_agree_on_ranks(world, tmp_path):
 
 def test_row_parallel_layers_add_their_bias_after_the_sum():
     folder = EngineFolder.open(fp8.engine(MODEL, "bfloat16", converted=(("tp_size", 2),)))
-    layers = apply(folder.graph(1), FP8_GEMMS + GPU_PASSES + FP8_KERNELS)
+    layers = apply(folder.graph(1), FP8_GEMMS + GPU_PASSES + FP8_KERNELS + FP8_EPILOGUES)
     made_by = {layer.output.name: layer for layer in layers}
     sums = [made_by[x.inputs[0]] for x in layers if x.type == "DIST_COLLECTIVE"]
     config = folder.model
