@@ -174,6 +174,7 @@ def fp8_linear_gelu(x, weight, x_scale, weight_scale, bias, inverse) -> torch.Te
     Returns:
         [m, n], or None if cuBLASLt cannot compute it here.
     """
+    assert x.shape[1:] == weight.shape[1:] and bias.shape == weight.shape[:1]
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     if library() is None or any(tensor.data_ptr() % ALIGNMENT for tensor in (x, weight, bias)):
         return None

@@ -6,7 +6,6 @@ computes an activation also rounds it, so that it is written to memory once, in 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -100,7 +99,7 @@ def fp8_linear_gelu(layers: Layers) -> Layers:
     index, result = Index.of(layers), []
     for layer in layers:
         found = LINEAR_GELU.match(layer, index)
-        if found and index.constant(found["bias"], found["scale"]) and _one_for_each(layer, index, found["bias"]):
+        if found and index.constant(found["bias"], found["scale"]):
             to_type = index.made_by[layer.inputs[0]].attributes["to_type"]
             scale, name = index.made_by[found["scale"]], f"{layer.output.name}/inverse"
             output = replace(scale.output, name=name, dtype="float32")
@@ -108,11 +107,6 @@ def fp8_linear_gelu(layers: Layers) -> Layers:
             layer = fused(layer, "FP8_LINEAR_GELU", *found.values(), name, to_type=to_type)
         result.append(layer)
     return without_unread(result, layers)
-
-
-def _one_for_each(layer: Layer, index: Index, bias: str) -> bool:
-    """Whether the bias has one value for each output feature: the GEMM does not broadcast it."""
-    return math.prod(index.made_by[bias].output.shape) == layer.output.shape[-1]
 
 
 HEADROOM = 8.0
