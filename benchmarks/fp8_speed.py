@@ -22,7 +22,7 @@ from mmdit_lib.checkpoint.quantization import NONE, Quantization, quantized_weig
 from mmdit_lib.config import Layout, Resolution
 from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.dry_graph import dry_graph
-from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_GEMMS, FP8_KERNELS
+from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend
 from mmdit_lib.network.layers import ACTIVATION_SCALE, WEIGHT_SCALE
@@ -37,7 +37,8 @@ SCHEMES = {"bf16": NONE, "fp8": Quantization.fp8(SD3)}
 STAGES = {
     "FP8 GEMMs": FP8_GEMMS + GPU_PASSES,
     "and FP8 kernels": FP8_GEMMS + GPU_PASSES + FP8_KERNELS,
-    "and FP8 attention": FP8_GEMMS + GPU_PASSES + FP8_ATTENTION + FP8_KERNELS,
+    "and GELU in the GEMM": FP8_GEMMS + GPU_PASSES + FP8_KERNELS + FP8_EPILOGUES,
+    "and FP8 attention": FP8_GEMMS + GPU_PASSES + FP8_ATTENTION + FP8_KERNELS + FP8_EPILOGUES,
 }
 """The last needs FlashAttention-3 (`fa3-fwd`)."""
 ACTIVATIONS = 2.0**-5
@@ -141,9 +142,10 @@ def table(found: dict) -> list[str]:
         f"Our attention: {found['attention']}. At the end: {found['conditions']}.",
         "",
         "The commands are at the top of `benchmarks/fp8_speed.py`. Each row in FP8 adds to the one above it: linear "
-        "layers as FP8 GEMMs, then kernels for norms and GELU that round their results to FP8 themselves, then "
-        "attention in FP8 (`fp8_attention`). torchao's float8 scales activations dynamically, per row. In FP8, "
-        '"other" is mostly rounding to FP8 in kernels of its own, and GELU if it has no FP8 kernel.',
+        "layers as FP8 GEMMs, then kernels for norms and GELU that round their results to FP8 themselves, then GELU "
+        "and its rounding in the GEMM before it, then attention in FP8 (`fp8_attention`). torchao's float8 scales "
+        'activations dynamically, per row. In FP8, "other" is mostly rounding to FP8 in kernels of its own, and GELU '
+        "if it is neither in such a kernel nor in the GEMM.",
     ]
     for row in found["rows"]:
         base = row["ms"]["diffusers bf16 compiled"]

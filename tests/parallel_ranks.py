@@ -10,12 +10,12 @@ from mpi4py import MPI
 from PIL import Image
 
 from mmdit_lib import MMDiTRunner, load_pipeline, parallel, sample
-from mmdit_lib.engine.fp8_passes import FP8_GEMMS, FP8_KERNELS
+from mmdit_lib.engine.fp8_passes import FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
 from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend
 from mmdit_lib.pipeline import as_pixels
 
 WORLD = MPI.COMM_WORLD
-ALL_PASSES = FP8_GEMMS + GPU_PASSES + FP8_KERNELS
+ALL_PASSES = FP8_GEMMS + GPU_PASSES + FP8_KERNELS + FP8_EPILOGUES
 
 
 def parity(task: dict) -> list[float]:

@@ -22,7 +22,7 @@ from mmdit_lib import Checkpoint, EngineFolder, MMDiTRunner
 from mmdit_lib.config import TORCH_DTYPES
 from mmdit_lib.engine import kernels, rank_kernels
 from mmdit_lib.engine.capability import has_fp8
-from mmdit_lib.engine.fp8_passes import FP8_GEMMS, FP8_KERNELS
+from mmdit_lib.engine.fp8_passes import FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.kernel_passes import KERNELS
 from mmdit_lib.engine.linears import fp8_linear
@@ -75,7 +75,7 @@ def test_outputs_agree_on_ranks(world, tmp_path):
     assert all(len(found) == 2 * len(CASES) and max(found) <= FLIPPED for found in errors.values()), errors
 
 
-ALL = FP8_GEMMS + GPU_PASSES + FP8_KERNELS
+ALL = FP8_GEMMS + GPU_PASSES + FP8_KERNELS + FP8_EPILOGUES
 
 
 def folder(**layout) -> EngineFolder:
@@ -94,7 +94,7 @@ def test_row_parallel_layers_are_summed_where_the_sums_are_read():
     # The last norm is not quantized. On one rank, the first sum of dual attention is part of the second.
     assert found["REDUCED_GATED_NORM_FP8"] == alone["GATED_NORM_FP8"] == len(sums) - 1 - dual
     assert found["REDUCED_GATED_NORM"] == alone["GATED_NORM"] == 1 and found["REDUCED_GATED_SUM"] == dual
-    same = ("QUANTIZE", "ELEMENTWISE", "GELU_FP8", "NORM_MODULATE_FP8", "PROJECTED_ATTENTION")
+    same = ("QUANTIZE", "ELEMENTWISE", "FP8_LINEAR_GELU", "NORM_MODULATE_FP8", "PROJECTED_ATTENTION")
     assert {kind: found[kind] for kind in same} == {kind: alone[kind] for kind in same}
     assert [layer.attributes["first"] for layer in sums] == [True] + [False] * (len(sums) - 1)
     known: set = {value.name for value in two.graph(1).inputs} | {None}

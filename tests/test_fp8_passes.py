@@ -6,6 +6,7 @@ checked with it.
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import fp8
 import pytest
@@ -15,7 +16,7 @@ from helpers import relative_error
 from mmdit_lib import Checkpoint, MMDiTRunner
 from mmdit_lib.engine import kernels
 from mmdit_lib.engine.capability import has_fp8
-from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_GEMMS, FP8_KERNELS
+from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS, fp8_linear_gelu
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.kernel_passes import KERNELS
 from mmdit_lib.engine.linears import fp8_gemm, fp8_linear
@@ -25,11 +26,13 @@ from mmdit_lib.engine.passes import NUMERICS, SPEED, apply
 from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend, default_passes
 from mmdit_lib.network.layers import ACTIVATION_SCALE
 
-ALL = FP8_GEMMS + GPU_PASSES + FP8_KERNELS
+KERNELS_ONLY = FP8_GEMMS + GPU_PASSES + FP8_KERNELS
+ALL = KERNELS_ONLY + FP8_EPILOGUES
 STAGES = {
     "gemms": FP8_GEMMS + NUMERICS,
     "merged": FP8_GEMMS + NUMERICS + SPEED,
     "kernels": FP8_GEMMS + NUMERICS + SPEED + KERNELS,
+    "all kernels": KERNELS_ONLY,
     "all": ALL,
 }
 
@@ -48,11 +51,12 @@ def test_what_is_left_of_a_network(name):
     found = Counter(layer.type for layer in layers)
     # Per block: Q, K, V together, output, two of the MLP, for image and text; the last text is only attended to.
     # Those of Q, K, V are in PROJECTED_ATTENTION.
-    assert found["FP8_LINEAR"] == 6 * blocks - 3 + dual
+    assert found["FP8_LINEAR"] + found["FP8_LINEAR_GELU"] == 6 * blocks - 3 + dual
     assert found["DEQUANTIZE"] == found["MATRIX_MULTIPLY"] == 0
     # Attention's output is quantized by a kernel of its own, everything else where it is computed.
     assert found["QUANTIZE"] == 2 * blocks - 1 + dual
-    assert found["GELU_FP8"] == 2 * blocks - 1 and found["PROJECTED_ATTENTION"] == blocks + dual
+    assert found["FP8_LINEAR_GELU"] == 2 * blocks - 1 and found["PROJECTED_ATTENTION"] == blocks + dual
+    assert found["GELU_FP8"] == 0
     assert found["NORM_MODULATE_FP8"] + found["GATED_NORM_FP8"] == 4 * blocks - 1 + dual
     made = [layer.output.name for layer in layers]
     assert len(set(made)) == len(made)
@@ -96,6 +100,46 @@ def test_one_layer_at_a_time():
     found = fp8_linear(quantized, weight[None], scale, scale / 4, bias[None, None], to_type="bfloat16")
     wide = quantized.double() @ weight.double().T * 2.0**-12 + bias.double()
     assert relative_error(found, wide) <= 3e-3, "one rounding to bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gelu_in_the_gemm(dtype):
+    """On a CPU it is computed in the same steps: bit for bit."""
+    runner, weights = opened("sd3.5-medium", dtype)
+    graph, (inputs, _) = runner.backend.graph, runner.prepare(sample_inputs(runner.folder, batch=2, text_tokens=97))
+    apart, together = (PyTorchBackend(graph, weights, passes=passes)(inputs) for passes in (KERNELS_ONLY, ALL))
+    assert torch.equal(together, apart)
+    layers = {layer.output.name: layer for layer in apply(graph, ALL)}
+    for layer in layers.values():
+        if layer.type == "FP8_LINEAR_GELU":
+            scale, inverse = (value_of(layers[name].attributes, weights) for name in layer.inputs[-2:])
+            assert inverse.dtype == torch.float32 and scale.float() * inverse == 1 and inverse.shape == ()
+            assert layer.attributes == {"to_type": dtype}
+
+
+def test_gelu_in_the_gemm_only_if_nothing_else_reads_the_sum():
+    layers = apply(opened("sd3.5-medium", "bfloat16")[0].backend.graph, KERNELS_ONLY)
+    gelu = [layer for layer in layers if layer.type == "GELU_FP8"]
+    made = {layer.output.name: layer for layer in layers}
+    product = made[gelu[0].inputs[0]]
+
+    def left(given) -> int:
+        return sum(layer.type == "GELU_FP8" for layer in fp8_linear_gelu(given))
+
+    assert left(layers) == 0
+    reader = replace(gelu[0], type="SILU", output=replace(gelu[0].output, name="another"), inputs=gelu[0].inputs[:1])
+    assert left([*layers, reader]) == 1
+    assert left([replace(x, inputs=(*x.inputs[:-1], None)) if x is product else x for x in layers]) == 1, "no bias"
+
+
+def test_the_order_in_memory_is_kept():
+    generator, scale = torch.Generator().manual_seed(0), torch.tensor(2.0**-5)
+    x, weight = (torch.randn(*s, generator=generator).to(torch.float8_e4m3fn) for s in ((7, 2, 64), (1, 48, 64)))
+    rest = (weight, scale, scale, torch.randn(1, 1, 48, generator=generator).bfloat16(), scale, 1 / scale)
+    found = kernels.fp8_linear_gelu(x.transpose(0, 1), *rest, to_type="bfloat16")
+    assert found.shape == (2, 7, 48) and found.transpose(0, 1).is_contiguous()
+    expected = kernels.fp8_linear_gelu(x.transpose(0, 1).contiguous(), *rest, to_type="bfloat16")
+    assert expected.is_contiguous() and torch.equal(found.float(), expected.float())
 
 
 def test_the_call_of_the_gemm_on_tensor_cores():
@@ -188,7 +232,7 @@ def test_the_speed_benchmark_has_what_a_checkpoint_has(tmp_path, monkeypatch):
         assert 5e-3 < relative_error(found, exact) < 0.2
 
 
-IN_ATTENTION = FP8_GEMMS + GPU_PASSES + FP8_ATTENTION + FP8_KERNELS
+IN_ATTENTION = FP8_GEMMS + GPU_PASSES + FP8_ATTENTION + FP8_KERNELS + FP8_EPILOGUES
 
 
 @pytest.mark.parametrize("name", [name for name in fp8.MODELS if name != "sd3-medium"])

@@ -12,7 +12,7 @@ import torch
 from helpers import MODELS, case, relative_error
 
 from mmdit_lib.checkpoint.quantization import rounded
-from mmdit_lib.engine import kernels
+from mmdit_lib.engine import cublaslt, kernels
 from mmdit_lib.engine.attention import has_flash_attention_3
 from mmdit_lib.engine.capability import has_fp8
 from mmdit_lib.engine.kernel_passes import KERNELS, SUMS, projected_attention, qkv_attention
@@ -242,3 +242,43 @@ def test_fp8_gemm(dtype):
     given = (x[None], weight[None], *scales, bias)
     expected = fp8_linear(*given, to_type=dtype)
     assert relative_error(fp8_linear(*(a.cuda() for a in given), to_type=dtype).cpu(), expected) <= 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_fp8(torch.device("cuda")), reason="needs FP8 tensor cores")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 4096), (2, 333), (1, 333), (1, 16)], ids=str)
+def test_gelu_in_the_fp8_gemm(shape, dtype):
+    """Against float64, rounded to FP8 once: the same value or the next one, in a CUDA graph too.
+
+    Near zero FP8's steps are smaller than the error of sums with `use_fast_accum` and of the GPU's tanh, in units of
+    the result's scale at most 0.1: 8 steps that each lose 2^-13 of a sum of about 16, times 2, and 7e-4 times 32.
+    """
+    (batch, tokens), generator = shape, torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(tokens, batch, 256, generator=generator).to(torch.float8_e4m3fn).transpose(0, 1)
+    )  # as norms write it
+    weight = torch.randn(1, 384, 256, generator=generator).to(torch.float8_e4m3fn)
+    bias = torch.randn(384, generator=generator).to(getattr(torch, dtype))
+    bias[0], bias[1], scale, one = 1e4, -1e4, torch.tensor(2.0**-5), torch.tensor(1.0)
+    given = [t.cuda() for t in (x, weight, torch.tensor(2.0**-4), one, bias, scale, 1 / scale)]
+    exact = gelu_tanh(x.double() @ weight[0].double().T / 16 + bias.double())
+
+    def check(found: torch.Tensor, exact: torch.Tensor):
+        expected, found = rounded(exact, scale).float(), found.cpu().float()
+        assert (found[..., 0] == 448).all() and (found[..., 1] == 0).all(), "it saturates"
+        torch.testing.assert_close(found, expected, rtol=0.13, atol=0.1)
+        found, expected, exact = (t[..., 2:] for t in (found, expected, exact / scale))
+        assert relative_error(found, exact) <= relative_error(expected, exact) + 1e-2
+
+    rows = given[0].transpose(0, 1).reshape(-1, 256)
+    assert cublaslt.fp8_linear_gelu(rows, given[1][0], *given[2:5], given[6]) is not None, "two kernels instead of one"
+    found = kernels.fp8_linear_gelu(*given, to_type=dtype)
+    assert found.dtype == torch.float8_e4m3fn and found.transpose(0, 1).is_contiguous()
+    check(found, exact)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = kernels.fp8_linear_gelu(*given, to_type=dtype)
+    given[0].copy_(x.float().flip(1).to(x.dtype))
+    graph.replay()
+    check(found, exact.flip(1))

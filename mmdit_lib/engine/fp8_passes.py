@@ -1,7 +1,7 @@
 """Graph passes for GPUs with FP8 tensor cores: Q/DQ around a linear layer becomes a GEMM in FP8.
 
-`FP8_GEMMS` come before all other passes, `FP8_KERNELS` after them: the kernel that computes an activation also rounds
-it, so that it is written to memory once, in one byte.
+`FP8_GEMMS` come before all other passes, `FP8_KERNELS` and `FP8_EPILOGUES` after them: the kernel or the GEMM that
+computes an activation also rounds it, so that it is written to memory once, in one byte.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .graph import Layer
-from .passes import Index, Layers, Pass, fused, without_unread
+from .passes import Index, Layers, Op, Pass, fused, without_unread
 
 ALIGNED = 16
 """Tensor cores need inner sizes that are multiples of this."""
@@ -91,6 +91,24 @@ def scales_first(layers: Layers) -> Layers:
     return sorted(layers, key=lambda layer: not (layer.type == "CONSTANT" and layer.output.shape == ()))
 
 
+LINEAR_GELU = Op("GELU_FP8", (Op("FP8_LINEAR", ("x", "weight", "x_scale", "weight_scale", "bias")), "scale"))
+
+
+def fp8_linear_gelu(layers: Layers) -> Layers:
+    """FP8_LINEAR with a bias, then GELU_FP8 -> FP8_LINEAR_GELU, which also has the inverse of the scale."""
+    index, result = Index.of(layers), []
+    for layer in layers:
+        found = LINEAR_GELU.match(layer, index)
+        if found and index.constant(found["bias"], found["scale"]):
+            to_type = index.made_by[layer.inputs[0]].attributes["to_type"]
+            scale, name = index.made_by[found["scale"]], f"{layer.output.name}/inverse"
+            output = replace(scale.output, name=name, dtype="float32")
+            result.append(replace(scale, name=name, output=output, attributes={"inverse": scale.attributes}))
+            layer = fused(layer, "FP8_LINEAR_GELU", *found.values(), name, to_type=to_type)
+        result.append(layer)
+    return without_unread(result, layers)
+
+
 HEADROOM = 8.0
 """The scale of attention's values over that of its result, which is an average of values: they can be larger."""
 
@@ -133,5 +151,6 @@ def _attention(name: str, index: Index) -> Layer | None:
 
 FP8_GEMMS: tuple[Pass, ...] = (fp8_linear,)
 FP8_KERNELS: tuple[Pass, ...] = (scales_first, quantized_activations)
+FP8_EPILOGUES: tuple[Pass, ...] = (fp8_linear_gelu,)
 FP8_ATTENTION: tuple[Pass, ...] = (fp8_attention,)
 """An option, before `FP8_KERNELS`: not part of the network that TensorRT has."""

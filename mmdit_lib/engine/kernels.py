@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from ..checkpoint.quantization import rounded
+from . import cublaslt
 from .attention import attention
 from .capability import has_fp8
-from .linears import fp8_linear, linear
+from .linears import fp8_linear, linear, tokens_first
 
 
 @cache
@@ -144,6 +145,22 @@ def gelu_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     from . import triton_kernels
 
     return triton_kernels.quantize(x, scale, gelu=True)
+
+
+def fp8_linear_gelu(x, weight, x_scale, weight_scale, bias, fp8_scale, inverse, *, to_type: str) -> torch.Tensor:
+    """`gelu_fp8` of an `fp8_linear`; on a GPU in the GEMM itself, rounded once, if cuBLASLt can do that.
+
+    `inverse`: 1 / fp8_scale, in float32.
+    """
+    if tokens_first(x):
+        rest = (weight, x_scale, weight_scale, bias, fp8_scale, inverse)
+        return fp8_linear_gelu(x.transpose(0, 1), *rest, to_type=to_type).transpose(0, 1)
+    if on_gpu(x):
+        rows, matrix = x.reshape(-1, x.shape[-1]), weight.reshape(weight.shape[-2:])
+        y = cublaslt.fp8_linear_gelu(rows, matrix, x_scale, weight_scale, bias.flatten(), inverse)
+        if y is not None:
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+    return gelu_fp8(fp8_linear(x, weight, x_scale, weight_scale, bias, to_type=to_type), fp8_scale)
 
 
 def norm_modulate_fp8(x, scale, shift, fp8_scale, *, eps: float) -> torch.Tensor:

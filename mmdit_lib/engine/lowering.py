@@ -123,6 +123,8 @@ def value_of(source: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> tor
     if "largest" in source:
         largest = torch.stack([value_of(scale, weights).float() for scale in source["largest"]]).max()
         return largest * source.get("times", 1.0)
+    if "inverse" in source:
+        return value_of(source["inverse"], weights).float().reciprocal()
     if "product" in source:
         weight, scale = (value_of(factor, weights).float() for factor in source["product"])
         return (weight * scale).to(TORCH_DTYPES[source["dtype"]])

@@ -14,7 +14,7 @@ from .backend import Inputs, Ranks, RunnerOptions
 from .capability import has_fp8
 from .cuda_graph import GraphedStep
 from .folder import EngineFolder, graph_file
-from .fp8_passes import FP8_ATTENTION, FP8_GEMMS, FP8_KERNELS
+from .fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
 from .graph import Graph
 from .host_memory import return_freed_memory
 from .kernel_passes import KERNELS, SUMS
@@ -179,7 +179,7 @@ def default_passes(device: torch.device, *, compiled: bool, fp8_attention: bool 
     """On a GPU the passes for speed too; without `torch.compile`, Triton kernels do the fusing."""
     if device.type != "cuda":
         return NUMERICS
-    first, last = (FP8_GEMMS, FP8_KERNELS) if has_fp8(device) else ((), ())
+    first, last = (FP8_GEMMS, FP8_KERNELS + FP8_EPILOGUES) if has_fp8(device) else ((), ())
     last = FP8_ATTENTION + last if fp8_attention else last
     return first + (NUMERICS + SPEED if compiled or not has_triton() else GPU_PASSES + last)
 

@@ -172,6 +172,7 @@ OPS: dict[str, Callable] = {
     "DIST_COLLECTIVE": dist_collective,
     "ELEMENTWISE": elementwise,
     "FP8_LINEAR": fp8_linear,
+    "FP8_LINEAR_GELU": kernels.fp8_linear_gelu,
     "GATED_NORM": kernels.gated_norm,
     "GATED_NORM_FP8": kernels.gated_norm_fp8,
     "GATED_SUM": kernels.gated_sum,
@@ -204,9 +205,10 @@ OPS: dict[str, Callable] = {
 
 
 FUSED = frozenset({
-    "FP8_LINEAR", "GATED_NORM", "GATED_NORM_FP8", "GATED_SUM", "GATHERED_ATTENTION", "GELU_FP8", "ITEM", "LINEAR",
-    "LINEAR_GELU", "MODULATE", "NORM_MODULATE", "NORM_MODULATE_FP8", "PROJECTED_ATTENTION", "QKV_ATTENTION",
-    "REDUCED_GATED_NORM", "REDUCED_GATED_NORM_FP8", "REDUCED_GATED_SUM", "RMS_NORM", "SILU", "ULYSSES_ATTENTION",
+    "FP8_LINEAR", "FP8_LINEAR_GELU", "GATED_NORM", "GATED_NORM_FP8", "GATED_SUM", "GATHERED_ATTENTION", "GELU_FP8",
+    "ITEM", "LINEAR", "LINEAR_GELU", "MODULATE", "NORM_MODULATE", "NORM_MODULATE_FP8", "PROJECTED_ATTENTION",
+    "QKV_ATTENTION", "REDUCED_GATED_NORM", "REDUCED_GATED_NORM_FP8", "REDUCED_GATED_SUM", "RMS_NORM", "SILU",
+    "ULYSSES_ATTENTION",
 })  # fmt: skip
 """Operators that only graph passes insert: a graph file with one of them is invalid."""
 
