@@ -73,7 +73,7 @@ def with_cuda_graphs(backend: PyTorchBackend) -> PyTorchBackend:
     """The same backend, without a copy of the weights, with every step replayed as a CUDA graph."""
     made = copy(backend)
     made._step, made._later_step = GraphedStep(backend._step), GraphedStep(backend._later_step)
-    made._ahead = Ahead(GraphedStep(backend._ahead.compute), *SD3.conditioning)
+    made._ahead = Ahead(backend._ahead.compute, *SD3.conditioning)
     return made
 
 

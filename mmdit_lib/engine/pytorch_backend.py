@@ -72,9 +72,9 @@ class PyTorchBackend:
         self._step = GraphedStep(self._run) if cuda_graph else self._run
         self._ahead = None
         if parts := split_ahead(self.module, conditioning) if conditioning and compile_blocks is None else None:
-            steps = [partial(self._call, part) for part in parts]
-            first, self._later_step = map(GraphedStep, steps) if cuda_graph else steps
-            self._ahead = Ahead(first, *conditioning)
+            first, rest = (partial(self._call, part) for part in parts)
+            self._ahead = Ahead(first, *conditioning)  # no CUDA graph, which would hold another copy of the rows
+            self._later_step = GraphedStep(rest) if cuda_graph else rest
 
     @staticmethod
     def refusal(folder: EngineFolder, device: torch.device) -> str | None:
