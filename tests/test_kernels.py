@@ -170,8 +170,8 @@ def test_projected_attention_in_fp8(in_fp8):
         x, weight = (
             torch.randn(shape, generator=generator) for shape in ((tokens, 2, width), (1, 3 * heads * size, width))
         )
-        x, bias = x.to(torch.float8_e4m3fn).transpose(0, 1), torch.zeros(1, 1, 3 * heads * size).bfloat16()
-        norms = [torch.ones(size).bfloat16()] * 2
+        x, bias = x.to(torch.float8_e4m3fn).transpose(0, 1), torch.randn(1, 1, 3 * heads * size, generator=generator)
+        bias, norms = bias.bfloat16(), [1 + torch.randn(size, generator=generator).bfloat16() / 10 for _ in range(2)]
         parts += [x, weight.mul(16).to(torch.float8_e4m3fn), one, torch.tensor(2.0**-7), bias, *norms]
     options = dict(inputs=5, heads=heads, eps=1e-6, scale=size**-0.5, to_type="bfloat16")
     exact = kernels.projected_attention(*parts, **options)

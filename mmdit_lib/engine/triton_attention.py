@@ -34,7 +34,7 @@ def _joint_heads(qkv, q_0, k_0, q_1, k_1, v_scale, out, first, plane, eps, NORM:
         if FP8:
             # Normalized queries and keys are near 1: their scale is 1.
             scale = tl.load(v_scale).to(tl.float32) if part == 2 else 1.0
-            tl.store(out + part * plane + row * HEADS * SIZE + at, _to_fp8(x, scale, qkv), inside)
+            tl.store(out + part * tl.cast(plane, tl.int64) + row * HEADS * SIZE + at, _to_fp8(x, scale, qkv), inside)
         else:
             tl.store(there, x, inside)
 

@@ -113,7 +113,9 @@ def _heads(qkv, norm_q, norm_k, out, tokens, batches, first, by_batch, by_token,
         x = tl.load(qkv + batch * by_batch + token * by_token + part * HEADS * SIZE + at, inside, 0.0)
         if NORM and part < 2:
             x = _rms_norm(x, norm_q if part == 0 else norm_k, channel, eps, SIZE)
-        tl.store(out + part * plane + ((first + token) * batches + batch) * HEADS * SIZE + at, x, inside)
+        tl.store(
+            out + part * tl.cast(plane, tl.int64) + ((first + token) * batches + batch) * HEADS * SIZE + at, x, inside
+        )
 
 
 def gated_sum(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -242,14 +244,14 @@ def _send_heads(qkv, norm_q, norm_k, q, addresses, tokens, batches, first, start
         if NORM and part < 2:
             x = _rms_norm(x, norm_q if part == 0 else norm_k, channel, eps, SIZE)
         if SCATTER:
-            there = part * plane + ((start + token) * batches + batch) * SHARE * SIZE + at
+            there = part * tl.cast(plane, tl.int64) + ((start + token) * batches + batch) * SHARE * SIZE + at
             for rank in tl.static_range(RANKS):
                 mine = inside & (head // SHARE == rank) & real
                 tl.store(_memory(addresses, rank, qkv) + there - rank * SHARE * SIZE, x, mine)
         elif part == 0:
             tl.store(q + ((first + token) * batches + batch) * HEADS * SIZE + at, x, inside)
         else:
-            there = (part - 1) * plane + ((start + token) * batches + batch) * HEADS * SIZE + at
+            there = (part - 1) * tl.cast(plane, tl.int64) + ((start + token) * batches + batch) * HEADS * SIZE + at
             for rank in tl.static_range(RANKS):
                 tl.store(_memory(addresses, rank, qkv) + there, x, inside & real)
 
