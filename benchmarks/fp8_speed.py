@@ -144,8 +144,8 @@ def table(found: dict) -> list[str]:
         "The commands are at the top of `benchmarks/fp8_speed.py`. Each row in FP8 adds to the one above it: linear "
         "layers as FP8 GEMMs, then kernels for norms and GELU that round their results to FP8 themselves, then GELU "
         "and its rounding in the GEMM before it, then attention in FP8 (`fp8_attention`). torchao's float8 scales "
-        'activations dynamically, per row. In FP8, "other" is mostly rounding to FP8 in kernels of its own, and GELU '
-        "if it is neither in such a kernel nor in the GEMM.",
+        'activations dynamically, per row. "rounding to FP8" are kernels of its own, with GELU where it is not in the '
+        'GEMM. In the first FP8 row, PyTorch\'s kernels for it are in "other".',
     ]
     for row in found["rows"]:
         base = row["ms"]["diffusers bf16 compiled"]

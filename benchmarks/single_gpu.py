@@ -26,7 +26,7 @@ from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.kernel_passes import KERNELS, SUMS
 from mmdit_lib.engine.passes import NUMERICS, SPEED
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
-from mmdit_lib.reports.bench import alternately, conditions, peak_bytes
+from mmdit_lib.reports.bench import Loop, alternately, conditions, peak_bytes
 from mmdit_lib.sd3 import KNOWN_MODELS
 
 from . import common
@@ -58,7 +58,7 @@ PREDICTED = {
 }
 """What each pass should gain for SD3.5-medium, from the bytes that it saves at 3 TB/s."""
 POWER = """
-Under load the GPU is at its power limit, so its clock falls: a kernel that saves time makes the others slower. The kinds of kernels above are from one step right after the timings; their sum is less than the median step. "heads" are the RMS norms of queries and keys, which SD3-medium does not have.
+Under load the GPU is at its power limit, so its clock falls: a kernel that saves time makes the others slower. The kinds of kernels above are the mean of an image's steps, right after the timings. "heads" are the RMS norms of queries and keys, which SD3-medium does not have.
 """  # noqa: E501
 REJECTED = """
 ## Ideas tried and rejected
@@ -198,7 +198,8 @@ def table(found: dict) -> list[str]:
     lines = [
         f"{found['hardware']}, torch {found['torch']}, diffusers {found['diffusers']}, {found['date']}. Milliseconds "
         "per denoising step of the `pytorch` backend and of diffusers' transformer: bf16, random weights, "
-        f"{TEXT_TOKENS} text tokens, run alternately in one process; median of all steps. Our attention: "
+        f"{TEXT_TOKENS} text tokens, run alternately in one process; median of all steps. Ours run as in a pipeline, "
+        f"which knows its timesteps: a step is the mean of an image's {Loop.steps}. Our attention: "
         f"{found.get('attention', 'cuDNN')}; diffusers': its default, cuDNN's kernel. The GPU right after the "
         f"first case: {found['conditions'][0].rpartition('; ')[2]}.",
         "",

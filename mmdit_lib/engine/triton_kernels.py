@@ -113,9 +113,8 @@ def _heads(qkv, norm_q, norm_k, out, tokens, batches, first, by_batch, by_token,
         x = tl.load(qkv + batch * by_batch + token * by_token + part * HEADS * SIZE + at, inside, 0.0)
         if NORM and part < 2:
             x = _rms_norm(x, norm_q if part == 0 else norm_k, channel, eps, SIZE)
-        tl.store(
-            out + part * tl.cast(plane, tl.int64) + ((first + token) * batches + batch) * HEADS * SIZE + at, x, inside
-        )
+        there = part * tl.cast(plane, tl.int64) + ((first + token) * batches + batch) * HEADS * SIZE + at
+        tl.store(out + there, x, inside)
 
 
 def gated_sum(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

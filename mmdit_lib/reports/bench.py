@@ -73,7 +73,7 @@ def alternately(
     for _ in range(rounds):
         for name, step in steps.items():
             count = step.steps if isinstance(step, Loop) else 1
-            found = step_times(step, device, -(-repeats // count), warm_up=3 if count == 1 else 1)
+            found = step_times(step, device, -(-repeats // count), warm_up=3 if count == 1 else 0)
             times[name] += [ms / count for ms in found]
     return {name: statistics.median(found) for name, found in times.items()}
 
