@@ -3,6 +3,8 @@
 Tolerances as in test_network: float32 5e-6 of the norm; a GEMM with more rows may add up in another order.
 """
 
+import time
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -16,6 +18,7 @@ from mmdit_lib.engine.kernel_passes import KERNELS, SUMS
 from mmdit_lib.engine.lowering import lower
 from mmdit_lib.engine.passes import NUMERICS, SPEED
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.reports.bench import Loop, alternately
 from mmdit_lib.sd3 import SD3
 
 PASSES = NUMERICS + SPEED + KERNELS + SUMS
@@ -156,3 +159,18 @@ def test_in_a_pipeline(call, calls, engine):
         found.append(pipe("a red circle", num_inference_steps=10, generator=generator, **size, **call).images)
     assert relative_error(found[1], found[0]) <= 100 * LIMIT, "guidance multiplies errors, and ten steps add them up"
     assert counted.rows[1:] == [ROWS] * calls
+
+
+def test_a_timed_image_runs_all_steps():
+    """`mmdit bench` on a GPU times whole images, of which every step and what it computes ahead count."""
+    seen = []
+
+    def backend(inputs, timesteps):
+        assert len(timesteps) == Loop.steps and float(inputs["timestep"][0]) in timesteps.tolist()
+        seen.append(tuple(inputs["timestep"].tolist()))
+        time.sleep(0.001)
+
+    times = alternately({"image": Loop(backend, {"timestep": torch.zeros(2)}, "timestep")}, torch.device("cpu"), 5)
+    assert len(seen) == 3 * Loop.steps and len(set(seen)) == Loop.steps, "three rounds of one image"
+    assert seen[0] == (1000.0, 1000.0) and all(a == b for a, b in seen)
+    assert 1 <= times["image"] < 28, "the time is that of a step"
