@@ -58,7 +58,7 @@ def draw_weights(model: SD3Config, device: torch.device) -> dict[str, torch.Tens
 def inputs_on(
     device: torch.device, model: SD3Config, resolution: Resolution, batch: int = BATCH
 ) -> dict[str, torch.Tensor]:
-    """Random inputs, of the first timestep of a `Loop`."""
+    """Random inputs at the first timestep of a `Loop`."""
     sizes = Sizes(batch, resolution.height, resolution.width, TEXT_TOKENS)
     inputs = {name: x.to(device) for name, x in draw_inputs(SD3, model, sizes, "bfloat16", seed=1).items()}
     return inputs | {"timestep": torch.full_like(inputs["timestep"], 1000.0)}
@@ -70,7 +70,7 @@ def backend_of(graph: Graph, weights: Mapping[str, torch.Tensor], device: torch.
 
 
 def with_cuda_graphs(backend: PyTorchBackend) -> PyTorchBackend:
-    """The same backend, without a copy of the weights, with every step replayed as a CUDA graph."""
+    """The same backend, sharing its weights, with every step replayed as a CUDA graph."""
     made = copy(backend)
     made._step, made._later_step = GraphedStep(backend._step), GraphedStep(backend._later_step)
     made._ahead = Ahead(backend._ahead.compute, *SD3.conditioning)

@@ -4,8 +4,9 @@
     python -m benchmarks.fp8_speed run --folder graphs --output fp8_speed.json     # needs a GPU, but no TensorRT
     python -m benchmarks.fp8_speed table --results fp8_speed.json     # as Markdown
 
-Random weights, 333 text tokens. Everything that is compared runs alternately in one process; the median of all steps
-counts. With `--torchao`, diffusers with torchao's float8 (dynamic, per row), every block compiled, runs beside it.
+Random weights, 333 text tokens. Everything that is compared runs alternately in one process; of ours the mean of an
+image's steps counts, of diffusers the median of all steps. With `--torchao`, diffusers with torchao's float8 (dynamic,
+per row), every block compiled, runs beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS,
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend
 from mmdit_lib.network.layers import ACTIVATION_SCALE, WEIGHT_SCALE
-from mmdit_lib.reports.bench import alternately, conditions
+from mmdit_lib.reports.bench import Loop, alternately, conditions
 from mmdit_lib.sd3 import SD3, SD3Config
 
 from . import common
@@ -138,14 +139,15 @@ def table(found: dict) -> list[str]:
     """One result as Markdown."""
     lines = [
         f"{found['hardware']}, torch {found['torch']}, {found['date']}. Milliseconds per denoising step: random "
-        f"weights, {common.TEXT_TOKENS} text tokens, CUDA graphs, run alternately in one process; median of all steps. "
+        f"weights, {common.TEXT_TOKENS} text tokens, CUDA graphs, run alternately in one process. Ours: means of an "
+        f"image's {Loop.steps} steps, median of three images; diffusers': medians of all steps. "
         f"Our attention: {found['attention']}. At the end: {found['conditions']}.",
         "",
         "The commands are at the top of `benchmarks/fp8_speed.py`. Each row in FP8 adds to the one above it: linear "
         "layers as FP8 GEMMs, then kernels for norms and GELU that round their results to FP8 themselves, then GELU "
         "and its rounding in the GEMM before it, then attention in FP8 (`fp8_attention`). torchao's float8 scales "
-        'activations dynamically, per row. "rounding to FP8" are kernels of its own, with GELU where it is not in the '
-        'GEMM. In the first FP8 row, PyTorch\'s kernels for it are in "other".',
+        'activations dynamically, per row. "rounding to FP8" is separate kernels, which also compute GELU if the GEMM '
+        'does not. In the first FP8 row, GELU is a PyTorch kernel, counted as "other".',
     ]
     for row in found["rows"]:
         base = row["ms"]["diffusers bf16 compiled"]

@@ -289,13 +289,14 @@ def table(result: dict) -> list[str]:
         rows = [row for row in result["rows"] if row["model"] == model]
         alone = rows[0]
         lines += [
-            f"## SD3.5-{model}",
+            f"## SD3.5-{model}" + " in FP8" * (result.get("weights") == "fp8"),
             "",
             f"{result['hardware']}, torch {result['torch']}, NCCL {result['nccl']}, driver {result['driver']}, "
-            f"{result['date']}. One step of the `pytorch` backend, {result['conditions']}, weights in "
+            f"{result['date']}. One step of the `pytorch` backend, {result['conditions']}, linear layers in "
             f"{result.get('weights', 'bf16')}, attention by {result.get('attention', 'PyTorch')}; mean of an image's "
-            f"{Loop.steps} steps, median of {IMAGES} images, on the slowest rank; of diffusers, median of "
-            f"{result['repeats']} steps.",
+            f"{Loop.steps} steps, median of {IMAGES} images, on the slowest rank."
+            + f" Of diffusers, the median of {result['repeats']} steps."
+            * any("diffusers" in row["layout"] for row in rows),
             "",
         ]
         head = ["", *(column for way in WAYS for column in (f"ms, {way}", "speed-up"))]

@@ -58,7 +58,7 @@ PREDICTED = {
 }
 """What each pass should gain for SD3.5-medium, from the bytes that it saves at 3 TB/s."""
 POWER = """
-Under load the GPU is at its power limit, so its clock falls: a kernel that saves time makes the others slower. The kinds of kernels above are the mean of an image's steps, right after the timings. "heads" are the RMS norms of queries and keys, which SD3-medium does not have.
+Under load the GPU is at its power limit, so its clock falls: a kernel that saves time makes the others slower. The times by kind of kernel are means over an image's steps, profiled right after the timings. "heads" are the RMS norms of queries and keys, which SD3-medium does not have.
 """  # noqa: E501
 REJECTED = """
 ## Ideas tried and rejected
@@ -198,8 +198,9 @@ def table(found: dict) -> list[str]:
     lines = [
         f"{found['hardware']}, torch {found['torch']}, diffusers {found['diffusers']}, {found['date']}. Milliseconds "
         "per denoising step of the `pytorch` backend and of diffusers' transformer: bf16, random weights, "
-        f"{TEXT_TOKENS} text tokens, run alternately in one process; median of all steps. Ours run as in a pipeline, "
-        f"which knows its timesteps: a step is the mean of an image's {Loop.steps}. Our attention: "
+        f"{TEXT_TOKENS} text tokens, run alternately in one process. Ours: means of an image's {Loop.steps} "
+        "steps, whose timesteps are known as in a pipeline, median of three images; diffusers': medians of all steps. "
+        "Our attention: "
         f"{found.get('attention', 'cuDNN')}; diffusers': its default, cuDNN's kernel. The GPU right after the "
         f"first case: {found['conditions'][0].rpartition('; ')[2]}.",
         "",

@@ -37,8 +37,8 @@ class MMDiTRunner:
         backend: the backend in use; `backend.name` is 'tensorrt' or 'pytorch'.
         reason: why that backend was chosen.
         rank: this process's rank in the engine folder's layout.
-        timesteps: called in each step; returns the timesteps of all steps, or None if they are unknown. A pipeline
-            that `install` has given the runner returns its scheduler's.
+        timesteps: called in each step; returns the timesteps of all steps, or None if they are unknown. `install`
+            sets it to return those of the pipeline's scheduler.
     """
 
     def __init__(

@@ -162,7 +162,7 @@ def test_in_a_pipeline(call, calls, engine):
 
 
 def test_a_timed_image_runs_all_steps():
-    """`mmdit bench` on a GPU times whole images, of which every step and what it computes ahead count."""
+    """`mmdit bench` on a GPU times whole images, including all steps and what is computed ahead."""
     seen = []
 
     def backend(inputs, timesteps):

@@ -1,4 +1,4 @@
-"""How cuBLASLt is called: against its headers where these are installed, and with a cuBLASLt in Python.
+"""How cuBLASLt is called: against its headers if these are installed, and with a cuBLASLt in Python.
 
 On FP8 tensor cores, tests/test_kernels.py checks the results of the real one.
 """
@@ -19,7 +19,7 @@ from mmdit_lib.engine import cublaslt
 
 HANDLE, STREAM = 7, 9
 SIZES = {3: 4, 4: 4, 7: 4, 8: 8, 17: 8, 18: 8, 20: 8, 25: 1, 26: 4}
-"""Bytes of each attribute of a product, as cuBLASLt 13.1 itself gives them."""
+"""Bytes of each attribute of a product, as cuBLASLt 13.1 reports them."""
 DTYPES = {0: torch.float32, 2: torch.float16, 14: torch.bfloat16, 28: torch.float8_e4m3fn}
 
 

@@ -112,7 +112,8 @@ def test_a_bias_of_each_rank_is_left_alone():
 
 
 def test_memory_is_counted_as_without_these_passes():
-    """`memory_of` leaves them out: activations in FP8 are smaller, and what ranks exchange is not in FP8."""
+    """`memory_of` leaves them out: activations in FP8 are smaller, and the partial sums that ranks read
+    from each other are not in FP8."""
     two = folder(tp_size=2)
     build, graph, sizes = two.build_config, two.graph(0), two.build_config.sizes(1)[-1]
     weights = two.open_checkpoint(verify=False).weights(0)

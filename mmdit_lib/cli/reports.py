@@ -102,8 +102,8 @@ def bench_command(
 ) -> None:
     """Time one denoising step of an engine and, if --model_path is given, of diffusers' transformer.
 
-    The two alternate. On a GPU, the engine runs all 28 steps of an image, so that what it computes ahead counts,
-    diffusers' transformer is also timed with every block compiled, and peak memory is shown.
+    The two alternate. On a GPU, the engine runs all 28 steps of an image, so that the time includes what it computes
+    ahead. diffusers' transformer is also timed with every block compiled, and peak memory is shown.
 
     Args:
         engine_dir: an engine folder of `mmdit build`.

@@ -16,7 +16,7 @@ from .backend import Inputs
 from .torch_ops import shuffle, slice_
 
 ROWS = 16
-"""Rows computed at once: as many as take no longer than one, and take little memory (35 MB for SD3.5-large)."""
+"""Rows computed at once: as many as take no longer than one row and little memory (35 MB for SD3.5-large)."""
 KEPT = 2
 """Prompts whose rows are kept: with skip-layer guidance, steps alternate between two."""
 VALUE = "computed_ahead"
@@ -28,14 +28,14 @@ def split_ahead(module: fx.GraphModule, names: Sequence[str]) -> tuple[fx.GraphM
 
     Returns:
         A module with these inputs, whose result is a tensor of shape [rows, width]; and the rest, with the other
-        inputs and `VALUE`. None if more than one tensor connects them.
+        inputs and `VALUE`. None unless exactly one computed tensor connects them.
     """
     last = last_early(module.graph, names)
     return last and (_first(module, names, last), _rest(module, names, last))
 
 
 def last_early(graph: fx.Graph, names: Sequence[str]) -> fx.Node | None:
-    """The node through which alone the inputs `names` reach the rest of the network; views of it belong to the rest."""
+    """The only node through which the inputs `names` reach the rest, or None; views of it belong to the rest."""
     early: set[fx.Node] = set()
     for node in graph.nodes:
         sources = [x for x in node.all_input_nodes if x.op != "get_attr"]
@@ -90,11 +90,11 @@ class Known(NamedTuple):
     values: torch.Tensor
 
     def like(self, inputs: Inputs) -> torch.Tensor:
-        """Whether they are of this prompt: 0 or 1."""
+        """Whether the prompt is equal, as 0.0 or 1.0."""
         return torch.stack([(x == inputs[name]).all() for name, x in self.prompt.items()]).all().float()
 
     def fit(self, inputs: Inputs) -> bool:
-        """Whether they can be of this prompt."""
+        """Whether the prompt's shapes are equal."""
         return all(x.shape == inputs[name].shape for name, x in self.prompt.items())
 
     def at(self, timestep: float) -> torch.Tensor:
@@ -117,11 +117,11 @@ class Ahead:
         self._ranks: int | None = None
 
     def forget(self) -> None:
-        """After a change of weights."""
+        """Drop all rows, after a change of weights."""
         self._known.clear()
 
     def rows(self, inputs: Inputs, timesteps: torch.Tensor) -> torch.Tensor | None:
-        """`compute` of these inputs; None if their timestep is not one of `timesteps`, or there are too many rows."""
+        """`compute` of these inputs; None for too many rows, different timesteps, or one not in `timesteps`."""
         candidates = [known for known in self._known if known.fit(inputs)]
         # One transfer from the GPU, for which the step waits.
         answers = torch.cat([inputs[self.timestep], *(known.like(inputs)[None] for known in candidates)]).tolist()
@@ -147,7 +147,7 @@ class Ahead:
 
     def _computed(self, inputs: Inputs, coming: list[float], count: int) -> Known:
         images = inputs[self.timestep]
-        # Always the same number of rows, so that the GEMM adds up in the same order for every rank.
+        # Always the same number of rows, so that the GEMM adds up in the same order on every rank and in every call.
         padded = coming + coming[-1:] * (count - len(coming))
         rows = {name: inputs[name].repeat_interleave(count, 0) for name in self.prompt}
         rows[self.timestep] = images.new_tensor(padded).repeat(len(images))

@@ -32,7 +32,7 @@ WORKSPACE = 32 << 20
 ALIGNMENT = 256
 """Bytes: the alignment of matrices that the search for an algorithm assumes."""
 TYPES = {torch.bfloat16: CUDA_R_16BF, torch.float16: CUDA_R_16F}
-"""Of a bias."""
+"""cuBLAS's types of a bias."""
 ONE, ZERO = c_float(1.0), c_float(0.0)
 
 
@@ -66,7 +66,7 @@ SIGNATURES = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The cuBLASLt that torch has loaded, whose handles torch has; None if there is none."""
+    """The cuBLASLt that torch has loaded, so that torch's handles are valid for it; None if there is none."""
     if torch.version.cuda is None or sys.platform != "linux":
         return None
     try:
@@ -96,7 +96,7 @@ def set_attribute(kind: str, descriptor: c_void_p, attribute: int, value) -> Non
 
 
 class FP8LinearGelu:
-    """GELU(x weight^T x_scale weight_scale + bias) in FP8, of x [m, k] and weight [n, k] in FP8.
+    """GELU(x weight^T x_scale weight_scale + bias) times `inverse` in FP8, of x [m, k] and weight [n, k] in FP8.
 
     cuBLASLt stores matrices by columns. It sees our result [m, n] as D, n x m: the product of the weight as A, stored
     as k x n and transposed, and x as B, stored as k x m. C, of the bias's type, is not read.

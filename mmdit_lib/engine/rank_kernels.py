@@ -86,7 +86,9 @@ def reduced_gated_sum(
 def reduced_gated_norm(
     x, gate, *rest, inputs: int, eps: float, group: str, size: int, to_type: str | None = None, first: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gated_norm` of the same y, whose layer has `inputs` arguments; with another scale last, `gated_norm_fp8`."""
+    """`gated_norm` of the same y. The linear layer has `inputs` arguments; a third value after them is the scale
+    of the result in FP8, as in `gated_norm_fp8`.
+    """
     linear, (scale, shift, *fp8_scale) = rest[:inputs], rest[inputs:]
     if others := _pair(x, group, size):
         from . import triton_kernels

@@ -47,7 +47,8 @@ class Loop:
 
     Args:
         backend: inputs by name, and all timesteps -> output.
-        inputs: of every step but for the timestep, which is the first input that `conditioning` names.
+        inputs: those of every step; only the timestep changes.
+        timestep: the name of that input.
     """
 
     steps = 28
@@ -68,7 +69,10 @@ class Loop:
 def alternately(
     steps: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, rounds: int = 3
 ) -> dict[str, float]:
-    """Median milliseconds of each step, in `rounds` alternating rounds of `repeats` steps, as a GPU's clock changes."""
+    """Median milliseconds of each step, in `rounds` alternating rounds of `repeats` steps, as a GPU's clock changes.
+
+    Of a `Loop`, whole images are timed, with at least `repeats` steps: the median of their means.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

@@ -143,7 +143,7 @@ def _describe_engine(report: EngineReport) -> Group:
         if report.memory.exchange:
             memory += f", {size(report.memory.exchange)} of symmetric memory"
         if report.memory.ahead:
-            memory += f", {size(report.memory.ahead)} for what is computed ahead"
+            memory += f", {size(report.memory.ahead)} of values computed ahead"
         about.append(("GPU memory", f"{memory} per rank at {sizes} (pytorch backend)"))
     if given := engine.plan_options.given():
         about.append(("plan options", ", ".join(f"{name} {value}" for name, value in given.items())))
