@@ -1,4 +1,9 @@
-"""The model of a step's time: every term by hand, and its predictions beside what GPUs measured."""
+"""The model of a step's time: every term by hand, and its predictions beside what GPUs measured.
+
+The measurements are those that the model was made with, on 2026-11-26, before modulations were computed ahead: each
+step read all of their weights. Notebook 07 compares the model with those of benchmarks/results, from which it is up to
+3.0 % (SD3.5-medium) and 4.2 % (SD3.5-large) off.
+"""
 
 import json
 from dataclasses import replace
@@ -12,7 +17,7 @@ from mmdit_lib.config import Layout, Sizes
 from mmdit_lib.reports.step_time import Link, OneGPU, conditioning_bytes, pairs_of, predict, rank_collectives
 from mmdit_lib.sd3 import KNOWN_MODELS
 
-RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+RESULTS = Path(__file__).parent / "data/step_time"
 TWO = {size: json.loads((RESULTS / f"parallel_h100x2_{size}.json").read_text())["rows"] for size in ("medium", "large")}
 ONE = json.loads((RESULTS / "single_gpu_h100.json").read_text())["rows"]
 SIZES = Sizes(2, 1024, 1024, 333)

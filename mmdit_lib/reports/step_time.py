@@ -48,7 +48,8 @@ class OneGPU:
     Attributes:
         ms: of the step.
         kernels: its time by kind of kernel, in any unit: only the proportions count.
-        memory_bandwidth: GB/s with which the GPU reads weights that multiply a few rows only.
+        memory_bandwidth: GB/s with which the GPU reads weights that multiply a few rows only; n times that if it reads
+            them once for n steps (`engine/ahead.py`).
         loss: by how much half of the work takes longer than half of the time, as a fraction: fitted for each model.
     """
 
@@ -212,7 +213,8 @@ def pairs_of(model: ModelConfig, sizes: Sizes) -> int:
 def conditioning_bytes(model: ModelConfig, dtype: Dtype) -> int:
     """Weights of the blocks' matrices that no tp rank shards: they multiply the conditioning vector, one row per image.
 
-    Every rank reads all of them in every layout, since splitting tokens or the batch does not shorten that.
+    Every rank reads all of them in every layout, since splitting tokens or the batch does not shorten that: in each
+    step or, where a pipeline knows its timesteps, once for several.
     """
     architecture = architecture_of(model)
     whole = [
