@@ -25,7 +25,7 @@ from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
-from mmdit_lib.reports.bench import Loop, peak_bytes
+from mmdit_lib.reports.bench import Loop, peak_bytes, steps_in
 from mmdit_lib.sd3 import SD3, SD3Config
 
 BATCH, TEXT_TOKENS = 2, 333
@@ -119,11 +119,10 @@ def kernel_times(step: Callable[[], object]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    count = step.steps if isinstance(step, Loop) else 1
     spent: Counter = Counter()
     for event in profile.key_averages():
         kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "other")
-        spent[kind] += event.device_time_total / 1000 / count
+        spent[kind] += event.device_time_total / 1000 / steps_in(step)
     return {kind: round(ms, 2) for kind, ms in spent.items() if ms}
 
 

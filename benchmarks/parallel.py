@@ -164,7 +164,7 @@ class Bench:
         weights = draw_weights(model, device)
         self.check_weights(weights)
         inputs = common.inputs_on(device, model, self.resolution)
-        wide = common.backend_of(Graph.load(file_of(self.root, name, REFERENCE, 0)), Float32(weights), device)
+        wide = PyTorchBackend(Graph.load(file_of(self.root, name, REFERENCE, 0)), Float32(weights), device=device)
         exact = wide({name: value.float() for name, value in inputs.items()}).cpu()
         del wide
         common.free()
@@ -216,10 +216,8 @@ class Bench:
         row["profile"] = kernel_times(steps)
 
     def time(self, row, way, step) -> None:
-        if isinstance(step, Loop):
-            times = [ms / step.steps for ms in step_times(step, self.device, IMAGES, warm_up=1)]
-        else:
-            times = step_times(step, self.device, self.repeats, warm_up=5)
+        repeats, warm_up = (IMAGES, 1) if isinstance(step, Loop) else (self.repeats, 5)
+        times = step_times(step, self.device, repeats, warm_up)
         row[f"ms {way}"] = self.ranks.slowest(statistics.median(times))
         row.setdefault("times", {})[way] = times
 

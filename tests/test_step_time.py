@@ -18,6 +18,7 @@ from mmdit_lib.reports.step_time import Link, OneGPU, conditioning_bytes, pairs_
 from mmdit_lib.sd3 import KNOWN_MODELS
 
 RESULTS = Path(__file__).parent / "data/step_time"
+LATEST = Path(__file__).parents[1] / "benchmarks/results"
 TWO = {size: json.loads((RESULTS / f"parallel_h100x2_{size}.json").read_text())["rows"] for size in ("medium", "large")}
 ONE = json.loads((RESULTS / "single_gpu_h100.json").read_text())["rows"]
 SIZES = Sizes(2, 1024, 1024, 333)
@@ -47,6 +48,27 @@ def test_beside_two_gpus(size, tolerance):
     assert times.keys() == LAYOUTS.keys()
     for name, layout in LAYOUTS.items():
         assert predict(model, layout, one, NVLINK).ms == pytest.approx(times[name], rel=tolerance), name
+
+
+TOO_FAST = "kernels that transfer take longer than bytes / bandwidth: cp and tp of SD3.5-medium, up to 3.0 %"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "tolerance"),
+    [pytest.param("medium", 0.025, marks=pytest.mark.xfail(reason=TOO_FAST, strict=True)), ("large", 0.05)],
+)
+def test_beside_the_latest_measurements(size, tolerance):
+    """With modulations computed ahead: 7 of an image's 28 steps share one reading of their weights."""
+    rows = json.loads((LATEST / f"parallel_h100x2_{size}.json").read_text())["rows"]
+    found = {row["layout"]: row for row in rows if "ms CUDA graph" in row}
+    alone, model = found["1 GPU"], KNOWN_MODELS[f"stable-diffusion-3.5-{size}"]
+    one = OneGPU(alone["ms CUDA graph"], alone["profile"], SIZES, 7 * MEMORY_BANDWIDTH, loss=0.062)
+    assert found.keys() == LAYOUTS.keys()
+    for name, layout in LAYOUTS.items():
+        assert predict(model, layout, one, NVLINK).ms == pytest.approx(found[name]["ms CUDA graph"], rel=tolerance), (
+            name
+        )
 
 
 @pytest.mark.slow

@@ -22,26 +22,6 @@ from ..runner import MMDiTRunner
 from .reference import load_reference
 
 
-def step_times(step: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 3) -> list[float]:
-    """Milliseconds of each call of `step` after the warm-up: CUDA events on a GPU, wall time on a CPU."""
-    for _ in range(warm_up):
-        step()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            step()
-            times.append(1000 * (time.perf_counter() - begin))
-    return times
-
-
 class Loop:
     """The steps of one image, as a pipeline runs them: their timesteps are known to the backend from the first step on.
 
@@ -66,6 +46,34 @@ class Loop:
             self.backend(given, self.timesteps)
 
 
+def step_times(step: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 3) -> list[float]:
+    """Milliseconds of each call of `step` after the warm-up: CUDA events on a GPU, wall time on a CPU.
+
+    Of a `Loop`, the mean of its steps.
+    """
+    for _ in range(warm_up):
+        step()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            step()
+            times.append(1000 * (time.perf_counter() - begin))
+    return [ms / steps_in(step) for ms in times]
+
+
+def steps_in(step: Callable[[], object]) -> int:
+    """How many steps a call of `step` runs."""
+    return step.steps if isinstance(step, Loop) else 1
+
+
 def alternately(
     steps: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, rounds: int = 3
 ) -> dict[str, float]:
@@ -76,9 +84,8 @@ def alternately(
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            count = step.steps if isinstance(step, Loop) else 1
-            found = step_times(step, device, -(-repeats // count), warm_up=3 if count == 1 else 0)
-            times[name] += [ms / count for ms in found]
+            count = steps_in(step)
+            times[name] += step_times(step, device, -(-repeats // count), warm_up=3 if count == 1 else 0)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
