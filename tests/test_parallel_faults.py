@@ -115,6 +115,18 @@ def test_cluster_with_a_killed_or_frozen_rank(how, shown, own_ipython):
     assert gone(own_ipython)
 
 
+def test_ipyparallel_reports_a_killed_rank_first(own_ipython, monkeypatch):
+    """It may notice before the list of processes has been read: the watchdogs' verdict is shown all the same."""
+    from mmdit_lib import parallel
+
+    with parallel.cluster(2, heartbeat=SECONDS) as ranks:
+        ranks.run(greet, "hello")
+        monkeypatch.setattr(ranks, "_died", lambda: None)
+        with pytest.raises(RuntimeError, match=r"^rank 1 on \S+ was killed or ran out of memory"):
+            ranks.run(fail, "kill")
+    assert gone(own_ipython)
+
+
 def test_leftovers_of_a_killed_notebook(own_ipython):
     from mmdit_lib import parallel
 

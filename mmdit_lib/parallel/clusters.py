@@ -137,16 +137,23 @@ class Ranks:
 
         while True:
             _, pending = concurrent.futures.wait(calls, timeout=0.5, return_when=FIRST_EXCEPTION)
-            if died := self._died():
+            failed = next((rank for rank, call in enumerate(calls) if call.done() and call.exception()), None)
+            died = self._died()
+            if failed is not None and not died:
+                error = calls[failed].exception()
+                if getattr(error, "ename", "") != "EngineError":  # with which ipyparallel reports a rank that is gone
+                    raise RuntimeError(f"rank {failed} failed: {_text(error)}") from None
+                died = f"rank {failed} died: {error.evalue}"
+            if died:
                 raise RuntimeError(self._verdict() or died)
-            for rank, call in enumerate(calls):
-                if call.done() and call.exception() is not None:
-                    raise RuntimeError(f"rank {rank} failed: {_text(call.exception())}") from None
             if not pending:
                 return
 
-    def _verdict(self, seconds: float = 1) -> str | None:
-        """What the watchdogs say: they know which rank was the first, and what it was doing."""
+    def _verdict(self, seconds: float = 5) -> str | None:
+        """What the watchdogs say: they know which rank was the first, and what it was doing.
+
+        They look twice a second, and have a core less often where many processes share few.
+        """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self._fault_file.exists():
