@@ -91,6 +91,7 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
         common.compile_blocks(reference)
         steps[way] = partial(GraphedStep(lambda given, step=reference: step(**given, return_dict=False)[0]), inputs)
     result["ms"] = {way: round(ms, 2) for way, ms in alternately(steps, device, options.repeats).items()}
+    result["conditions"] = conditions(device)  # before the profile, during which the GPU is idle
     result["kernels"] = {way: common.kernel_times(steps[way]) for way in backends}
     result["GB of weights"] = {
         kind: round(sum(x.nbytes for x in of.values()) / 1e9, 3) for kind, of in (("bf16", weights), ("fp8", quantized))
@@ -129,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
              "attention": common.attention_kernel(), "conditions": "", "rows": []}  # fmt: skip
     for name in options.models:
         found["rows"].append(measure(name, options, torch.device("cuda")))
-        found["conditions"] = conditions(torch.device("cuda"))
+        found["conditions"] = found["rows"][-1].pop("conditions")
         print(json.dumps(found["rows"][-1]), flush=True)
         common.save(found, options.output)
         common.free()

@@ -235,6 +235,7 @@ CASES = [
         OpCase("UNARY", ((3, 7),), f, dict(op=name), positive=name in ("SQRT", "RECIP"), label=name)
         for name, f in ONE.items()
     ],
+    OpCase("UNBIND", ((2, 12),), lambda x: x.reshape(2, 4, 1, 3).transpose(1, 0, 2, 3), dict(width=3)),
 ]
 
 FP8_FUSED = {"FP8_LINEAR", "FP8_LINEAR_GELU", "GATED_NORM_FP8", "GELU_FP8", "NORM_MODULATE_FP8"}

@@ -15,7 +15,7 @@ from mmdit_lib.checkpoint.quantization import rounded
 from mmdit_lib.engine import cublaslt, kernels
 from mmdit_lib.engine.attention import has_flash_attention_3
 from mmdit_lib.engine.capability import has_fp8
-from mmdit_lib.engine.kernel_passes import KERNELS, SUMS, projected_attention, qkv_attention
+from mmdit_lib.engine.kernel_passes import KERNELS, SUMS, projected_attention, qkv_attention, unbind
 from mmdit_lib.engine.linears import fp8_linear
 from mmdit_lib.engine.passes import NUMERICS, SPEED, apply
 from mmdit_lib.engine.precision import without_tf32
@@ -53,6 +53,33 @@ def test_nothing_is_left_between_gemms_and_attention(name):
     assert found["GATED_SUM"] + found["GATED_NORM"] == 2 * blocks + 2 * (blocks - 1)
     assert sum(layer.type == "GATED_NORM" and len(layer.inputs) == 7 for layer in layers) == dual
     assert len({layer.output.name for layer in layers}) == len(layers), "two layers have the same name"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_modulations_are_unbound_once(name):
+    graph, config = case(name).runner().backend.graph, MODELS[name]
+    before, after = apply(graph, NUMERICS + SPEED + KERNELS[:-1]), apply(graph, PASSES)
+    wide = [layer for layer in after if layer.type == "UNBIND"]
+    rows = sum(layer.type == "ITEM" and layer.inputs[0] == wide[0].output.name for layer in after)
+    # Image and text 6 each, dual attention 3 more; the last text block and the output 2, those of a scale and a shift.
+    blocks, dual = config.num_layers, len(config.dual_attention_layers)
+    assert len(wide) == 1 and rows == wide[0].output.shape[0] == 12 * blocks + 3 * dual - 4 + 2
+    views = [sum(layer.type in ("SLICE", "SHUFFLE") for layer in layers) for layers in (before, after)]
+    assert views[0] - views[1] == rows + 2 * (2 * blocks + 1), "a slice and a view of each norm, a slice of each row"
+
+
+def test_slices_that_are_no_rows_are_left_alone():
+    layers = apply(case("sd3.5-medium").runner().backend.graph, NUMERICS + SPEED + KERNELS[:-1])
+    merged = next(layer.inputs[0] for layer in unbind(layers) if layer.type == "UNBIND")
+    part = next(layer for layer in layers if layer.type == "SLICE" and layer.inputs[0] == merged)
+
+    def rows(instead) -> int:
+        found = unbind([instead if layer is part else layer for layer in layers])
+        return sum(layer.type == "ITEM" and layer.inputs[0] == f"{merged}/rows" for layer in found)
+
+    computed = replace(part, inputs=(merged, "constants/value", "constants/value"))
+    assert rows(part) - rows(computed) == 9, "of a block with dual attention"
+    assert rows(replace(part, attributes={**part.attributes, "start": [1]})) == 0, "rows that overlap"
 
 
 def test_attention_that_communicates_is_left_alone():

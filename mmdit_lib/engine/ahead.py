@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .backend import Inputs
-from .torch_ops import shuffle, slice_
+from .torch_ops import item, shuffle, slice_, unbind
 
 ROWS = 16
 """Rows computed at once: as many as take no longer than one row and little memory (35 MB for SD3.5-large)."""
@@ -44,7 +44,7 @@ def last_early(graph: fx.Graph, names: Sequence[str]) -> fx.Node | None:
         elif node.op == "call_function" and sources and early.issuperset(sources):
             early.add(node)
     for node in reversed(graph.nodes):
-        if node.target in (shuffle, slice_) and early.isdisjoint(node.users):
+        if node.target in (item, shuffle, slice_, unbind) and early.isdisjoint(node.users):
             early.discard(node)
     last = [x for x in graph.nodes if x in early and not early.issuperset(x.users)]
     return last[0] if len(last) == 1 and last[0].op != "placeholder" else None

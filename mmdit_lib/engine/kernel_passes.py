@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .graph import Layer
+from .graph import Layer, Value
 from .passes import LINEARS, Index, Layers, Op, Pass, fused, fusion, without_unread
 
 
@@ -149,6 +149,53 @@ def two_gates(layers: Layers) -> Layers:
     return without_unread(result, layers)
 
 
-KERNELS: tuple[Pass, ...] = (norm_modulate, gated_norm, qkv_attention, projected_attention)
+class Row(NamedTuple):
+    """`width` values of each image, [B, 1, width], from a tensor [B, W]."""
+
+    source: str
+    start: int
+    width: int
+
+
+def unbind(layers: Layers) -> Layers:
+    """Rows of one tensor, all of one width -> UNBIND of the tensor, and an ITEM in the place of two slices and a view.
+
+    These are the shifts, scales and gates of all blocks, several hundred. Nothing is computed either way, but without
+    a CUDA graph every view takes the CPU some microseconds in each step.
+    """
+    index = Index.of(layers)
+    rows = {layer.output.name: row for layer in layers if (row := _row(layer, index))}
+    unbound: dict[str, Layer] = {}
+    for source in {row.source for row in rows.values()}:
+        found, output = [row for row in rows.values() if row.source == source], index.made_by[source].output
+        if len({row.width for row in found}) == 1 and not any(row.start % row.width for row in found):
+            width, name = found[0].width, f"{source}/rows"
+            shape = (output.shape[-1] // width, output.shape[0], 1, width)
+            unbound[source] = Layer(name, "UNBIND", (source,), Value(name, output.dtype, shape), {"width": width})
+    result: Layers = []
+    for layer in layers:
+        row = rows.get(layer.output.name)
+        if row and row.source in unbound:
+            layer = fused(layer, "ITEM", unbound[row.source].output.name, index=row.start // row.width)
+        result.append(layer)
+        if layer.output.name in unbound:
+            result.append(unbound[layer.output.name])
+    return without_unread(result, layers)
+
+
+def _row(layer: Layer, index: Index) -> Row | None:
+    """A slice of a view of a slice, where the view splits the last dimension into rows."""
+    split = index.find(layer.inputs[0], "SHUFFLE") if layer.type == "SLICE" else None
+    part = index.find(split.inputs[0], "SLICE") if split and not split.attributes["first_transpose"] else None
+    if not part or any(layer.inputs[1:]) or any(part.inputs[1:]):  # computed starts
+        return None
+    width, wide = layer.output.shape[-1], part.output.shape[-1]
+    axes, rows = [x.attributes["axes"] for x in (layer, part)], split.attributes["reshape_dims"]
+    if axes != [[1], [1]] or layer.attributes["shape"] != [1] or rows != [0, wide // width, width]:
+        return None
+    return Row(part.inputs[0], part.attributes["start"][0] + layer.attributes["start"][0] * width, width)
+
+
+KERNELS: tuple[Pass, ...] = (norm_modulate, gated_norm, qkv_attention, projected_attention, unbind)
 SUMS: tuple[Pass, ...] = (two_gates,)
 """After the passes for multiple GPUs, which merge single sums with collectives."""

@@ -162,6 +162,11 @@ def item(x, *, index):
     return x[index]
 
 
+def unbind(x, *, width):
+    """[B, W] -> W / width rows of shape [B, 1, width], which are views."""
+    return x.unflatten(-1, (-1, 1, width)).unbind(1)
+
+
 OPS: dict[str, Callable] = {
     "ACTIVATION": activation,
     "ATTENTION": attention,
@@ -201,6 +206,7 @@ OPS: dict[str, Callable] = {
     "SOFTMAX": softmax,
     "ULYSSES_ATTENTION": rank_kernels.ulysses_attention,
     "UNARY": unary,
+    "UNBIND": unbind,
 }
 
 
@@ -208,7 +214,7 @@ FUSED = frozenset({
     "FP8_LINEAR", "FP8_LINEAR_GELU", "GATED_NORM", "GATED_NORM_FP8", "GATED_SUM", "GATHERED_ATTENTION", "GELU_FP8",
     "ITEM", "LINEAR", "LINEAR_GELU", "MODULATE", "NORM_MODULATE", "NORM_MODULATE_FP8", "PROJECTED_ATTENTION",
     "QKV_ATTENTION", "REDUCED_GATED_NORM", "REDUCED_GATED_NORM_FP8", "REDUCED_GATED_SUM", "RMS_NORM", "SILU",
-    "ULYSSES_ATTENTION",
+    "ULYSSES_ATTENTION", "UNBIND",
 })  # fmt: skip
 """Operators that only graph passes insert: a graph file with one of them is invalid."""
 
