@@ -1,9 +1,11 @@
 """`export_onnx`: ONNX Runtime computes what the `pytorch` backend does, from a file that onnx's checker accepts."""
 
+import math
 import shutil
 import sys
 from pathlib import Path
 
+import fp8
 import pytest
 import torch
 from helpers import case, relative_error
@@ -65,11 +67,17 @@ def test_the_checker_accepts_it(exported):
     assert loaded.graph.input[0].name == "hidden_states" and height.dim_param == "height/vae_scale_factor"
 
 
+@pytest.mark.parametrize("quantized", [False, True], ids=["", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tensorrt_reads_it(tmp_path, dtype):
+def test_tensorrt_reads_it(tmp_path, dtype, quantized):
     """TensorRT's own ONNX parser, which trtexec and Polygraphy use; ONNX Runtime's CPU has no bfloat16."""
-    export_onnx(engine("sd3.5-medium", dtype, tmp_path / "engine"), tmp_path / "onnx", progress=False)
+    name = "sd3.5-medium"
+    folder = fp8.engine(name, dtype) if quantized else engine(name, dtype, tmp_path / "engine")
+    export_onnx(folder, tmp_path / "onnx", progress=False)
     onnx.checker.check_model(tmp_path / "onnx" / "model.onnx", full_check=True)
+    for stored in onnx.load(tmp_path / "onnx" / "model.onnx").graph.initializer:
+        itemsize = onnx.helper.tensor_dtype_to_np_dtype(stored.data_type).itemsize
+        assert not stored.HasField("raw_data") or len(stored.raw_data) == itemsize * math.prod(stored.dims), stored.name
     builder = trt.Builder(logger())
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger())

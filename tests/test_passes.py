@@ -3,6 +3,8 @@
 Tolerances as in test_network: float32 5e-6 of the norm; in float16 ten units in the last place (9.8e-4).
 """
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -119,3 +121,35 @@ def test_tf32_is_off_inside_and_as_before_outside(monkeypatch):
         assert not matmul.allow_tf32 and not cudnn.allow_tf32
         raise KeyError
     assert cudnn.allow_tf32 and not matmul.allow_tf32
+
+
+def test_tf32_is_as_before_after_blocks_that_overlap(monkeypatch):
+    """Two threads in a server: the one that leaves first must not switch TF32 on for the other, nor off for good."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    first, second = without_tf32(), without_tf32()
+    for block in (first, second):
+        block.__enter__()
+    first.__exit__(None, None, None)
+    assert not cudnn.allow_tf32
+    second.__exit__(None, None, None)
+    assert cudnn.allow_tf32
+
+
+SWITCHES = """
+import torch
+from mmdit_lib.engine.precision import without_tf32
+torch.backends.{} = "tf32"
+used = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+before = [switch.fp32_precision for switch in used]
+with without_tf32():
+    assert [switch.fp32_precision for switch in used] == ["ieee"] * 2
+assert [switch.fp32_precision for switch in used] == before
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has had these names since 2.9")
+@pytest.mark.parametrize("name", ["fp32_precision", "cuda.matmul.fp32_precision", "cudnn.fp32_precision"])
+def test_tf32_that_was_allowed_by_the_newer_names(name):
+    """Torch refuses the older names from then on, so each has a process of its own."""
+    subprocess.run([sys.executable, "-c", SWITCHES.format(name)], check=True)

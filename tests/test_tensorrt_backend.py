@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import fake_tensorrt
@@ -55,6 +56,29 @@ def test_a_tampered_plan_is_refused_before_it_is_deserialized(engine, plan, opti
     assert "\n" not in str(error.value) and plan.deserialized == []
     MMDiTRunner.from_engine(engine, trust=True, **BY_TENSORRT)
     assert plan.deserialized == [(engine / plan_file(0)).read_bytes()]
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "tensorrt"])
+def test_work_goes_to_the_backends_device(backend, case, engine, plan, monkeypatch):
+    """Triton and TensorRT send it to the current CUDA device, which may be another one."""
+    options = dict(backend=backend, device="cpu", checkpoint_dir=case.checkpoint())
+    runner, inputs, entered = MMDiTRunner.from_engine(engine, **options), case.inputs(), []
+    opened, names = runner.backend, [x.name for x in runner.folder.inputs]
+    runner.run(inputs)  # memory for the plan's inputs, on the CPU
+    monkeypatch.setattr(opened, "device", torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(entered.append(device)))
+    calls = [lambda: opened({name: inputs[name] for name in names})]
+    if backend == "pytorch":
+        calls.append(lambda: opened.intermediates(inputs))
+    for call in calls:
+        entered.clear()
+        call()
+        assert set(entered) == {torch.device("cuda:1")}
+
+
+def test_an_option_of_the_other_backend_is_refused(engine, plan):
+    with pytest.raises(ValueError, match=r"^compile is an option of the pytorch backend: say backend='pytorch'$"):
+        MMDiTRunner.from_engine(engine, compile=True, **BY_TENSORRT)
 
 
 def test_another_users_folder_is_refused(engine, plan, monkeypatch):

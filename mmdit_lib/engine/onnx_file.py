@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..config import FP8
+from ..config import FP8, TORCH_DTYPES
 from ..files import complete_folder, require_space, write_synced
 from .folder import EngineFolder, graph_file
 from .graph import Graph, Layer, Value
@@ -113,7 +113,7 @@ class OnnxWriter:
         tensor = self.onnx.TensorProto(name=layer.output.name, data_type=code, dims=layer.output.shape)
         if "weight" in layer.attributes:
             self.nbytes += -self.nbytes % ALIGNMENT
-            nbytes = math.prod(layer.output.shape) * self.weights[layer.attributes["weight"]].itemsize
+            nbytes = math.prod(layer.output.shape) * TORCH_DTYPES[layer.output.dtype].itemsize
             tensor.data_location = self.onnx.TensorProto.EXTERNAL
             for key, value in {"location": WEIGHTS, "offset": self.nbytes, "length": nbytes}.items():
                 tensor.external_data.add(key=key, value=str(value))

@@ -13,6 +13,7 @@ from .attention import has_flash_attention_3
 from .backend import Inputs, Ranks, RunnerOptions
 from .capability import has_fp8
 from .cuda_graph import GraphedStep
+from .device import current
 from .folder import EngineFolder, graph_file
 from .fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
 from .graph import Graph
@@ -117,7 +118,7 @@ class PyTorchBackend:
         return self._call(self._module, inputs)
 
     def _call(self, module: fx.GraphModule, inputs: Inputs) -> torch.Tensor:
-        with without_tf32():
+        with current(self.device), without_tf32():
             return module(*(inputs[node.target] for node in module.graph.find_nodes(op="placeholder")))
 
     @torch.inference_mode()
@@ -127,7 +128,7 @@ class PyTorchBackend:
         The passes for speed remove many of them, so the values come from the same weights without these passes,
         and the output from the network as it runs.
         """
-        with without_tf32():
+        with current(self.device), without_tf32():
             recorder = Recorder(self._plain)
             recorder.run(*(inputs[name] for name in self.inputs))
         if self._plain is not self.module:
@@ -152,7 +153,7 @@ class PyTorchBackend:
         if self._module is not self.module:
             raise ValueError("profile: compiled blocks have no layers that could be timed; leave out compile")
         arguments = [inputs[name] for name in self.inputs]
-        with without_tf32():
+        with current(self.device), without_tf32():
             return layer_times(self.module, arguments, self.device, repeats)
 
     @cached_property

@@ -17,6 +17,7 @@ from . import trtllm
 from .backend import Inputs, Ranks, RunnerOptions
 from .capability import plan_runs_here, refused_fp8
 from .cuda_graph import GraphedStep
+from .device import current
 from .folder import TRTLLM, EngineFolder, graph_file, plan_file
 from .graph import Graph
 from .logger import layer_timer, logger
@@ -58,7 +59,7 @@ class TensorRTBackend:
         self._graphed = cuda_graph
         self._graph = graph
         self._start_steps()
-        with torch.cuda.device(self.device):
+        with current(self.device):
             self.engine = self._deserialize(plan)
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
@@ -77,8 +78,9 @@ class TensorRTBackend:
         why_not = cls.refusal(folder, options.torch_device)
         if why_not:
             raise ValueError(f"{plan} cannot run here: {why_not}")
-        if options.fp8_attention:
-            raise ValueError("fp8_attention is an option of the pytorch backend: say backend='pytorch'")
+        for name in ("compile", "fp8_attention"):
+            if getattr(options, name):
+                raise ValueError(f"{name} is an option of the pytorch backend: say backend='pytorch'")
         if not options.trust:
             check_trust(folder, plan)
         own_communicators = folder.builder == "trtllm"
@@ -107,7 +109,8 @@ class TensorRTBackend:
         return engine
 
     def __call__(self, inputs: Inputs, timesteps: torch.Tensor | None = None) -> torch.Tensor:
-        return self._step(inputs)
+        with current(self.device):
+            return self._step(inputs)
 
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         raise ValueError("intermediates: the tensorrt backend keeps none; open the engine with backend='pytorch'")
@@ -119,7 +122,7 @@ class TensorRTBackend:
                 "the plan's weights cannot be replaced, because it was built without --refit: build it again with "
                 "--refit, or use the pytorch backend"
             )
-        with torch.cuda.device(self.device):
+        with current(self.device):
             torch.cuda.synchronize(self.device)
             try:
                 refit(self.engine, self._graph(), names, read)
@@ -128,11 +131,12 @@ class TensorRTBackend:
 
     def profile(self, inputs: Inputs, repeats: int) -> dict[str, float]:
         """As `Backend.profile`; TensorRT names a fused layer after the layers that it consists of."""
-        timer, context = layer_timer(), self._new_context()
-        self._execute(context, inputs)  # warm-up
-        context.profiler = timer
-        for _ in range(repeats):
-            self._execute(context, inputs)
+        with current(self.device):
+            timer, context = layer_timer(), self._new_context()
+            self._execute(context, inputs)  # warm-up
+            context.profiler = timer
+            for _ in range(repeats):
+                self._execute(context, inputs)
         return {name: ms / repeats for name, ms in timer.ms.items()}
 
     def _new_context(self):
