@@ -77,6 +77,7 @@ docs/features
 docs/fp8
 docs/from-tensorrt-llm
 docs/several-machines
+docs/serving
 docs/faults
 docs/extending
 docs/tested
