@@ -261,6 +261,8 @@ class BuildConfig(Config):
     """The optimization profile and optional inputs of a build. Batch sizes are in rows, as in `Sizes`."""
 
     max_batch_size: int = Field(ge=1, le=MAX_BATCH, strict=True)
+    opt_batch_size: int | None = Field(None, ge=1, strict=True)
+    """None: half of the largest, as TensorRT-LLM does."""
     min_resolution: Resolution
     opt_resolution: Resolution
     max_resolution: Resolution
@@ -277,6 +279,8 @@ class BuildConfig(Config):
 
     @model_validator(mode="after")
     def _ordered(self):
+        if (self.opt_batch_size or 0) > self.max_batch_size:
+            raise ValueError(f"opt_batch_size {self.opt_batch_size} must not exceed max_batch_size {self.max_batch_size}")
         for low, high in (("min", "opt"), ("opt", "max")):
             fewer, more = (getattr(self, f"{end}_text_tokens") for end in (low, high))
             if fewer > more:
@@ -299,8 +303,8 @@ class BuildConfig(Config):
 
     def batches(self, cfg_size: int) -> tuple[int, int, int]:
         """(min, opt, max) batch: multiples of `cfg_size`, so that every cfg rank gets the same number of rows."""
-        middle = -(-self.max_batch_size // (2 * cfg_size)) * cfg_size
-        return cfg_size, middle, self.max_batch_size
+        half = -(-self.max_batch_size // (2 * cfg_size)) * cfg_size
+        return cfg_size, self.opt_batch_size or half, self.max_batch_size
 
     def sizes(self, cfg_size: int) -> tuple[Sizes, Sizes, Sizes]:
         """(min, opt, max) sizes."""

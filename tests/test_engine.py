@@ -108,6 +108,7 @@ def test_default_profile(case):
         (dict(max_text_tokens=200), "build options: opt_text_tokens 333 must not exceed max_text_tokens 200"),
         (dict(max_batch_size=0), "max_batch_size"),
         (dict(max_batch_size=3, cfg_size=2), "max_batch_size 3 must be even"),
+        (dict(max_batch_size=4, opt_batch_size=1, cfg_size=2), "opt_batch_size 1 must be even"),
         (dict(cfg_size=3), "cfg_size"),
         (dict(cp_size=0), "cp_size"),
         (dict(cfg_size=0), "cfg_size"),

@@ -104,6 +104,13 @@ def test_batches_of_a_profile(rows, cfg):
     assert middle % cfg == 0 and high <= 2 * middle <= high + 2 * cfg and middle <= high
 
 
+def test_the_batch_to_optimize_for():
+    sizes = dict.fromkeys(("min_resolution", "opt_resolution", "max_resolution"), Resolution.read(64))
+    assert BuildConfig(max_batch_size=8, opt_batch_size=2, **sizes).batches(1) == (1, 2, 8)
+    with pytest.raises(ValueError, match="opt_batch_size 4 must not exceed max_batch_size 2"):
+        BuildConfig(max_batch_size=2, opt_batch_size=4, **sizes)
+
+
 def test_number_of_processes():
     check_launch(Layout(tp_size=2, cfg_size=2), 4)
     with pytest.raises(

@@ -33,6 +33,7 @@ def build(
     output_dir: str | Path = "engine_outputs",
     *,
     max_batch_size: int = 2,
+    opt_batch_size: int | None = None,
     min_resolution: str | None = None,
     opt_resolution: str | None = None,
     max_resolution: str | None = None,
@@ -59,6 +60,7 @@ def build(
         checkpoint_dir: a checkpoint folder of `convert` or of TensorRT-LLM (<= 1.2.1).
         output_dir: the engine folder to write.
         max_batch_size: rows of the largest batch; classifier-free guidance uses two per image.
+        opt_batch_size: rows to optimize for; by default half of max_batch_size.
         min_resolution: smallest image, HEIGHTxWIDTH in pixels; by default a quarter of the model's default side.
         opt_resolution: the size to optimize for; by default the model's.
         max_resolution: largest image; by default 1.5 times the model's default side.
@@ -101,6 +103,7 @@ def build(
     config = BuildConfig.parse(
         {
             "max_batch_size": max_batch_size,
+            "opt_batch_size": opt_batch_size,
             "min_resolution": Resolution.read(low if min_resolution is None else min_resolution),
             "opt_resolution": Resolution.read(middle if opt_resolution is None else opt_resolution),
             "max_resolution": Resolution.read(high if max_resolution is None else max_resolution),

@@ -100,8 +100,9 @@ def check_build(model: ModelConfig, build: BuildConfig, layout: Layout) -> None:
     """Raises `ValueError` if profile, layout and model do not match."""
     for resolution in build.resolutions:
         check_resolution(model, resolution, build.vae_scale_factor)
-    if build.max_batch_size % layout.cfg_size:
-        raise ValueError(f"max_batch_size {build.max_batch_size} must be even: cfg_size=2 halves the batch")
+    for name in ("max_batch_size", "opt_batch_size"):
+        if (getattr(build, name) or 0) % layout.cfg_size:
+            raise ValueError(f"{name} {getattr(build, name)} must be even: cfg_size=2 halves the batch")
     model.check_layout(layout)
 
 
