@@ -13,6 +13,7 @@ from mmdit_lib.engine.build import define
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.logger import logger
 from mmdit_lib.network.trt import dtype_name, trt
+from mmdit_lib.reports.inspection import inspect
 from mmdit_lib.reports.reference import load_reference
 from mmdit_lib.sd3 import SD3
 
@@ -50,6 +51,7 @@ def test_what_a_checkpoint_contains(name):
         assert 224 < exact.abs().max() / scale <= 448
         assert torch.equal(stored.float() * scale, fp8.rounded(exact, scale))
     assert all(x.dtype == torch.float32 for n, x in weights.items() if n.rpartition(".")[0] not in modules)
+    assert inspect(folder).parameters == sum(x.numel() for x in reference.values()), "scales are not parameters"
 
 
 @pytest.mark.parametrize("name", fp8.MODELS)
