@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import cached_property
@@ -139,10 +139,11 @@ class MMDiTRunner:
             `return_dict=False`, in a tuple.
 
         Raises:
+            TypeError: for more positional arguments than diffusers' transformer has, or an argument given twice.
             ValueError: for a shape outside the engine's profile, an unsupported argument, NaN or infinity.
         """
         folder, special = self.folder, self.folder.architecture.pipelines
-        arguments = dict(zip(special.ARGUMENTS, positional, strict=False)) | arguments
+        arguments = by_name(special.ARGUMENTS, positional, arguments)
         return_dict = arguments.pop("return_dict", True)
         inputs = {tensor.name: arguments.pop(tensor.name, None) for tensor in folder.inputs}
         inputs |= special.to_inputs(arguments, folder.model, folder.build_config)
@@ -254,6 +255,16 @@ class MMDiTRunner:
             f"save_pretrained: the transformer is the engine {self.folder.path}, which diffusers cannot save; open "
             "that folder again with load_pipeline, or write its checkpoint as diffusers' transformer with mmdit export"
         )
+
+
+def by_name(names: Sequence[str], positional: Sequence[object], named: Mapping[str, object]) -> dict[str, object]:
+    """The arguments of a call by name. Raises `TypeError`, as Python does, if one is surplus or given twice."""
+    if len(positional) > len(names):
+        raise TypeError(f"{len(positional)} positional arguments: give at most {len(names)}, {', '.join(names)}")
+    found = dict(zip(names, positional, strict=False))
+    if twice := [name for name in found if name in named]:
+        raise TypeError(f"got multiple values for argument '{twice[0]}'")
+    return found | dict(named)
 
 
 def with_changes(options: RunnerOptions, changes: Mapping[str, object]) -> RunnerOptions:

@@ -195,6 +195,15 @@ def test_refused_arguments(case, changes, words):
     assert "\n" not in str(error.value)
 
 
+def test_arguments_are_bound_as_by_python(case):
+    inputs = case.inputs(patches=(4, 6))
+    assert torch.equal(case.runner()(*inputs.values(), None, None, False)[0], call(case).sample)
+    with pytest.raises(TypeError, match=r"^9 positional arguments: give at most 8, hidden_states, .*, skip_layers$"):
+        case.runner()(*inputs.values(), None, None, True, None, None)
+    with pytest.raises(TypeError, match=r"^got multiple values for argument 'timestep'$"):
+        case.runner()(*inputs.values(), timestep=inputs["timestep"])
+
+
 def test_harmless_arguments(case):
     expected = call(case).sample
     for harmless in (
