@@ -21,7 +21,7 @@ from .engine.adapters import Adapters
 from .engine.backend import Backend, RunnerOptions
 from .engine.backends import choose_backend
 from .engine.folder import EngineFolder
-from .engine.inputs import check_shapes, default_inputs, input_dtype
+from .engine.inputs import check_names, check_shapes, default_inputs, input_dtype
 
 log = logging.getLogger("mmdit_lib")
 
@@ -157,7 +157,7 @@ class MMDiTRunner:
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """`inputs` by name, as for a call, on any device -> prediction [B, C, H, W] in the engine's dtype.
 
-        Raises `ValueError` as a call does.
+        Raises `ValueError` as a call does, and for an input that the engine does not have.
         """
         prepared, batch = self.prepare(inputs)
         with self._named_step(prepared):
@@ -211,7 +211,7 @@ class MMDiTRunner:
     def intermediates(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every named value of the network, by module path or layer name.
 
-        Raises `ValueError` as a call does, and if the backend does not keep them.
+        Raises `ValueError` as `run` does, and if the backend does not keep them.
         """
         with parallel.doing("computing every value of the network"):
             return self.backend.intermediates(self.prepare(inputs)[0])
@@ -220,9 +220,7 @@ class MMDiTRunner:
         """Check inputs against the profile; returns them on the engine's device in its dtypes, and the batch size."""
         table, cfg_size = self.folder.inputs, self.folder.layout.cfg_size
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        missing = [tensor.name for tensor in table if tensor.default is None and tensor.name not in inputs]
-        if missing:
-            raise ValueError(f"missing input {', '.join(missing)}")
+        check_names(self.folder, inputs)
         sizes = check_shapes(self.folder, {name: tuple(value.shape) for name, value in inputs.items()})
         # CFG parallelism halves the batch; a single row (guidance off) is computed twice.
         odd = sizes.batch % cfg_size

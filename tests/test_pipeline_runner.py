@@ -204,6 +204,17 @@ def test_arguments_are_bound_as_by_python(case):
         case.runner()(*inputs.values(), timestep=inputs["timestep"])
 
 
+def test_unknown_inputs(case):
+    given = case.inputs() | {"guidance": torch.ones(2)}
+    known = "hidden_states, encoder_hidden_states, pooled_projections, timestep"
+    with pytest.raises(ValueError, match=f"^unknown input guidance: the engine's inputs are {known}$"):
+        case.runner().run(given)
+    residual = "block_controlnet_hidden_states_0"
+    words = f"^unknown input {residual}: .* controlnet_residuals=0; build with --controlnet_residuals$"
+    with pytest.raises(ValueError, match=words):
+        case.runner().run(case.inputs() | {residual: torch.ones(1)})
+
+
 def test_harmless_arguments(case):
     expected = call(case).sample
     for harmless in (
@@ -227,11 +238,14 @@ def test_harmless_arguments(case):
         (dict(tokens=590), "590 text tokens are outside the engine's 77 to 589"),
         (dict(patches=(1, 8)), "height 16 is outside the engine's 32 to 320 pixels"),
         (dict(patches=(8, 21)), "width 336 is outside the engine's 32 to 320 pixels"),
+        (dict(patches=(0, 8)), "height 0 is outside the engine's 32 to 320 pixels"),
+        (dict(patches=(8192, 2)), "height 131072 is outside the engine's 32 to 320 pixels"),
     ],
 )
 def test_outside_the_profile(case, sizes, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         case.runner().run(case.inputs(**sizes))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
