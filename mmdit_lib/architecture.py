@@ -18,6 +18,8 @@ from .network.network import Tensor
 from .network.tensor_parallel import Sharding
 
 Shapes = Mapping[str, tuple[int, ...]]
+Weights = Callable[[], Mapping[str, torch.Tensor]]
+"""Reads a checkpoint's tensors, by name."""
 
 
 class ModelConfig(Config, ABC):
@@ -169,7 +171,7 @@ class Pipelines(Protocol):
     """Names of the arguments of diffusers' transformer, in its order."""
     ADDED_COMPONENTS: tuple[str, ...]
     """Components that are not in a pipeline's folder; a user passes them with a pipeline class that accepts them."""
-    ATTRIBUTES: Mapping[str, Callable[[ModelConfig, Mapping[str, torch.Tensor]], Any]]
+    ATTRIBUTES: Mapping[str, Callable[[ModelConfig, Weights], Any]]
     """What pipelines read from diffusers' transformer besides its config, from config and checkpoint tensors."""
 
     def default_class(self) -> type: ...

@@ -49,6 +49,7 @@ class MMDiTRunner:
         *,
         rank: int = 0,
         check_finite: bool = True,
+        verify: bool = True,
         checkpoint_dir: str | Path | None = None,
         adapters: Adapters | None = None,
     ):
@@ -57,6 +58,7 @@ class MMDiTRunner:
         self.reason = reason
         self.rank = rank
         self.check_finite = check_finite
+        self.verify = verify
         self.checkpoint_dir = checkpoint_dir
         self.dtype = TORCH_DTYPES[folder.dtype]
         self.device = backend.device
@@ -73,13 +75,25 @@ class MMDiTRunner:
         return FrozenDict(self.folder.model.to_diffusers())
 
     def __getattr__(self, name: str):
-        """What a pipeline reads from diffusers' transformer besides its config, computed from the checkpoint's file."""
+        """What a pipeline reads from diffusers' transformer besides its config; computed once, if need be from weights.
+
+        Raises `AttributeError` also if it needs the checkpoint, which cannot be opened.
+        """
         folder = vars(self).get("folder")
         if folder is None or name not in folder.architecture.pipelines.ATTRIBUTES:
             raise AttributeError(f"{type(self).__name__} has no attribute {name}")
-        tp_rank = folder.layout.at(self.rank).tp_rank
-        weights = folder.open_checkpoint(self.checkpoint_dir, tp_rank=tp_rank).weights(tp_rank)
-        return folder.architecture.pipelines.ATTRIBUTES[name](folder.model, weights)
+        try:
+            value = folder.architecture.pipelines.ATTRIBUTES[name](folder.model, self._weights)
+        except (ValueError, OSError) as error:
+            raise AttributeError(f"{type(self).__name__}.{name}: {error}") from error
+        setattr(self, name, value)
+        return value
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors of this rank, memory-mapped. Raises `ValueError` if it cannot be opened."""
+        tp_rank = self.folder.layout.at(self.rank).tp_rank
+        checkpoint = self.folder.open_checkpoint(self.checkpoint_dir, verify=self.verify, tp_rank=tp_rank)
+        return checkpoint.weights(tp_rank)
 
     @classmethod
     def from_engine(cls, engine_dir: str | Path, options: RunnerOptions | None = None, **changes) -> MMDiTRunner:
@@ -122,6 +136,7 @@ class MMDiTRunner:
             reason,
             rank=team.rank if team else 0,
             check_finite=options.check_finite,
+            verify=options.verify,
             checkpoint_dir=options.checkpoint_dir,
             adapters=Adapters(folder, opened, options, team),
         )

@@ -20,6 +20,7 @@ from mmdit_lib import MMDiTRunner, install, load_pipeline
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine.build import build
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.files import FileRecord
 from training.random_pipeline import make_random_pipeline
 
 CALL = dict(prompt="a small red circle", num_inference_steps=3, guidance_scale=4.0)
@@ -213,6 +214,18 @@ def test_unknown_inputs(case):
     words = f"^unknown input {residual}: .* controlnet_residuals=0; build with --controlnet_residuals$"
     with pytest.raises(ValueError, match=words):
         case.runner().run(case.inputs() | {residual: torch.ones(1)})
+
+
+def test_only_what_needs_weights_reads_the_checkpoint(case, tmp_path, monkeypatch):
+    """As `verify` says; without a checkpoint, what needs none is there."""
+    monkeypatch.setattr(FileRecord, "verify", lambda *_: pytest.fail("read the whole file"))
+    assert case.open(verify=False).pos_embed.proj.weight.isfinite().all()
+    runner = case.open(verify=False)
+    runner.checkpoint_dir = tmp_path / "gone"
+    assert runner.inner_dim == case.config.hidden_size
+    assert not hasattr(runner, "pos_embed")
+    with pytest.raises(AttributeError, match=r"pos_embed: weights are read from .*; give its path with"):
+        runner.pos_embed  # noqa: B018
 
 
 def test_harmless_arguments(case):
