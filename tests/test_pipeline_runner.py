@@ -142,6 +142,13 @@ def test_load_pipeline_does_not_read_diffusers_weights(model, engine, monkeypatc
     assert pipe.dtype == torch.float32 and pipe.vae.dtype == torch.float32
 
 
+def test_torch_dtype_is_diffusers_older_name_of_dtype(model, engine):
+    pipe = load_pipeline(model, engine, device="cpu", torch_dtype=torch.bfloat16)
+    assert pipe.vae.dtype == torch.bfloat16 and pipe.transformer.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"^dtype torch.float32 and torch_dtype torch.bfloat16: give only dtype$"):
+        load_pipeline(model, engine, dtype=torch.float32, torch_dtype=torch.bfloat16)
+
+
 def test_no_pickle_is_loaded(model, engine, tmp_path):
     shutil.copytree(model, tmp_path / "pickled")
     vae = tmp_path / "pickled" / "vae"
