@@ -90,6 +90,10 @@ def install(pipe, runner: MMDiTRunner):
     """Replace a pipeline's transformer, or set a missing one, with `runner`. Returns the pipeline.
 
     Its `save_pretrained` raises `ValueError` as long as its transformer is a runner.
+
+    A pipeline made from its components, `StableDiffusion3Img2ImgPipeline(**pipe.components)`, needs no `install`, even
+    after `pipe` is deleted: it shares the scheduler, from which the runner reads the timesteps. If it has a scheduler
+    of its own, install the runner in it too; otherwise its results are the same, but nothing is computed ahead.
     """
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
@@ -97,14 +101,24 @@ def install(pipe, runner: MMDiTRunner):
     # runner's `save_pretrained`, but after it has saved other components, so this pipeline's own asks the runner first.
     LOADABLE_CLASSES["mmdit_lib"] = {"MMDiTRunner": ["save_pretrained", "from_pretrained"]}
     pipe.register_modules(transformer=runner)
-    runner.timesteps = partial(_timesteps, weakref.ref(pipe))
+    runner.timesteps = Timesteps(pipe)
     pipe.save_pretrained = partial(_save_pretrained, weakref.proxy(pipe))  # a cycle would delay freeing the memory
     runner.folder.architecture.pipelines.adapt(pipe, runner.folder.model)
     return pipe
 
 
-def _timesteps(pipe: weakref.ref) -> torch.Tensor | None:
-    return getattr(getattr(pipe(), "scheduler", None), "timesteps", None)
+class Timesteps:
+    """Those of a pipeline's scheduler, which may be replaced; when the pipeline is gone, of the last one known.
+
+    The runner holds no reference to the pipeline, which has one to it: a cycle would delay freeing the memory.
+    """
+
+    def __init__(self, pipe):
+        self._pipe, self._scheduler = weakref.ref(pipe), getattr(pipe, "scheduler", None)
+
+    def __call__(self) -> torch.Tensor | None:
+        self._scheduler = getattr(self._pipe(), "scheduler", self._scheduler)
+        return getattr(self._scheduler, "timesteps", None)
 
 
 def _save_pretrained(pipe, *arguments, **options) -> None:
