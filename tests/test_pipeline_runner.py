@@ -149,6 +149,11 @@ def test_torch_dtype_is_diffusers_older_name_of_dtype(model, engine):
         load_pipeline(model, engine, dtype=torch.float32, torch_dtype=torch.bfloat16)
 
 
+def test_a_model_in_the_home_folder(model, engine, monkeypatch):
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert load_pipeline(f"~/{model.name}", engine, device="cpu").vae.dtype == torch.float32
+
+
 def test_no_pickle_is_loaded(model, engine, tmp_path):
     shutil.copytree(model, tmp_path / "pickled")
     vae = tmp_path / "pickled" / "vae"
