@@ -18,6 +18,8 @@ from .network.network import Tensor
 from .network.tensor_parallel import Sharding
 
 Shapes = Mapping[str, tuple[int, ...]]
+Weights = Callable[[], Mapping[str, torch.Tensor]]
+"""Reads a checkpoint's tensors, by name."""
 
 
 class ModelConfig(Config, ABC):
@@ -169,7 +171,7 @@ class Pipelines(Protocol):
     """Names of the arguments of diffusers' transformer, in its order."""
     ADDED_COMPONENTS: tuple[str, ...]
     """Components that are not in a pipeline's folder; a user passes them with a pipeline class that accepts them."""
-    ATTRIBUTES: Mapping[str, Callable[[ModelConfig, Mapping[str, torch.Tensor]], Any]]
+    ATTRIBUTES: Mapping[str, Callable[[ModelConfig, Weights], Any]]
     """What pipelines read from diffusers' transformer besides its config, from config and checkpoint tensors."""
 
     def default_class(self) -> type: ...
@@ -207,6 +209,7 @@ class Architecture:
         define: adds the full network: config, inputs by name, build options -> output.
         inputs: the inputs of every network, in the order of the transformer's arguments.
         optional_inputs: the inputs that build options add to them.
+        input_options: the names of these options (fields of `BuildConfig`), by the start of the inputs' names.
         output: the network's output.
         shardings: tensor-parallel tables by layout.
         full_precision: linear layers that are not quantized with the others.
@@ -228,6 +231,7 @@ class Architecture:
     define: Callable[[ModelConfig, dict[str, Tensor], BuildConfig], Tensor]
     inputs: tuple[Input, ...]
     optional_inputs: Callable[[ModelConfig, BuildConfig], tuple[Input, ...]]
+    input_options: Mapping[str, str]
     output: Input
     shardings: Mapping[TpLayout, Sharding]
     full_precision: tuple[Kept, ...]

@@ -5,6 +5,7 @@ Field names are diffusers' (models), TensorRT-LLM's (parallel sizes, build).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from reprlib import Repr
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 TpLayout = Literal["megatron", "trtllm"]
@@ -321,7 +322,7 @@ class PlanOptions(Config):
     """0 (fastest build) to 5 (fastest plan)"""
     workspace: str | None = None
     """most scratch memory that a layer may use, for instance 512MiB or 8GiB; a plain number is in MiB"""
-    timing_cache: Path | None = None
+    timing_cache: Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))] | None = None
     """file with the kernel timings of earlier builds; it is read if it exists, and written when the plan is built"""
     profiling_verbosity: Literal["none", "layer_names_only", "detailed"] | None = None
     """what the plan records about its layers, for profilers and TensorRT's engine inspector"""

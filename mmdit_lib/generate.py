@@ -61,16 +61,19 @@ def generate(
         device: by default CUDA if available.
         adapters: LoRAs, as for `MMDiTRunner.set_adapters`.
         runner_options: how to open the engine, as for `load_pipeline`.
-        call_options: for the pipeline's call, for instance `num_inference_steps` or `skip_guidance_layers`.
+        call_options: for the pipeline's call, for instance `num_inference_steps` or `skip_guidance_layers`; for several
+            images in one call (`num_images_per_prompt`), call a pipeline from `load_pipeline`.
 
     Raises:
-        ValueError: before anything is loaded, if steps or guidance are invalid, a size is outside the engine's profile
-            or a LoRA does not fit the model; then as `load_pipeline`.
+        ValueError: before anything is loaded, if steps or guidance are invalid, more than one image is requested, a
+            size is outside the engine's profile or a LoRA does not fit the model; then as `load_pipeline`.
     """
     if call_options.get("num_inference_steps", 1) < 1:
         raise ValueError(f"num_inference_steps {call_options['num_inference_steps']}: give 1 or more")
     if not math.isfinite(call_options.get("guidance_scale", 1)):
         raise ValueError(f"guidance_scale {call_options['guidance_scale']}: give a finite number")
+    if (images := call_options.get("num_images_per_prompt", 1)) != 1:
+        raise ValueError(f"num_images_per_prompt {images}: generate draws one image; for several, use load_pipeline")
     folder = EngineFolder.open(engine_dir)
     size = Resolution.read(resolution or folder.build_config.opt_resolution)
     check_sizes(

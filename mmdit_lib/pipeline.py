@@ -29,6 +29,7 @@ def load_pipeline(
     pipeline_class: type | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype | None = None,
     runner_options: RunnerOptions | Mapping[str, Any] | None = None,
     encode_on_rank_0: bool = False,
     **options,
@@ -43,16 +44,19 @@ def load_pipeline(
         device: device of all components; by default CUDA if available.
         dtype: dtype of the other components; by default the engine's on a GPU or with a ControlNet, otherwise float32
             on a CPU, where half precision is slower.
+        torch_dtype: diffusers' older name of `dtype`.
         runner_options: how to open the engine: a `RunnerOptions`, or a mapping with some of its fields.
         encode_on_rank_0: over MPI, load the text encoders on rank 0 only, for `sample`.
         options: passed to `from_pretrained`; a component that the pipeline's folder lacks (`controlnet`) is passed to
             the pipeline class, on the same device and in the same dtype as the others.
 
     Raises:
-        ValueError: if a component is given without a pipeline class for it, the engine folder is damaged, or the
-            backend cannot run here.
+        ValueError: if both `dtype` and `torch_dtype` are given, or a component without a pipeline class for it, the
+            engine folder is damaged, or the backend cannot run here.
         OSError: from diffusers, if `model` cannot be found or downloaded.
     """
+    if dtype is not None and torch_dtype is not None:
+        raise ValueError(f"dtype {dtype} and torch_dtype {torch_dtype}: give only dtype")
     special = EngineFolder.open(engine_dir).architecture.pipelines
     added = {name: options.pop(name) for name in special.ADDED_COMPONENTS if options.get(name)}
     if added and pipeline_class is None:
@@ -66,7 +70,7 @@ def load_pipeline(
         runner_options = with_changes(runner_options, {"device": device})
     runner = MMDiTRunner.from_engine(engine_dir, runner_options)
     # Pipelines prepare images for added components in the transformer's dtype.
-    dtype = dtype or (runner.dtype if runner.device.type == "cuda" or added else torch.float32)
+    dtype = dtype or torch_dtype or (runner.dtype if runner.device.type == "cuda" or added else torch.float32)
     left_out = ["transformer", *(special.TEXT_ENCODERS if encode_on_rank_0 and runner.rank else ())]
     options = {"use_safetensors": True, **dict.fromkeys(left_out), **dtype_option(dtype), **options}
     default_class = special.default_class()
@@ -86,6 +90,10 @@ def install(pipe, runner: MMDiTRunner):
     """Replace a pipeline's transformer, or set a missing one, with `runner`. Returns the pipeline.
 
     Its `save_pretrained` raises `ValueError` as long as its transformer is a runner.
+
+    A pipeline made from its components, `StableDiffusion3Img2ImgPipeline(**pipe.components)`, needs no `install`, even
+    after `pipe` is deleted: it shares the scheduler, from which the runner reads the timesteps. If it has a scheduler
+    of its own, install the runner in it too; otherwise its results are the same, but nothing is computed ahead.
     """
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
@@ -93,14 +101,24 @@ def install(pipe, runner: MMDiTRunner):
     # runner's `save_pretrained`, but after it has saved other components, so this pipeline's own asks the runner first.
     LOADABLE_CLASSES["mmdit_lib"] = {"MMDiTRunner": ["save_pretrained", "from_pretrained"]}
     pipe.register_modules(transformer=runner)
-    runner.timesteps = partial(_timesteps, weakref.ref(pipe))
+    runner.timesteps = Timesteps(pipe)
     pipe.save_pretrained = partial(_save_pretrained, weakref.proxy(pipe))  # a cycle would delay freeing the memory
     runner.folder.architecture.pipelines.adapt(pipe, runner.folder.model)
     return pipe
 
 
-def _timesteps(pipe: weakref.ref) -> torch.Tensor | None:
-    return getattr(getattr(pipe(), "scheduler", None), "timesteps", None)
+class Timesteps:
+    """Those of a pipeline's scheduler, which may be replaced; when the pipeline is gone, of the last one known.
+
+    The runner holds no reference to the pipeline, which has one to it: a cycle would delay freeing the memory.
+    """
+
+    def __init__(self, pipe):
+        self._pipe, self._scheduler = weakref.ref(pipe), getattr(pipe, "scheduler", None)
+
+    def __call__(self) -> torch.Tensor | None:
+        self._scheduler = getattr(self._pipe(), "scheduler", self._scheduler)
+        return getattr(self._scheduler, "timesteps", None)
 
 
 def _save_pretrained(pipe, *arguments, **options) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import cached_property
@@ -21,7 +21,7 @@ from .engine.adapters import Adapters
 from .engine.backend import Backend, RunnerOptions
 from .engine.backends import choose_backend
 from .engine.folder import EngineFolder
-from .engine.inputs import check_shapes, default_inputs, input_dtype
+from .engine.inputs import check_names, check_shapes, default_inputs, input_dtype
 
 log = logging.getLogger("mmdit_lib")
 
@@ -49,6 +49,7 @@ class MMDiTRunner:
         *,
         rank: int = 0,
         check_finite: bool = True,
+        verify: bool = True,
         checkpoint_dir: str | Path | None = None,
         adapters: Adapters | None = None,
     ):
@@ -57,6 +58,7 @@ class MMDiTRunner:
         self.reason = reason
         self.rank = rank
         self.check_finite = check_finite
+        self.verify = verify
         self.checkpoint_dir = checkpoint_dir
         self.dtype = TORCH_DTYPES[folder.dtype]
         self.device = backend.device
@@ -73,13 +75,25 @@ class MMDiTRunner:
         return FrozenDict(self.folder.model.to_diffusers())
 
     def __getattr__(self, name: str):
-        """What a pipeline reads from diffusers' transformer besides its config, computed from the checkpoint's file."""
+        """What a pipeline reads from diffusers' transformer besides its config; computed once, if need be from weights.
+
+        Raises `AttributeError` also if it needs the checkpoint, which cannot be opened.
+        """
         folder = vars(self).get("folder")
         if folder is None or name not in folder.architecture.pipelines.ATTRIBUTES:
             raise AttributeError(f"{type(self).__name__} has no attribute {name}")
-        tp_rank = folder.layout.at(self.rank).tp_rank
-        weights = folder.open_checkpoint(self.checkpoint_dir, tp_rank=tp_rank).weights(tp_rank)
-        return folder.architecture.pipelines.ATTRIBUTES[name](folder.model, weights)
+        try:
+            value = folder.architecture.pipelines.ATTRIBUTES[name](folder.model, self._weights)
+        except (ValueError, OSError) as error:
+            raise AttributeError(f"{type(self).__name__}.{name}: {error}") from error
+        setattr(self, name, value)
+        return value
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors of this rank, memory-mapped. Raises `ValueError` if it cannot be opened."""
+        tp_rank = self.folder.layout.at(self.rank).tp_rank
+        checkpoint = self.folder.open_checkpoint(self.checkpoint_dir, verify=self.verify, tp_rank=tp_rank)
+        return checkpoint.weights(tp_rank)
 
     @classmethod
     def from_engine(cls, engine_dir: str | Path, options: RunnerOptions | None = None, **changes) -> MMDiTRunner:
@@ -122,6 +136,7 @@ class MMDiTRunner:
             reason,
             rank=team.rank if team else 0,
             check_finite=options.check_finite,
+            verify=options.verify,
             checkpoint_dir=options.checkpoint_dir,
             adapters=Adapters(folder, opened, options, team),
         )
@@ -139,10 +154,11 @@ class MMDiTRunner:
             `return_dict=False`, in a tuple.
 
         Raises:
+            TypeError: for more positional arguments than diffusers' transformer has, or an argument given twice.
             ValueError: for a shape outside the engine's profile, an unsupported argument, NaN or infinity.
         """
         folder, special = self.folder, self.folder.architecture.pipelines
-        arguments = dict(zip(special.ARGUMENTS, positional, strict=False)) | arguments
+        arguments = by_name(special.ARGUMENTS, positional, arguments)
         return_dict = arguments.pop("return_dict", True)
         inputs = {tensor.name: arguments.pop(tensor.name, None) for tensor in folder.inputs}
         inputs |= special.to_inputs(arguments, folder.model, folder.build_config)
@@ -156,7 +172,7 @@ class MMDiTRunner:
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """`inputs` by name, as for a call, on any device -> prediction [B, C, H, W] in the engine's dtype.
 
-        Raises `ValueError` as a call does.
+        Raises `ValueError` as a call does, and for an input that the engine does not have.
         """
         prepared, batch = self.prepare(inputs)
         with self._named_step(prepared):
@@ -210,7 +226,7 @@ class MMDiTRunner:
     def intermediates(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every named value of the network, by module path or layer name.
 
-        Raises `ValueError` as a call does, and if the backend does not keep them.
+        Raises `ValueError` as `run` does, and if the backend does not keep them.
         """
         with parallel.doing("computing every value of the network"):
             return self.backend.intermediates(self.prepare(inputs)[0])
@@ -219,9 +235,7 @@ class MMDiTRunner:
         """Check inputs against the profile; returns them on the engine's device in its dtypes, and the batch size."""
         table, cfg_size = self.folder.inputs, self.folder.layout.cfg_size
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        missing = [tensor.name for tensor in table if tensor.default is None and tensor.name not in inputs]
-        if missing:
-            raise ValueError(f"missing input {', '.join(missing)}")
+        check_names(self.folder, inputs)
         sizes = check_shapes(self.folder, {name: tuple(value.shape) for name, value in inputs.items()})
         # CFG parallelism halves the batch; a single row (guidance off) is computed twice.
         odd = sizes.batch % cfg_size
@@ -254,6 +268,16 @@ class MMDiTRunner:
             f"save_pretrained: the transformer is the engine {self.folder.path}, which diffusers cannot save; open "
             "that folder again with load_pipeline, or write its checkpoint as diffusers' transformer with mmdit export"
         )
+
+
+def by_name(names: Sequence[str], positional: Sequence[object], named: Mapping[str, object]) -> dict[str, object]:
+    """The arguments of a call by name. Raises `TypeError`, as Python does, if one is surplus or given twice."""
+    if len(positional) > len(names):
+        raise TypeError(f"{len(positional)} positional arguments: give at most {len(names)}, {', '.join(names)}")
+    found = dict(zip(names, positional, strict=False))
+    if twice := [name for name in found if name in named]:
+        raise TypeError(f"got multiple values for argument '{twice[0]}'")
+    return found | dict(named)
 
 
 def with_changes(options: RunnerOptions, changes: Mapping[str, object]) -> RunnerOptions:

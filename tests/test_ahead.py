@@ -4,11 +4,12 @@ Tolerances as in test_network: float32 5e-6 of the norm; a GEMM with more rows m
 """
 
 import time
+import weakref
 from itertools import count
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Img2ImgPipeline
 from helpers import MODELS, case, relative_error
 
 from mmdit_lib import load_pipeline
@@ -160,6 +161,19 @@ def test_in_a_pipeline(call, calls, engine):
         found.append(pipe("a red circle", num_inference_steps=10, generator=generator, **size, **call).images)
     assert relative_error(found[1], found[0]) <= 100 * LIMIT, "guidance multiplies errors, and ten steps add them up"
     assert counted.rows[1:] == [ROWS] * calls
+
+
+def test_a_pipeline_made_from_the_components_of_another(engine):
+    """It shares the scheduler, and keeps it when the first pipeline is gone; which nothing keeps alive."""
+    first = load_pipeline("tiny", engine, device="cpu", runner_options={"backend": "pytorch"})
+    first.scheduler = FlowMatchEulerDiscreteScheduler.from_config(first.scheduler.config, shift=2.0)
+    runner, alive = first.transformer, weakref.ref(first)
+    runner.timesteps()  # as in a step
+    second = StableDiffusion3Img2ImgPipeline(**first.components)
+    del first
+    assert alive() is None, "freed without waiting for the garbage collector"
+    second.scheduler.set_timesteps(7)
+    assert torch.equal(runner.timesteps(), second.scheduler.timesteps)
 
 
 def test_a_timed_image_runs_all_steps(monkeypatch):

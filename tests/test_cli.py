@@ -177,6 +177,18 @@ def test_help_is_tyros(mmdit, arguments):
     assert code == 0 and err == "" and out.startswith("usage: mmdit") and len(out.splitlines()) > 10
 
 
+def test_demo_in_the_home_folder(mmdit, tmp_path, monkeypatch):
+    """All its files are in one place; this stops after the first stage's arguments are known."""
+
+    def stop(model, output_dir, **options):
+        raise ValueError(f"convert to {output_dir}")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("mmdit_lib.tiny.demo.convert", stop)
+    code, _, err = mmdit("demo", "--output_dir=~/demo")
+    assert code == 1 and err.strip() == f"mmdit: convert to {tmp_path / 'demo' / 'tllm_checkpoint'}"
+
+
 def test_more_ranks_than_the_engine_is_for(mmdit, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setattr("mmdit_lib.parallel.faults.end_all", lambda error: sys.exit(str(error)))

@@ -337,6 +337,7 @@ def test_the_runner_has_what_a_pipeline_reads(model, engine):
     assert runner.inner_dim == transformer.inner_dim
     expected, found = transformer.pos_embed.state_dict(), runner.pos_embed.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
+    assert runner.pos_embed is runner.pos_embed
     assert not hasattr(runner, "no_such_attribute")
 
 

@@ -13,7 +13,9 @@ from diffusers import SD3Transformer2DModel
 from helpers import NO_NORM, TINY, assert_same, original_layout, quiet, tiny_model
 from safetensors.torch import load_file, save_file
 
+from mmdit_lib import tiny
 from mmdit_lib.checkpoint import Checkpoint
+from mmdit_lib.checkpoint.hub import resolve_model
 from mmdit_lib.sd3 import SD3Config
 from mmdit_lib.sd3.tensor_parallel import SHARDINGS
 from training.random_pipeline import make_random_pipeline
@@ -131,6 +133,15 @@ def test_ranks_side_by_side_are_the_whole(model, folder, tmp_path, layout, tp):
         assert dim is not None or all(torch.equal(parts[0], p) for p in parts)
         whole[name] = parts[0] if dim is None else torch.cat(parts, dim)
     assert_same(whole, model)
+
+
+def test_names_of_models(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("tiny") == str(tiny.model_path())
+    assert resolve_model("~/tiny") == "~/tiny" and resolve_model("owner/name") == "owner/name"
+    (tmp_path / "tiny").mkdir()
+    assert resolve_model("~/tiny") == str(tmp_path / "tiny") and resolve_model(Path("tiny")) == "tiny"
 
 
 @pytest.mark.slow

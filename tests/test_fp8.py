@@ -7,12 +7,13 @@ import pytest
 import torch
 from helpers import diffusers_output, relative_error
 
-from mmdit_lib import Checkpoint, EngineFolder, MMDiTRunner
+from mmdit_lib import Checkpoint, EngineFolder, MMDiTRunner, convert
 from mmdit_lib.config import DTYPES, FP8
 from mmdit_lib.engine.build import define
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.logger import logger
 from mmdit_lib.network.trt import dtype_name, trt
+from mmdit_lib.reports.inspection import inspect
 from mmdit_lib.reports.reference import load_reference
 from mmdit_lib.sd3 import SD3
 
@@ -50,6 +51,16 @@ def test_what_a_checkpoint_contains(name):
         assert 224 < exact.abs().max() / scale <= 448
         assert torch.equal(stored.float() * scale, fp8.rounded(exact, scale))
     assert all(x.dtype == torch.float32 for n, x in weights.items() if n.rpartition(".")[0] not in modules)
+    assert inspect(folder).parameters == sum(x.numel() for x in reference.values()), "scales are not parameters"
+
+
+def test_a_pipeline_in_the_home_folder(tmp_path, monkeypatch):
+    source = fp8.pipeline("sd3-medium")
+    monkeypatch.setenv("HOME", str(source.parent))
+    options = dict(quantization="fp8", calibration_prompts=fp8.PROMPTS, progress=False)
+    folder = convert(f"~/{source.name}", tmp_path / "checkpoint", **options)
+    expected = fp8.checkpoint("sd3-medium") / "rank0.safetensors"
+    assert (folder / "rank0.safetensors").read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.parametrize("name", fp8.MODELS)

@@ -14,6 +14,7 @@ import torch
 from helpers import relative_error
 
 from mmdit_lib import Checkpoint, MMDiTRunner
+from mmdit_lib.checkpoint.quantization import rounded
 from mmdit_lib.engine import kernels
 from mmdit_lib.engine.capability import has_fp8
 from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS, fp8_linear_gelu
@@ -88,14 +89,14 @@ def test_one_layer_at_a_time():
     generator, scale = torch.Generator().manual_seed(0), torch.tensor(2.0**-5)
     x, y = (torch.randn(2, 7, 64, generator=generator).bfloat16() for _ in range(2))
     gate, a, b = (torch.randn(2, 1, 64, generator=generator).bfloat16() for _ in range(3))
-    quantized = kernels.rounded(kernels.norm_modulate(x, a, b, eps=1e-6), scale)
+    quantized = rounded(kernels.norm_modulate(x, a, b, eps=1e-6), scale)
     assert torch.equal(kernels.norm_modulate_fp8(x, a, b, scale, eps=1e-6).float(), quantized.float())
     total, normed = kernels.gated_norm_fp8(x, gate, y, a, b, scale, eps=1e-6)
     expected = kernels.gated_norm(x, gate, y, a, b, eps=1e-6)
     assert torch.equal(total, expected[0])
-    assert torch.equal(normed.float(), kernels.rounded(expected[1], scale).float())
+    assert torch.equal(normed.float(), rounded(expected[1], scale).float())
     gelu = torch.nn.functional.gelu(x, approximate="tanh")
-    assert torch.equal(kernels.gelu_fp8(x, scale).float(), kernels.rounded(gelu, scale).float())
+    assert torch.equal(kernels.gelu_fp8(x, scale).float(), rounded(gelu, scale).float())
     weight, bias = torch.randn(48, 64, generator=generator).mul(50).to(torch.float8_e4m3fn), y[0, 0, :48]
     found = fp8_linear(quantized, weight[None], scale, scale / 4, bias[None, None], to_type="bfloat16")
     wide = quantized.double() @ weight.double().T * 2.0**-12 + bias.double()

@@ -20,6 +20,7 @@ from mmdit_lib import MMDiTRunner, install, load_pipeline
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine.build import build
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.files import FileRecord
 from training.random_pipeline import make_random_pipeline
 
 CALL = dict(prompt="a small red circle", num_inference_steps=3, guidance_scale=4.0)
@@ -141,6 +142,18 @@ def test_load_pipeline_does_not_read_diffusers_weights(model, engine, monkeypatc
     assert pipe.dtype == torch.float32 and pipe.vae.dtype == torch.float32
 
 
+def test_torch_dtype_is_diffusers_older_name_of_dtype(model, engine):
+    pipe = load_pipeline(model, engine, device="cpu", torch_dtype=torch.bfloat16)
+    assert pipe.vae.dtype == torch.bfloat16 and pipe.transformer.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"^dtype torch.float32 and torch_dtype torch.bfloat16: give only dtype$"):
+        load_pipeline(model, engine, dtype=torch.float32, torch_dtype=torch.bfloat16)
+
+
+def test_a_model_in_the_home_folder(model, engine, monkeypatch):
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert load_pipeline(f"~/{model.name}", engine, device="cpu").vae.dtype == torch.float32
+
+
 def test_no_pickle_is_loaded(model, engine, tmp_path):
     shutil.copytree(model, tmp_path / "pickled")
     vae = tmp_path / "pickled" / "vae"
@@ -195,6 +208,38 @@ def test_refused_arguments(case, changes, words):
     assert "\n" not in str(error.value)
 
 
+def test_arguments_are_bound_as_by_python(case):
+    inputs = case.inputs(patches=(4, 6))
+    assert torch.equal(case.runner()(*inputs.values(), None, None, False)[0], call(case).sample)
+    with pytest.raises(TypeError, match=r"^9 positional arguments: give at most 8, hidden_states, .*, skip_layers$"):
+        case.runner()(*inputs.values(), None, None, True, None, None)
+    with pytest.raises(TypeError, match=r"^got multiple values for argument 'timestep'$"):
+        case.runner()(*inputs.values(), timestep=inputs["timestep"])
+
+
+def test_unknown_inputs(case):
+    given = case.inputs() | {"guidance": torch.ones(2)}
+    known = "hidden_states, encoder_hidden_states, pooled_projections, timestep"
+    with pytest.raises(ValueError, match=f"^unknown input guidance: the engine's inputs are {known}$"):
+        case.runner().run(given)
+    residual = "block_controlnet_hidden_states_0"
+    words = f"^unknown input {residual}: .* controlnet_residuals=0; build with --controlnet_residuals$"
+    with pytest.raises(ValueError, match=words):
+        case.runner().run(case.inputs() | {residual: torch.ones(1)})
+
+
+def test_only_what_needs_weights_reads_the_checkpoint(case, tmp_path, monkeypatch):
+    """As `verify` says; without a checkpoint, what needs none is there."""
+    monkeypatch.setattr(FileRecord, "verify", lambda *_: pytest.fail("read the whole file"))
+    assert case.open(verify=False).pos_embed.proj.weight.isfinite().all()
+    runner = case.open(verify=False)
+    runner.checkpoint_dir = tmp_path / "gone"
+    assert runner.inner_dim == case.config.hidden_size
+    assert not hasattr(runner, "pos_embed")
+    with pytest.raises(AttributeError, match=r"pos_embed: weights are read from .*; give its path with"):
+        runner.pos_embed  # noqa: B018
+
+
 def test_harmless_arguments(case):
     expected = call(case).sample
     for harmless in (
@@ -218,11 +263,14 @@ def test_harmless_arguments(case):
         (dict(tokens=590), "590 text tokens are outside the engine's 77 to 589"),
         (dict(patches=(1, 8)), "height 16 is outside the engine's 32 to 320 pixels"),
         (dict(patches=(8, 21)), "width 336 is outside the engine's 32 to 320 pixels"),
+        (dict(patches=(0, 8)), "height 0 is outside the engine's 32 to 320 pixels"),
+        (dict(patches=(8192, 2)), "height 131072 is outside the engine's 32 to 320 pixels"),
     ],
 )
 def test_outside_the_profile(case, sizes, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         case.runner().run(case.inputs(**sizes))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,13 @@ def test_wrong_values_are_named(tmp_path, options, words):
     assert words in refused(tmp_path, PlanOptions(**options))
 
 
+def test_a_timing_cache_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = PlanOptions(timing_cache=Path("~/timings.cache"))
+    assert options.timing_cache == tmp_path / "timings.cache"
+    module.check_options(options)
+
+
 def test_what_this_tensorrt_does_not_have_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(module.NEEDS, "weight_streaming", ("BuilderFlag", "NO_SUCH_FLAG"))
     said = f"weight_streaming: {installed()} has no BuilderFlag.NO_SUCH_FLAG; build without this option"

@@ -122,6 +122,10 @@ def test_an_engine_without_the_input_says_how_to_build_one():
     c = case("sd3.5-medium")
     with pytest.raises(ValueError, match=r"^skip_layers=\[1\]: .* every layer; build with --skip_layers$"):
         c.runner()(**c.inputs(), skip_layers=[1])
+    said = "^unknown input kept_layers: the engine was built with skip_layers=False; build with --skip_layers$"
+    for function in (c.runner().run, c.open(check_finite=False).run, c.runner().intermediates):
+        with pytest.raises(ValueError, match=said):
+            function(c.inputs() | {"kept_layers": torch.ones(3)})
     with pytest.raises(ValueError, match=r"kept_layers: expected num_layers 3, got 4"):
         opened("sd3.5-medium").run(c.inputs() | {"kept_layers": torch.ones(4)})
 

@@ -13,6 +13,7 @@ from helpers import mmdit, relative_error
 from ranks import run_on_ranks
 
 from mmdit_lib import MMDiTRunner, build, convert, load_pipeline
+from mmdit_lib.generate import generate
 from mmdit_lib.models import KNOWN_MODELS
 from mmdit_lib.sd3.pipelines import decode
 from training.random_pipeline import make_random_pipeline
@@ -172,6 +173,12 @@ def test_generate_refuses_before_it_loads_anything(checkpoint, tmp_path, options
     code, _, error = mmdit("generate", "a circle", "--resolution", 64, *where, *options)
     assert code == 1 and said in error and len(error.splitlines()) == 1
     assert not (tmp_path / "picture.png").exists()
+
+
+def test_generate_draws_one_image(model, engine):
+    said = "^num_images_per_prompt 2: generate draws one image; for several, use load_pipeline$"
+    with pytest.raises(ValueError, match=said):
+        generate("a circle", model.parent / "missing", engine, num_images_per_prompt=2)
 
 
 @pytest.mark.slow

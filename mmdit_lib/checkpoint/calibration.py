@@ -28,7 +28,7 @@ def read_prompts(given: Sequence[str], pipeline: str) -> list[str]:
     Raises `ValueError` if there are none.
     """
     if not given:
-        own = Path(pipeline).expanduser() / PROMPTS_FILE
+        own = Path(pipeline) / PROMPTS_FILE
         if not own.is_file():
             raise ValueError(
                 "quantization fp8 needs prompts like those that the model will get: --calibration_prompts TEXT or FILE "
@@ -57,7 +57,7 @@ def _lines(path: str) -> list[str]:
 
 def require_pipeline(path: str, architecture: Architecture) -> None:
     """Raises `ValueError` if a local `path` is not a pipeline folder with text encoders."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.exists():  # a hub id
         return
     if not (folder / INDEX_FILE).is_file():
@@ -95,7 +95,7 @@ def calibrate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, source.dtype) if device == "cuda" else torch.float32
     options = {"use_safetensors": True, "variant": variant, **dtype_option(dtype)}
-    if not Path(path).expanduser().exists():
+    if not Path(path).exists():
         options["revision"] = source.revision
     pipe = architecture.pipelines.default_class().from_pretrained(path, **options).to(device)
     pipe.set_progress_bar_config(disable=True)

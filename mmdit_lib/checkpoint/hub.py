@@ -12,9 +12,11 @@ CONFIGS = ["model_index.json", "vae/config.json", "transformer/config.json"]
 
 
 def resolve_model(model: str | Path) -> str:
-    """Replace the name of a model that ships with the package by its folder; return any other name unchanged."""
-    name = str(model)
-    return str(shipped_model(name)) if name in SHIPPED and not Path(name).exists() else name
+    """The path of a model on disk, with `~` expanded, or of one that ships with the package; other names unchanged."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return str(path)
+    return str(shipped_model(str(model))) if str(model) in SHIPPED else str(model)
 
 
 def shipped_model(name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from functools import cache, reduce
 from operator import floordiv
 from pathlib import Path
@@ -132,7 +133,6 @@ def check_sizes(folder: Engine, sizes: Sizes) -> None:
             f"{sizes.text_tokens} text tokens are outside the engine's {build.min_text_tokens} to "
             f"{build.max_text_tokens}; build with --{end}_text_tokens {sizes.text_tokens}"
         )
-    resolution = Resolution(height=sizes.height, width=sizes.width)
     for side in ("height", "width"):
         low, high = (getattr(r, side) for r in (build.min_resolution, build.max_resolution))
         pixels = getattr(sizes, side)
@@ -141,7 +141,22 @@ def check_sizes(folder: Engine, sizes: Sizes) -> None:
                 f"{side} {pixels} is outside the engine's {low} to {high} pixels; "
                 f"build with --{'min' if pixels < low else 'max'}_resolution {pixels}"
             )
-    check_resolution(folder.model, resolution, build.vae_scale_factor)
+    check_resolution(folder.model, Resolution(height=sizes.height, width=sizes.width), build.vae_scale_factor)
+
+
+def check_names(folder: Engine, names: Collection[str]) -> None:
+    """Raises `ValueError` naming an input that is missing, or unknown and, if there is one, the option to add it."""
+    known = [tensor.name for tensor in folder.inputs]
+    missing = [tensor.name for tensor in folder.inputs if tensor.default is None and tensor.name not in names]
+    if missing:
+        raise ValueError(f"missing input {', '.join(missing)}")
+    for name in (name for name in names if name not in known):
+        options = folder.architecture.input_options
+        option = next((option for start, option in options.items() if name.startswith(start)), None)
+        if option is None:
+            raise ValueError(f"unknown input {name}: the engine's inputs are {', '.join(known)}")
+        built = f"the engine was built with {option}={getattr(folder.build_config, option)}"
+        raise ValueError(f"unknown input {name}: {built}; build with --{option}")
 
 
 def check_shapes(folder: Engine, shapes: dict[str, Shape]) -> Sizes:

@@ -2,8 +2,8 @@
 
 Each pass takes the layers in order and returns the layers in order. Only values inside a rewritten group
 disappear, and only rounding changes: a fused operator rounds once where several layers rounded one by one.
-TensorRT does the same when it builds the plan. `numerics` are needed on every device (diffusers calls these
-fused operators in the first place); `speed` pays on a GPU, where weights are copied to the device anyway.
+TensorRT does the same when it builds the plan. `NUMERICS` are needed on every device (diffusers calls these
+fused operators in the first place); `SPEED` pays on a GPU, where weights are copied to the device anyway.
 """
 
 from __future__ import annotations

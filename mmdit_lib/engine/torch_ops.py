@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from ..checkpoint.quantization import rounded
 from ..config import FP8, TORCH_DTYPES
 from . import kernels, rank_kernels
+from .attention import attention as device_attention
 from .collectives import dist_collective
 from .linears import fp8_linear, linear, linear_gelu
 
@@ -34,7 +36,7 @@ ACTIVATIONS: dict[str, Callable] = {"SIGMOID": torch.sigmoid, "GELU_TANH": gelu_
 def attention(q, k, v, *, norm_op, causal_kind, scale=1.0):
     """softmax(scale * q k^T) v; TensorRT's layer has scale 1."""
     assert (norm_op, causal_kind) == ("SOFTMAX", "NONE"), (norm_op, causal_kind)
-    return kernels.attention(q, k, v, scale)
+    return device_attention(q, k, v, scale)
 
 
 def cast(x, *, to_type):
@@ -90,7 +92,7 @@ def normalization(x, scale, bias, *, axes, epsilon):
 def quantize(x, scale, *, axis, to_type):
     """As TensorRT defines it: castToFp8(clip(x / scale, -448, 448)), to nearest, ties to even; NaN stays NaN."""
     assert to_type == FP8, to_type
-    return kernels.quantize(x, scale) if axis < 0 else kernels.rounded(x, _along(scale, axis, x.dim()))
+    return kernels.quantize(x, scale) if axis < 0 else rounded(x, _along(scale, axis, x.dim()))
 
 
 def dequantize(x, scale, *, axis, to_type):

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.manifest import CONFIG_FILE, CheckpointManifest, rank_file
+from ..checkpoint.quantization import SCALES
 from ..checkpoint.tensor_file import StoredTensor, read_header
 from ..config import Layout
 from ..engine.folder import EngineFolder, graph_file
@@ -54,8 +55,8 @@ class CheckpointReport:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters in rank 0's file."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+        """Number of parameters in rank 0's file, without the scales of FP8."""
+        return sum(math.prod(x.shape) for name, x in self.tensors.items() if not name.endswith(SCALES))
 
     def largest(self, count: int = LARGEST) -> list[tuple[str, StoredTensor]]:
         return sorted(self.tensors.items(), key=lambda item: -item[1].nbytes)[:count]

@@ -30,7 +30,7 @@ def load_reference(
     Raises `ValueError` also if a LoRA is not where it was or has changed.
     """
     model_path = resolve_model(model_path)
-    path = Path(model_path).expanduser()
+    path = Path(model_path)
     if path.suffix == ".json" and path.is_file():  # the index of a folder's shards
         path, variant = path.parent, re.fullmatch(r".*\.index\.?(.*)\.json", path.name)[1] or None
     config = find_source(path).model if path.is_file() else None

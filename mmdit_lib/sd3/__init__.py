@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..architecture import Architecture
 from . import keys, lora, pipelines, reference
 from .config import KNOWN_MODELS, SD3Config, infer_config
-from .inputs import CONDITIONING, INPUTS, OUTPUT, optional_inputs
+from .inputs import CONDITIONING, INPUT_OPTIONS, INPUTS, OUTPUT, optional_inputs
 from .original import SINGLE_FILE
 from .quantization import FULL_PRECISION
 from .tensor_parallel import SHARDINGS
@@ -19,6 +19,7 @@ SD3 = Architecture(
     define=define,
     inputs=INPUTS,
     optional_inputs=optional_inputs,
+    input_options=INPUT_OPTIONS,
     output=OUTPUT,
     shardings=SHARDINGS,
     full_precision=FULL_PRECISION,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..architecture import Weights
 from ..config import BuildConfig, shown
 from .config import SD3Config
 from .inputs import KEPT_LAYERS, RESIDUALS, residual_inputs, residual_name
@@ -33,7 +34,7 @@ def default_class() -> type:
     return StableDiffusion3Pipeline
 
 
-def pos_embed(config: SD3Config, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+def pos_embed(config: SD3Config, weights: Weights) -> torch.nn.Module:
     """diffusers' module. The ControlNets of SD3.5-large have none of their own and copy the transformer's."""
     from diffusers.models.embeddings import PatchEmbed
 
@@ -41,7 +42,7 @@ def pos_embed(config: SD3Config, weights: Mapping[str, torch.Tensor]) -> torch.n
     sizes = dict(patch_size=config.patch_size, in_channels=config.in_channels, embed_dim=config.hidden_size)
     module = PatchEmbed(side, side, **sizes, pos_embed_max_size=config.pos_embed_max_size)
     prefix = "pos_embed."
-    module.load_state_dict({name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)})
+    module.load_state_dict({name.removeprefix(prefix): x for name, x in weights().items() if name.startswith(prefix)})
     return module
 
 

@@ -46,7 +46,7 @@ def demo(
     from ..plots import images_side_by_side  # imports matplotlib, which other commands do not need
 
     console, stages = Console(), Table("stage", "time", "size", "result")
-    model, out = str(model_path()), Path(output_dir)
+    model, out = str(model_path()), Path(output_dir).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, seconds = timed(convert, model, out / "tllm_checkpoint", dtype=dtype)
     stages.add_row("convert", seconds, size_of(checkpoint), "checkpoint")
