@@ -85,7 +85,7 @@ def loop(backend: PyTorchBackend, inputs: Mapping[str, torch.Tensor]) -> Loop:
 def peak_of_image(steps: Loop) -> int:
     """Peak GPU memory of an image's steps beyond the weights, with what is computed ahead of them."""
     steps.backend._ahead.forget()
-    return peak_bytes(steps)
+    return peak_bytes(steps, steps.timesteps.device)
 
 
 def diffusers_transformer(model: SD3Config, weights: dict[str, torch.Tensor]) -> torch.nn.Module:

@@ -111,9 +111,10 @@ class Bench:
         steps = dict(zip(WAYS, found, strict=True))
         result = {"model": self.name, "side": int(side), "batch": int(batch), "first step, s": {}, "GB": {}}
         for way, step in steps.items():
-            first, peak = (step.first, common.peak_of_image) if step in loops else (step, peak_bytes)
+            of_step = partial(peak_bytes, device=self.device)
+            first, peak = (step.first, common.peak_of_image) if step in loops else (step, of_step)
             begin = time.perf_counter()
-            capturing = peak_bytes(first)
+            capturing = of_step(first)
             result["first step, s"][way] = round(time.perf_counter() - begin, 2)
             held = capturing if way.endswith(" + CUDA graph") else peak(step)  # a graph keeps its memory
             result["GB"][way] = round(held / 1e9, 2)
