@@ -25,6 +25,7 @@ from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.files import complete_file
 from mmdit_lib.reports.bench import Loop, peak_bytes, steps_in
 from mmdit_lib.sd3 import SD3, SD3Config
 
@@ -161,7 +162,9 @@ def kinds_table(title: str, times: Mapping[str, Mapping[str, float]], total: boo
 
 
 def save(result: dict, path: Path) -> None:
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    """Replace the file at once: it keeps the earlier rows if this process is killed."""
+    with complete_file(path) as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def parser(about: str, models: Iterable[str], chosen: list[str], results: str, repeats: int) -> argparse.ArgumentParser:
