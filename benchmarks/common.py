@@ -127,11 +127,6 @@ def kernel_times(step: Callable[[], object]) -> dict[str, float]:
     return {kind: round(ms, 2) for kind, ms in spent.items() if ms}
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    expected = expected.double()
-    return ((found.double() - expected).norm() / expected.norm()).item()
-
-
 def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -168,7 +163,7 @@ def save(result: dict, path: Path) -> None:
 
 
 def parser(about: str, models: Iterable[str], chosen: list[str], results: str, repeats: int) -> argparse.ArgumentParser:
-    """The options that both commands have."""
+    """The options that the GPU benchmarks have in common."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("what", choices=("graphs", "run", "table"))
     made.add_argument("--folder", type=Path, default=Path("graphs"), help="folder of the graph files")

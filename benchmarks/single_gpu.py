@@ -28,10 +28,11 @@ from mmdit_lib.engine.kernel_passes import KERNELS, SUMS
 from mmdit_lib.engine.passes import NUMERICS, SPEED
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.reports.bench import Loop, alternately, conditions, peak_bytes
+from mmdit_lib.reports.parity import relative_error
 from mmdit_lib.sd3 import KNOWN_MODELS
 
 from . import common
-from .common import TEXT_TOKENS, draw_weights, relative_error
+from .common import TEXT_TOKENS, draw_weights
 
 MODELS = {name.removeprefix("stable-diffusion-"): config for name, config in KNOWN_MODELS.items()}
 PROFILE = BuildConfig(
