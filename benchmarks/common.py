@@ -25,6 +25,7 @@ from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.files import complete_file
 from mmdit_lib.reports.bench import Loop, peak_bytes, steps_in
 from mmdit_lib.sd3 import SD3, SD3Config
 
@@ -85,7 +86,7 @@ def loop(backend: PyTorchBackend, inputs: Mapping[str, torch.Tensor]) -> Loop:
 def peak_of_image(steps: Loop) -> int:
     """Peak GPU memory of an image's steps beyond the weights, with what is computed ahead of them."""
     steps.backend._ahead.forget()
-    return peak_bytes(steps)
+    return peak_bytes(steps, steps.timesteps.device)
 
 
 def diffusers_transformer(model: SD3Config, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -126,11 +127,6 @@ def kernel_times(step: Callable[[], object]) -> dict[str, float]:
     return {kind: round(ms, 2) for kind, ms in spent.items() if ms}
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    expected = expected.double()
-    return ((found.double() - expected).norm() / expected.norm()).item()
-
-
 def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -161,11 +157,13 @@ def kinds_table(title: str, times: Mapping[str, Mapping[str, float]], total: boo
 
 
 def save(result: dict, path: Path) -> None:
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    """Replace the file at once: it keeps the earlier rows if this process is killed."""
+    with complete_file(path) as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def parser(about: str, models: Iterable[str], chosen: list[str], results: str, repeats: int) -> argparse.ArgumentParser:
-    """The options that both commands have."""
+    """The options that the GPU benchmarks have in common."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("what", choices=("graphs", "run", "table"))
     made.add_argument("--folder", type=Path, default=Path("graphs"), help="folder of the graph files")

@@ -38,9 +38,10 @@ from mmdit_lib.checkpoint.quantization import (
     stored_tensors,
 )  # fmt: skip
 from mmdit_lib.checkpoint.source import find_source
-from mmdit_lib.config import FP8, TORCH_DTYPES, Layout
+from mmdit_lib.config import TORCH_DTYPES, Layout
 from mmdit_lib.engine.inputs import sample_inputs
-from mmdit_lib.engine.torch_ops import dequantize, quantize
+from mmdit_lib.engine.kernels import through_fp8
+from mmdit_lib.reports.parity import relative_error
 from mmdit_lib.reports.reference import load_reference
 from mmdit_lib.sd3 import SD3
 from training import evaluation
@@ -48,6 +49,7 @@ from training.captions import heldout_prompts
 from training.judge import look
 from training.random_pipeline import make_random_pipeline
 
+from .common import save
 from .fp8_tables import report
 
 RESULTS = Path(__file__).parent / "results" / "fp8_quality.json"
@@ -73,15 +75,6 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "FP8 in float32": "float
 """Kinds of engines, and their networks' dtypes."""
 ATTENTION = "FP8 in bfloat16, attention too"
 """The last of these kinds with `fp8_attention`; draws images on a Hopper GPU."""
-
-
-def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
-
-
-def rounded(x: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """x after Q/DQ, with any scale that broadcasts."""
-    return (x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
 # Weights ---------------------------------------------------------------------------------------------
@@ -112,7 +105,7 @@ def _by_scale(weight: torch.Tensor) -> dict[str, float]:
     whole, rows = weight.abs().max() / LARGEST, weight.abs().amax(1, keepdim=True) / LARGEST
     scales = {"per tensor": whole, "per output channel": rows}
     powers = {f"{name}, power of two": torch.exp2(torch.ceil(torch.log2(s))) for name, s in scales.items()}
-    return {name: relative(rounded(weight, scale), weight) for name, scale in (scales | powers).items()}
+    return {name: relative_error(through_fp8(weight, scale), weight) for name, scale in (scales | powers).items()}
 
 
 def checkpoint_sizes() -> dict:
@@ -152,16 +145,16 @@ def layer_errors() -> dict:
     total = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     for label, pattern in {**GROUPS, "all of them": "*"}.items():
         with in_fp8(model, pattern, largest) as names:
-            error = relative(outputs(model, calls), exact)
+            error = relative_error(outputs(model, calls), exact)
         share = sum(model.get_submodule(name).weight.numel() for name in names) / total
         found[label] = {"layers": len(names), "share of the weights": share, "output": error}
     kept = [kept.pattern for kept in SD3.full_precision]
     with in_fp8(model, "*", largest, kept) as names:
-        error = relative(outputs(model, calls), exact)
+        error = relative_error(outputs(model, calls), exact)
     found["as converted"] = {"layers": len(names), "output": error}
     for margin in (1.0, 2.0, 16.0, 64.0):
         with in_fp8(model, "*", largest, kept, margin):
-            found[f"as converted, margin {margin:g}"] = {"output": relative(outputs(model, calls), exact)}
+            found[f"as converted, margin {margin:g}"] = {"output": relative_error(outputs(model, calls), exact)}
     return found
 
 
@@ -190,7 +183,6 @@ def in_fp8(
     model: torch.nn.Module, pattern: str, largest: dict, kept: list[str] | None = None, margin: float = MARGIN
 ) -> Iterator[list[str]]:
     """Inside, linear layers of this pattern round their weights and inputs to FP8."""
-    single = {"axis": -1}
 
     def left_alone(name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in kept or ())
@@ -198,8 +190,7 @@ def in_fp8(
     def call(name: str, x: torch.Tensor) -> torch.Tensor | None:
         if left_alone(name):
             return None
-        scale = torch.tensor(scale_for(margin * largest[name], name))
-        return dequantize(quantize(x, scale, **single, to_type=FP8), scale, **single, to_type="float32")
+        return through_fp8(x, torch.tensor(scale_for(margin * largest[name], name)))
 
     with hooks(model, pattern, call) as names:
         names[:] = [name for name in names if not left_alone(name)]
@@ -229,16 +220,18 @@ def calibration_spread(prompts: int = 24) -> dict:
 
 
 def engine(model: str | Path, kind: str, work: Path, **sizes) -> Path:
-    """An engine folder of this kind (a key of `DTYPES`), without a plan."""
+    """An engine folder of this kind (a key of `DTYPES`) and these sizes, without a plan; reused if `work` has it."""
     name = f"{Path(model).name}-{kind.replace(' ', '-')}"
-    if not (work / f"{name}-engine").exists():
+    checkpoint, output = work / name, work / "-".join([name, "engine", *(f"{k}-{v}" for k, v in sizes.items())])
+    if not checkpoint.exists():
         options = {}
         if kind.startswith("FP8"):
             prompts = () if model == "tiny" else ("a red circle", "the blue square on a green background")
             options = {"quantization": "fp8", "calibration_prompts": prompts}
-        checkpoint = convert(model, work / name, dtype=DTYPES[kind], progress=False, **options)
-        build(checkpoint, work / f"{name}-engine", plan=False, progress=False, **sizes)
-    return work / f"{name}-engine"
+        convert(model, checkpoint, dtype=DTYPES[kind], progress=False, **options)
+    if not output.exists():
+        build(checkpoint, output, plan=False, progress=False, **sizes)
+    return output
 
 
 def model_errors(work: Path) -> dict:
@@ -252,7 +245,7 @@ def model_errors(work: Path) -> dict:
         runners = {kind: MMDiTRunner.from_engine(engine(folder, kind, work), backend="pytorch") for kind in DTYPES}
         inputs = sample_inputs(runners["float32"].folder, batch=2, seed=0)
         exact = runners["float32"].run(inputs).cpu()
-        found[label] = {kind: relative(runners[kind].run(inputs).cpu(), exact) for kind in list(DTYPES)[1:]}
+        found[label] = {kind: relative_error(runners[kind].run(inputs).cpu(), exact) for kind in list(DTYPES)[1:]}
         found[label]["FP8 / bfloat16"] = found[label]["FP8 in bfloat16"] / found[label]["bfloat16"]
     return found
 
@@ -311,7 +304,7 @@ def main() -> None:
             gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
             before = json.loads(options.results.read_text()) if options.results.exists() else {}
             after = before | {name: {"device": gpu, "torch": torch.__version__, **found}}
-            options.results.write_text(json.dumps(after, indent=1) + "\n")
+            save(after, options.results)
             options.results.with_suffix(".md").write_text(report(after))
 
 

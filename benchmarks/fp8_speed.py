@@ -28,10 +28,11 @@ from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend
 from mmdit_lib.network.layers import ACTIVATION_SCALE, WEIGHT_SCALE
 from mmdit_lib.reports.bench import Loop, alternately, conditions
+from mmdit_lib.reports.parity import relative_error
 from mmdit_lib.sd3 import SD3, SD3Config
 
 from . import common
-from .common import draw_weights, relative_error
+from .common import draw_weights
 from .single_gpu import MODELS, PROFILE
 
 SCHEMES = {"bf16": NONE, "fp8": Quantization.fp8(SD3)}

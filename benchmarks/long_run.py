@@ -30,6 +30,7 @@ import tyro
 from tqdm import tqdm
 
 from mmdit_lib import EngineFolder, build, convert, load_pipeline
+from mmdit_lib.files import complete_file
 from mmdit_lib.plots.figure import COLOURS, Figure, new_axes
 
 RESULTS = Path(__file__).parent / "results"
@@ -170,7 +171,8 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory(prefix="mmdit-long-run-") as work:
         for row in paint(options.engine_dir or small_engine(Path(work)), options):
             rows.append(row)
-            options.output.write_text(json.dumps({"conditions": conditions, "calls": rows}) + "\n")
+            with complete_file(options.output) as partial:
+                partial.write_text(json.dumps({"conditions": conditions, "calls": rows}) + "\n")
     curves(rows, options.warm_up).savefig(options.plot, dpi=110)
     print(report(rows, conditions))
 

@@ -30,10 +30,11 @@ from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.precision import without_tf32
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.reports.bench import Loop, step_times
+from mmdit_lib.reports.parity import relative_error
 from mmdit_lib.sd3 import KNOWN_MODELS, SD3
 
 from . import common
-from .common import draw_weights, kernel_times, relative_error
+from .common import draw_weights, kernel_times
 from .fp8_speed import SCHEMES, in_fp8
 
 WAYS = ("eager", "CUDA graph", "compiled")

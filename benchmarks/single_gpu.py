@@ -28,10 +28,11 @@ from mmdit_lib.engine.kernel_passes import KERNELS, SUMS
 from mmdit_lib.engine.passes import NUMERICS, SPEED
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
 from mmdit_lib.reports.bench import Loop, alternately, conditions, peak_bytes
+from mmdit_lib.reports.parity import relative_error
 from mmdit_lib.sd3 import KNOWN_MODELS
 
 from . import common
-from .common import TEXT_TOKENS, draw_weights, relative_error
+from .common import TEXT_TOKENS, draw_weights
 
 MODELS = {name.removeprefix("stable-diffusion-"): config for name, config in KNOWN_MODELS.items()}
 PROFILE = BuildConfig(
@@ -111,9 +112,10 @@ class Bench:
         steps = dict(zip(WAYS, found, strict=True))
         result = {"model": self.name, "side": int(side), "batch": int(batch), "first step, s": {}, "GB": {}}
         for way, step in steps.items():
-            first, peak = (step.first, common.peak_of_image) if step in loops else (step, peak_bytes)
+            of_step = partial(peak_bytes, device=self.device)
+            first, peak = (step.first, common.peak_of_image) if step in loops else (step, of_step)
             begin = time.perf_counter()
-            capturing = peak_bytes(first)
+            capturing = of_step(first)
             result["first step, s"][way] = round(time.perf_counter() - begin, 2)
             held = capturing if way.endswith(" + CUDA graph") else peak(step)  # a graph keeps its memory
             result["GB"][way] = round(held / 1e9, 2)

@@ -61,9 +61,9 @@ def load(way: str, model_path: str, engine_dir: str):
     from diffusers import StableDiffusion3Pipeline
 
     from mmdit_lib import EngineFolder
-    from mmdit_lib.config import dtype_option
+    from mmdit_lib.config import TORCH_DTYPES, dtype_option
 
-    dtype = getattr(torch, EngineFolder.open(engine_dir).dtype)
+    dtype = TORCH_DTYPES[EngineFolder.open(engine_dir).dtype]
     pipe = StableDiffusion3Pipeline.from_pretrained(resolve_model(model_path), **dtype_option(dtype)).to("cuda")
     if way.endswith("compiled"):
         torch._dynamo.config.recompile_limit = 64  # its blocks share one function

@@ -4,8 +4,8 @@ From the repository root:
 
     python -m benchmarks.tiny_scores --runs diffusers-float32 engine-float32 engine-bfloat16
 
-Appends one line per run to `benchmarks/results/tiny_scores.jsonl` and rewrites the table next to it. Engines run on the
-`pytorch` backend, which needs only their graph files. `--work DIR` keeps the engine folders; with `--build_only`, a
+Appends one line per run to `benchmarks/results/tiny_scores.jsonl` and rewrites the tables next to it. Engines run on
+the `pytorch` backend, which needs only their graph files. `--work DIR` keeps the engine folders; with `--build_only`, a
 machine with TensorRT builds them for a GPU machine without it.
 """
 
@@ -25,6 +25,9 @@ from mmdit_lib import build, convert, load_pipeline, tiny
 from training import evaluation
 from training.captions import heldout_prompts
 
+from .common import markdown
+
+RESULTS = Path(__file__).parent / "results" / "tiny_scores.jsonl"
 BATCH = 8  # images; guidance doubles the batch of the transformer
 TITLE = "# Scores of the tiny model with engines"
 REPRODUCE = "Reproduce with `python -m benchmarks.tiny_scores` in the repository's root."
@@ -52,19 +55,26 @@ def pipeline(run: str, work: Path, device: str) -> StableDiffusion3Pipeline:
     )
 
 
+def report(rows: list[dict]) -> str:
+    """All runs as Markdown: one table for each set of conditions."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(conditions(row), []).append(row)
+    return "\n\n".join([TITLE, REPRODUCE, *(f"{about}\n\n{table(same)}" for about, same in groups.items())]) + "\n"
+
+
+def conditions(row: dict) -> str:
+    """How a run was scored, in one line; only scores under equal conditions are comparable."""
+    return (
+        f"{row['prompts']} held-out prompts ({row['objects']} objects), {row['steps']} steps, guidance "
+        f"{row['guidance']}, 128x128, {77 + row['max_sequence_length']} text tokens; torch {row['torch']}."
+    )
+
+
 def table(rows: list[dict]) -> str:
-    """The conditions, and all runs as a Markdown table."""
-    head = f"| run | device | {' | '.join(evaluation.ASPECTS)} |\n|---|---|{'---:|' * len(evaluation.ASPECTS)}\n"
-    lines = (
-        f"| {r['run']} | {r['device']} | {' | '.join(f'{r[name]:.1%}' for name in evaluation.ASPECTS)} |" for r in rows
-    )
-    about = rows[0]
-    conditions = (
-        f"{about['prompts']} held-out prompts ({about['objects']} objects), {about['steps']} steps, guidance "
-        f"{about['guidance']}, 128x128, {77 + about['max_sequence_length']} text tokens; "
-        f"torch {' and '.join(sorted({r['torch'] for r in rows}))}.\n{REPRODUCE}"
-    )
-    return f"{TITLE}\n\n{conditions}\n\n{head}" + "\n".join(lines) + "\n"
+    scores = ([f"{row[name]:.1%}" for name in evaluation.ASPECTS] for row in rows)
+    lines = [[row["run"], row["device"], *of_run] for row, of_run in zip(rows, scores, strict=True)]
+    return "\n".join(markdown(["run", "device", *evaluation.ASPECTS], lines, left=(0, 1)))
 
 
 def main() -> None:
@@ -75,7 +85,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, help="folder to keep the engines in; by default a temporary one")
     parser.add_argument("--build_only", action="store_true", help="build the engine folders in --work and stop")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "tiny_scores.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
@@ -86,7 +96,7 @@ def main() -> None:
         for run in options.runs:
             measure(run, work, options)
     rows = [json.loads(line) for line in options.results.read_text().splitlines()]
-    options.results.with_suffix(".md").write_text(table(rows))
+    options.results.with_suffix(".md").write_text(report(rows))
 
 
 def measure(run: str, work: Path, options: argparse.Namespace) -> None:

@@ -280,8 +280,8 @@ class BuildConfig(Config):
 
     @model_validator(mode="after")
     def _ordered(self):
-        if (self.opt_batch_size or 0) > self.max_batch_size:
-            raise ValueError(f"opt_batch_size {self.opt_batch_size} must not exceed max_batch_size {self.max_batch_size}")
+        if (middle := self.opt_batch_size or 0) > self.max_batch_size:
+            raise ValueError(f"opt_batch_size {middle} must not exceed max_batch_size {self.max_batch_size}")
         for low, high in (("min", "opt"), ("opt", "max")):
             fewer, more = (getattr(self, f"{end}_text_tokens") for end in (low, high))
             if fewer > more:

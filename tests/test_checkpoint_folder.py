@@ -1,6 +1,7 @@
 """Reading checkpoint folders: ours, TensorRT-LLM's, and damaged ones."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from helpers import TINY, assert_same, quiet, tiny_model
 from safetensors.torch import load_file
 
-from mmdit_lib.checkpoint import Checkpoint
+from mmdit_lib.checkpoint import Checkpoint, random_weights
 from mmdit_lib.checkpoint.random_weights import write_random_transformer
 from mmdit_lib.config import Layout
 from mmdit_lib.sd3 import SD3Config
@@ -152,6 +153,25 @@ def test_unreadable(one, tmp_path):
     refused(one, "config.json cannot be read as JSON")
     (one / "config.json").write_text("[]")
     refused(one, "JSON object")
+
+
+def test_random_weights_appear_when_complete(tmp_path, monkeypatch):
+    model, folder = SD3Config(**TINY), tmp_path / "transformer"
+    write_random_transformer(folder, model)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fails(*_):
+        raise ValueError("out of luck")
+
+    monkeypatch.setattr(random_weights, "draw_weight", fails)
+    for output in (folder, tmp_path / "new"):
+        with pytest.raises(ValueError, match="out of luck"):
+            write_random_transformer(output, model, seed=1)
+    assert os.listdir(tmp_path) == ["transformer"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="contains something other than a transformer folder"):
+        write_random_transformer(tmp_path, model)
 
 
 def test_random_weights(tmp_path):

@@ -13,6 +13,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from mmdit_lib.reports import doctor
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -90,6 +92,15 @@ def test_the_conda_environment_is_complete():
         assert set(bounds[name]) <= set(listed[name]), (
             f"environment.yml admits versions of {name} that pyproject.toml does not"
         )
+
+
+def test_doctor_supports_the_same_pythons():
+    (first, *_, last) = PYTHONS
+    assert [".".join(map(str, version)) for version in doctor.PYTHONS] == [first, last]
+    minors = range(8, 20)
+    assert [f"3.{minor}" for minor in minors if f"3.{minor}" in SpecifierSet(project()["requires-python"])] == [
+        *PYTHONS
+    ]
 
 
 def test_tensorrt_llm_needs_its_own_environment():

@@ -20,12 +20,15 @@ from pathlib import Path
 import pytest
 from helpers import mmdit
 from kills import COMMANDS, commands
+from matplotlib.figure import Figure
+from PIL import Image
 
 import mmdit_lib.__main__
 from mmdit_lib import EngineFolder
 from mmdit_lib.checkpoint.tensor_file import StoredTensor
 from mmdit_lib.engine import build as build_module
 from mmdit_lib.files import atomic, complete_file, complete_folder
+from mmdit_lib.tiny import demo
 
 REPOSITORY = Path(__file__).parents[1]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -282,6 +285,31 @@ def test_a_picture_through_a_link(tmp_path):
             partial.write_text(content)
         assert (tmp_path / "picture.png").is_symlink() and (tmp_path / "picture.png").read_text() == content
     assert os.listdir(tmp_path / "there") == ["picture.png"]
+
+
+def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(atomic.os, "fsync", lambda file: (done.append("fsync"), sync(file)))
+    monkeypatch.setattr(atomic.os, "replace", lambda *paths: (done.append("replace"), rename(*paths)))
+    with complete_file(tmp_path / "picture.png") as partial:
+        partial.write_text("content")
+    assert done == ["fsync", "replace"] and (tmp_path / "picture.png").read_text() == "content"
+
+
+def test_the_demo_leaves_no_incomplete_image(tmp_path, monkeypatch):
+    image = Image.new("RGB", (8, 8))
+    assert [path.name for path in demo.save_images(tmp_path, image, image)] == ["picture.png", "beside_diffusers.png"]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fails(self, file, **_):
+        Path(file).write_text("half")
+        raise OSError(errno.ENOSPC, "no space")
+
+    for writer in (Figure, Image.Image):
+        monkeypatch.setattr(writer, "savefig" if writer is Figure else "save", fails)
+        with pytest.raises(ValueError, match="disk full: no room for"):
+            demo.save_images(tmp_path, image, image)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["two words", "naïve 模型 😀", "a'b\"c$HOME*?", os.fsdecode(b"not utf-8: \xff"), "~"])

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
-from mmdit_lib.parallel import heartbeat
+from mmdit_lib.parallel import heartbeat, verdict
 from mmdit_lib.parallel.verdict import HUNG, STOPPED, Observer, Peer, Report, fault
 from mmdit_lib.parallel.watchdog import Line
 
@@ -77,6 +78,24 @@ def test_a_stopped_process_is_seen_from_outside():
             assert time.monotonic() < start + 10
         observer.end()
         assert process.wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("launchers", [(), ("sh", "dash", "bash")], ids=["another program", "a launcher"])
+def test_a_rank_is_ended_after_its_parent(monkeypatch, launchers):
+    monkeypatch.setattr(verdict, "LAUNCHERS", launchers)
+    command = ["sh", "-c", "sleep 60 & echo $!; wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        rank = psutil.Process(int(parent.stdout.readline()))
+        observer = Observer(rank.pid)
+        assert not observer.orphaned()
+        parent.kill()
+        parent.wait(10)
+        deadline = time.monotonic() + 10
+        while not observer.orphaned():
+            assert time.monotonic() < deadline
+        observer.end()
+        while rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
 
 
 def test_activities_nest(monkeypatch):

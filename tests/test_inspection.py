@@ -47,6 +47,7 @@ def test_engine_folder(case):
         "3 blocks, dual attention in 2, 4 heads of 16, QK norm rms_norm",
         "1 (tp 1, cp 1, cfg 1)",
         "checkpoint-float32",
+        "process's peak memory",
     ):
         assert said in text, said
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from mmdit_lib import EngineFolder, PlanOptions, build
 from mmdit_lib.engine import builder_config as module
-from mmdit_lib.engine.builder_config import builder_config
+from mmdit_lib.engine.builder_config import builder_config, save_timing_cache
 from mmdit_lib.engine.logger import logger
 from mmdit_lib.engine.tensorrt_backend import TensorRTBackend
 from mmdit_lib.network.trt import installed, trt
@@ -92,6 +93,24 @@ def test_a_timing_cache_in_the_home_folder(tmp_path, monkeypatch):
     options = PlanOptions(timing_cache=Path("~/timings.cache"))
     assert options.timing_cache == tmp_path / "timings.cache"
     module.check_options(options)
+
+
+def test_a_timing_cache_that_cannot_be_written_is_refused_before_the_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.os, "access", lambda path, mode: Path(path) != tmp_path)
+    said = refused(tmp_path, PlanOptions(timing_cache=tmp_path / "timings.cache"))
+    assert said == f"timing_cache {tmp_path / 'timings.cache'}: no permission to write in {tmp_path}"
+
+
+def test_a_timing_cache_that_is_not_written_does_not_lose_the_plan(tmp_path, caplog):
+    class Config:
+        def get_timing_cache(self):
+            return SimpleNamespace(serialize=lambda: b"timings")
+
+    save_timing_cache(Config(), tmp_path / "timings.cache")
+    assert (tmp_path / "timings.cache").read_bytes() == b"timings" and not caplog.records
+    save_timing_cache(Config(), tmp_path / "removed" / "timings.cache")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "the plan is complete, but timing_cache" in record.message
 
 
 def test_what_this_tensorrt_does_not_have_is_refused_by_name(tmp_path, monkeypatch):

@@ -66,6 +66,22 @@ def test_the_core_does_not_import_the_toy_or_its_training():
     )
 
 
+DEFINITIONS = (r"def _?rounded\(", r"def _?through_fp8\(", r"def _?relative(_error)?\(")
+"""Rounding to FP8, rounding to FP8 and back, a relative error."""
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_one_definition(definition):
+    folders = (LIBRARY, LIBRARY.parent / "benchmarks")
+    files = [file for folder in folders for file in folder.rglob("*.py") if re.search(definition, file.read_text())]
+    assert len(files) == 1, files
+
+
+@pytest.mark.parametrize("part", ["checkpoint", "engine", "reports", "sd3"])
+def test_names_of_dtypes_are_looked_up_in_the_config(part):
+    assert not [f for f in (LIBRARY / part).rglob("*.py") if "getattr(torch, " in f.read_text()]
+
+
 @pytest.mark.parametrize("package", [mmdit_lib, parallel], ids=lambda p: p.__name__)
 def test_public_names_are_discoverable(package):
     assert dir(package) == sorted(package.__all__) and not {"lazy_loader", "names_from"} & set(dir(package))

@@ -42,6 +42,28 @@ def test_an_edit_that_changes_nothing_is_refused(engine):
         plant(engine, engine.parent / "engine-same", lambda layer: layer)
 
 
+def test_only_another_engine_folder_is_replaced(engine, tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="contains something other than an engine folder; nothing there is over"):
+        plant(engine, tmp_path, "A")
+    assert (tmp_path / "thesis.txt").read_text() == "all of it"
+    (tmp_path / "link").symlink_to(engine)
+    before = sorted(path.name for path in engine.iterdir())
+    for same in (engine, tmp_path / "link"):
+        with pytest.raises(ValueError, match="is the folder to copy; give the name of another one"):
+            plant(engine, same, "A")
+    assert sorted(path.name for path in engine.iterdir()) == before
+
+
+def test_only_another_checkpoint_is_replaced(tmp_path):
+    checkpoint = fp8.checkpoint("sd3.5-large")
+    with pytest.raises(ValueError, match="is the folder to copy; give the name of another one"):
+        plant_scale(checkpoint, checkpoint)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="contains something other than a checkpoint; nothing there is overwritten"):
+        plant_scale(checkpoint, tmp_path)
+
+
 def test_one_scale_of_a_checkpoint(tmp_path):
     correct = fp8.checkpoint("sd3.5-large")
     wrong = Checkpoint.open(plant_scale(correct, tmp_path / "wrong")).weights()

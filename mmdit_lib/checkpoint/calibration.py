@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..architecture import Architecture
-from ..config import dtype_option
+from ..config import TORCH_DTYPES, dtype_option
 from ..files import read_json
 from .lora import Lora, fuse
 from .source import Source
@@ -93,7 +93,7 @@ def calibrate(
     """
     architecture = source.architecture
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, source.dtype) if device == "cuda" else torch.float32
+    dtype = TORCH_DTYPES[source.dtype] if device == "cuda" else torch.float32
     options = {"use_safetensors": True, "variant": variant, **dtype_option(dtype)}
     if not Path(path).exists():
         options["revision"] = source.revision

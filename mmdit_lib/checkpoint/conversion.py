@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..architecture import ModelConfig
-from ..config import DTYPES, Dtype, Layout, TpLayout
+from ..config import DTYPES, TORCH_DTYPES, Dtype, Layout, TpLayout
 from ..files import complete_folder, require_place, require_space, write_synced
 from ..files.records import Files, to_json
 from ..models import architecture_of
@@ -169,7 +169,7 @@ def _write_ranks(
 
 def cast(tensor: torch.Tensor, dtype: Dtype, name: str) -> torch.Tensor:
     """Cast `tensor` to `dtype`. Raises `ValueError` if a value overflows."""
-    target = getattr(torch, dtype)
+    target = TORCH_DTYPES[dtype]
     if tensor.dtype == target:
         return tensor
     result = torch.empty(tensor.shape, dtype=target)
@@ -183,7 +183,7 @@ def cast(tensor: torch.Tensor, dtype: Dtype, name: str) -> torch.Tensor:
 def _overflow(block: torch.Tensor, dtype: Dtype, name: str) -> str:
     if not block.isfinite().all():
         return f"tensor '{name}' contains values that are not finite"
-    most = torch.finfo(getattr(torch, dtype)).max
+    most = torch.finfo(TORCH_DTYPES[dtype]).max
     advice = "bfloat16 or float32" if dtype == "float16" else "float32"
     return (
         f"tensor '{name}' reaches {block.abs().max():.6g}, more than {dtype} can represent ({most:.6g}): "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..architecture import Architecture, ModelConfig
-from ..config import Dtype
+from ..config import TORCH_DTYPES, Dtype
 from ..files import write_synced
 from ..files.records import keys_in
 from .manifest import CONFIG_FILE, version_of
@@ -35,7 +35,7 @@ def describe_folder(
 
     shapes = architecture.parameters(model)
     tensors = {architecture.keys.to_diffusers(name): Stored(dtype, shape) for name, shape in shapes.items()}
-    sizes = {n: torch.empty(t.shape, dtype=getattr(torch, dtype), device="meta") for n, t in tensors.items()}
+    sizes = {n: torch.empty(t.shape, dtype=TORCH_DTYPES[dtype], device="meta") for n, t in tensors.items()}
     split = split_torch_state_dict_into_shards(
         sizes, max_shard_size=shard_bytes, filename_pattern=f"{STEM}{{suffix}}.safetensors"
     )

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from ..architecture import ModelConfig
-from ..config import Dtype
+from ..config import TORCH_DTYPES, Dtype
+from ..files import complete_folder
 from ..models import architecture_of
-from .diffusers_folder import SHARD_BYTES, describe_folder
+from .diffusers_folder import SHARD_BYTES, describe_folder, is_own_folder
 from .tensor_file import TensorFileWriter
 
 DRAWN_AT_A_TIME = 1 << 22
@@ -21,22 +22,26 @@ def write_random_transformer(
 ) -> Path:
     """Write a transformer folder as diffusers does: `config.json` and safetensors of at most `shard_bytes` each.
 
+    The folder appears only when it is complete.
+
     Args:
-        folder: the transformer folder; existing weights are overwritten.
+        folder: the transformer folder; replaced if this library wrote it.
         config: one of `KNOWN_MODELS`, or any other.
         dtype: dtype of the weights.
         seed: the same seed gives the same bytes.
         shard_bytes: maximum size of a file (a larger tensor gets its own file).
+
+    Raises:
+        ValueError: if `folder` contains anything else, or the disk is full.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    files = describe_folder(folder, architecture_of(config), config, dtype, shard_bytes)
-    for file, tensors in files.items():
-        with TensorFileWriter(folder / file, tensors) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, draw_weight(name, tensor.shape, generator, getattr(torch, dtype)))
-            writer.finish()
+    folder, generator = Path(folder), torch.Generator().manual_seed(seed)
+    with complete_folder(folder, "transformer folder", is_own_folder) as partial:
+        files = describe_folder(partial, architecture_of(config), config, dtype, shard_bytes)
+        for file, tensors in files.items():
+            with TensorFileWriter(partial / file, tensors) as writer:
+                for name, tensor in tensors.items():
+                    writer.write(name, draw_weight(name, tensor.shape, generator, TORCH_DTYPES[dtype]))
+                writer.finish()
     return folder
 
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..config import TORCH_DTYPES
 from .folder import Checkpoint
 from .tensor_file import read_header
 
@@ -23,7 +24,7 @@ class RankFiles:
         self._ranks = [read_header(path) for path in self.paths]
         self._sharding = checkpoint.architecture.shardings[checkpoint.layout.tp_layout]
         self._shapes = checkpoint.architecture.parameters(checkpoint.model)
-        self._dtype = getattr(torch, checkpoint.dtype)
+        self._dtype = TORCH_DTYPES[checkpoint.dtype]
         sizes = [math.prod(shape) * self._dtype.itemsize for shape in self._shapes.values()]
         self.nbytes = sum(sizes)
         self._full, self._part = (torch.empty(max(sizes), dtype=torch.uint8) for _ in range(2))

@@ -20,7 +20,7 @@ from typing import Annotated, NamedTuple
 import torch
 from pydantic import Field, TypeAdapter
 
-from ..config import STORED_DTYPES, FileConfig, Text, one_line, shown
+from ..config import STORED_DTYPES, TORCH_DTYPES, FileConfig, Text, one_line, shown
 from ..files import FileRecord, parse_json
 from ..files.records import MAX_JSON
 
@@ -85,7 +85,7 @@ class StoredTensor:
                     if not count:
                         raise ValueError(f"{self.path} became shorter while it was being read")
                     first += count
-        return buffer[: self.nbytes].view(getattr(torch, self.dtype)).view(self.shape)
+        return buffer[: self.nbytes].view(TORCH_DTYPES[self.dtype]).view(self.shape)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

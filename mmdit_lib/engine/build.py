@@ -194,7 +194,7 @@ def define(
 
 
 def build_rank(job: Job, mapping: RankMapping, folder: Path) -> dict:
-    """Write one rank's graph file and plan; returns a report of sizes and times."""
+    """Write one rank's graph file and plan; returns a `BuildReport` of sizes, times and the process's peak memory."""
     start = time.perf_counter()
     logger().errors.clear()  # of an earlier build
     builder = trt.Builder(logger())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 
 import torch
 
 from ..config import PlanOptions
-from ..files import complete_file, write_synced
+from ..files import complete_file
 from ..network.trt import installed, trt
+
+log = logging.getLogger("mmdit_lib")
 
 FLAGS = {"refit": "REFIT", "weight_streaming": "WEIGHT_STREAMING", "strip_plan": "STRIP_PLAN"}
 """Options that are a `BuilderFlag`."""
@@ -38,6 +42,8 @@ def check_options(options: PlanOptions) -> None:
     options.workspace_bytes  # noqa: B018
     if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
         raise ValueError(f"timing_cache {cache}: give a file name in a folder that exists")
+    if cache is not None and not os.access(cache.resolve().parent, os.W_OK | os.X_OK):
+        raise ValueError(f"timing_cache {cache}: no permission to write in {cache.resolve().parent}")
 
 
 def builder_config(
@@ -108,6 +114,12 @@ def load_timing_cache(config, path: Path) -> None:
 
 
 def save_timing_cache(config, path: Path) -> None:
-    """Replace `path` by the timings of this build and those that it started from."""
-    with complete_file(path) as partial:
-        write_synced(partial, memoryview(config.get_timing_cache().serialize()))
+    """Replace `path` by the timings of this build and those that it started from.
+
+    If it cannot be written, logs a warning: the cache only makes later builds faster, and the plan is complete.
+    """
+    try:
+        with complete_file(path) as partial:
+            partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    except (OSError, ValueError) as error:
+        log.warning("the plan is complete, but timing_cache %s was not written: %s", path, error)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from ..config import TORCH_DTYPES, Text, one_line, shown
-from ..files import read_json
+from ..files import read_json, write_synced
 
 FORMAT_VERSION = 1
 # Names of inputs and attributes go into the Python code that torch.fx generates: allow only identifiers.
@@ -71,7 +71,7 @@ class Graph:
         # One layer per line: readable, and `diff` shows where two graphs differ.
         layers = ",\n  ".join(json.dumps(layer, default=vars) for layer in content.pop("layers"))
         head = json.dumps(content, default=vars)[:-1]
-        path.write_text(f'{head}, "layers": [\n  {layers}\n]}}\n')
+        write_synced(path, f'{head}, "layers": [\n  {layers}\n]}}\n')
 
     @classmethod
     def load(cls, path: Path) -> Graph:

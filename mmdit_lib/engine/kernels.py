@@ -103,7 +103,7 @@ def projected_attention(
 
 
 def through_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x rounded to FP8 and back, in its own dtype."""
+    """x rounded to FP8 and back, in its own dtype. `scale` broadcasts."""
     return (rounded(x, scale).float() * scale.float()).to(x.dtype)
 
 

@@ -25,13 +25,14 @@ class CheckpointReference(FileConfig):
 
 
 class BuildReport(FileConfig):
-    """Time and memory of one rank's build."""
+    """Time of one rank's build, and the process's memory."""
 
     rank: Count
     layers: Count
     define_seconds: Seconds
     seconds: Seconds
     peak_rss_bytes: Count
+    """The most memory that the process has held so far, earlier ranks and whatever ran before included."""
     plan_bytes: Count | None = None
     """None: no plan was built."""
 

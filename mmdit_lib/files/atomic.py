@@ -82,6 +82,8 @@ def complete_file(path: Path) -> Iterator[Path]:
     with _disk_full_named(path), _sole_writer(path):
         try:
             yield partial
+            with _opened(partial) as made:
+                os.fsync(made)  # before the rename, so that a power failure leaves one of the two whole files
             os.replace(partial, path)
         finally:
             with delayed_interrupts():
@@ -197,9 +199,9 @@ def _locked(lock: Path, path: Path) -> int:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    """A descriptor. While it is open, the system gives the folder's inode number to no other folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _opened(path: Path) -> Iterator[int]:
+    """A file's or folder's descriptor. While it is open, the system gives the inode number to nothing else."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         yield descriptor
     finally:

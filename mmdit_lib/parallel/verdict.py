@@ -101,7 +101,7 @@ class Observer:
     def __init__(self, pid: int):
         self.process = psutil.Process(pid)
         self._parent = psutil.Process(self.process.ppid())
-        self._parent.name()  # which psutil remembers
+        self._launcher = self._parent.name() in LAUNCHERS  # asked now, since it may be gone at the end
         self.stuck, self._since, self._cpu = "", math.nan, math.nan
 
     def orphaned(self) -> bool:
@@ -131,7 +131,7 @@ class Observer:
     def end(self) -> None:
         """Kill the rank. mpirun should end then; while it waits for an unreachable host it does not, and is killed."""
         kill(family(self.process))
-        if self._parent.name() not in LAUNCHERS:
+        if not self._launcher:
             return
         launcher = family(self._parent)  # with its ssh
         if not gone(self._parent, MPIRUN_SECONDS):

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -51,22 +52,27 @@ def step_times(step: Callable[[], object], device: torch.device, repeats: int, w
 
     Of a `Loop`, the mean of its steps.
     """
-    for _ in range(warm_up):
-        step()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+    on_gpu = device.type == "cuda"
+    time_of = _cuda_time if on_gpu else _wall_time
+    with torch.cuda.device(device) if on_gpu else nullcontext():  # events are recorded on the current device
+        for _ in range(warm_up):
             step()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            step()
-            times.append(1000 * (time.perf_counter() - begin))
-    return [ms / steps_in(step) for ms in times]
+        return [time_of(step) / steps_in(step) for _ in range(repeats)]
+
+
+def _cuda_time(step: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _wall_time(step: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    step()
+    return 1000 * (time.perf_counter() - begin)
 
 
 def steps_in(step: Callable[[], object]) -> int:
@@ -89,13 +95,14 @@ def alternately(
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """Peak GPU memory during a call, beyond what was allocated before."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Peak memory of the GPU `device` during a call, beyond what was allocated before."""
+    with torch.cuda.device(device):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
 
 
 def conditions(device: torch.device) -> str:
@@ -106,7 +113,9 @@ def conditions(device: torch.device) -> str:
     if device.type != "cuda":
         return f"{versions}, {torch.get_num_threads()} CPU threads"
     ask = "name,driver_version,clocks.sm,clocks.max.sm,power.draw"
-    command = ["nvidia-smi", f"--query-gpu={ask}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    # By UUID, which torch gives without its prefix: nvidia-smi also counts GPUs that CUDA_VISIBLE_DEVICES leaves out.
+    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", f"--query-gpu={ask}", "--format=csv,noheader", f"--id={gpu}"]
     return f"{versions}; {subprocess.run(command, capture_output=True, text=True).stdout.strip()} ({ask})"
 
 
@@ -195,7 +204,7 @@ def bench_table(
     if "diffusers" in times:
         columns["speed relative to diffusers"] = {n: f"{times['diffusers'] / ms:.2f}" for n, ms in times.items()}
     if device.type == "cuda" and folder.layout.world_size == 1:
-        columns["peak memory beyond weights, GB"] = {n: f"{peak_bytes(s) / 1e9:.2f}" for n, s in steps.items()}
+        columns["peak memory beyond weights, GB"] = {n: f"{peak_bytes(s, device) / 1e9:.2f}" for n, s in steps.items()}
     size = f"{sizes['resolution']}, batch {sizes['batch']}, {sizes['text_tokens']} text tokens"
     title = f"one step, {size}, {folder.dtype}, {device}"
     table = Table("", *columns, title=title, caption=conditions(device))

@@ -18,6 +18,9 @@ from rich.table import Table
 from ..engine.capability import refused_capability
 from ..network.trt import installed
 
+PYTHONS = (3, 10), (3, 13)
+"""The first and the last that are supported, as in pyproject.toml, which is not there if the package is installed."""
+
 
 class Check(NamedTuple):
     name: str
@@ -56,8 +59,9 @@ def print_doctor(checks: list[Check] | None = None, console: Console | None = No
 
 
 def python() -> Check:
-    supported = (3, 10) <= sys.version_info[:2] < (3, 14)
-    return Check("python", platform.python_version(), "runs the library", "Python 3.10 to 3.13", supported)
+    first, last = (".".join(map(str, version)) for version in PYTHONS)
+    supported = PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]
+    return Check("python", platform.python_version(), "runs the library", f"Python {first} to {last}", supported)
 
 
 def pytorch() -> Check:

@@ -16,9 +16,9 @@ import torch
 
 from ..architecture import Architecture
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.quantization import rounded
 from ..config import TORCH_DTYPES
 from ..engine.folder import EngineFolder
+from ..engine.kernels import through_fp8
 from ..network.layers import ACTIVATION_SCALE, WEIGHT_SCALE
 
 TOLERANCES = {"float32": 2e-2, "float16": 0.25, "bfloat16": 0.25}
@@ -45,7 +45,7 @@ def rounding(reference: torch.nn.Module, architecture: Architecture, checkpoint:
             scales[f"{module}.{kind}"].to(linear.weight) for kind in (WEIGHT_SCALE, ACTIVATION_SCALE)
         )
         before[linear] = linear.weight.data
-        linear.weight.data = _through_fp8(linear.weight.data, of_weight)
+        linear.weight.data = through_fp8(linear.weight.data, of_weight)
         handles.append(linear.register_forward_pre_hook(_round_input(of_input)))
     try:
         yield
@@ -56,12 +56,8 @@ def rounding(reference: torch.nn.Module, architecture: Architecture, checkpoint:
             linear.weight.data = weight
 
 
-def _through_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (rounded(x, scale).float() * scale.float()).to(x.dtype)
-
-
 def _round_input(scale: torch.Tensor):
-    return lambda _, inputs: (_through_fp8(inputs[0], scale), *inputs[1:])
+    return lambda _, inputs: (through_fp8(inputs[0], scale), *inputs[1:])
 
 
 def reference_outputs(

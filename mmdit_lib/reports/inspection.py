@@ -159,7 +159,7 @@ def _describe_engine(report: EngineReport) -> Group:
     for kind, count in report.layers.items():
         layers.add_row(kind, str(count))
     layers.add_row("all", str(sum(report.layers.values())), style="bold")
-    builds = _table("build", "rank", "layers", "plan", "defined in", "built in", "peak memory")
+    builds = _table("build", "rank", "layers", "plan", "defined in", "built in", "process's peak memory")
     for build in report.builds:
         builds.add_row(
             str(build.rank),
@@ -246,7 +246,7 @@ def _files(files: dict[str, int]) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        numeric = column in ("count", "size", "plan", "defined in", "built in", "peak memory", "layers")
+        numeric = column in ("count", "size", "plan", "defined in", "built in", "process's peak memory", "layers")
         table.add_column(column, justify="right" if numeric else "left", no_wrap=column == "name", overflow="fold")
     return table
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..architecture import ModelConfig
-from ..config import BuildConfig, dtype_option
+from ..config import TORCH_DTYPES, BuildConfig, dtype_option
 from .config import SD3Config
 from .inputs import INPUTS, KEPT_LAYERS, OUTPUT, RESIDUALS, residual_name
 from .keys import from_diffusers
@@ -101,7 +101,7 @@ def _sinusoid_in_float64(module, args, output) -> torch.Tensor:
 
 def _moved(reference: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inputs on diffusers' device, in its dtype unless `INPUTS` specifies another."""
-    dtypes = {x.name: getattr(torch, x.dtype) for x in INPUTS if x.dtype}
+    dtypes = {x.name: TORCH_DTYPES[x.dtype] for x in INPUTS if x.dtype}
     return {name: x.to(reference.device, dtypes.get(name, reference.dtype)) for name, x in inputs.items()}
 
 

@@ -4,17 +4,16 @@ of an FP8 checkpoint with a wrong scale, for those of notebook 08."""
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, rank_file
-from ..engine.folder import graph_file
+from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, is_checkpoint, rank_file
+from ..engine.folder import graph_file, is_engine_folder
 from ..engine.graph import Graph, Layer
-from ..files import FileRecord
+from ..files import FileRecord, complete_folder, write_synced
 from ..files.records import to_json
 from ..network.layers import ACTIVATION_SCALE
 
@@ -27,25 +26,32 @@ def plant(engine_dir: str | Path, output_dir: str | Path, edit: str | Edit) -> P
 
     Args:
         engine_dir: an engine folder of one rank.
-        output_dir: a folder beside it, replaced if it is there; it refers to the same checkpoint.
+        output_dir: another folder beside it, which refers to the same checkpoint; an older engine folder is replaced.
         edit: the name of one of `BUGS`, or a function that is called with every layer.
 
     Raises:
-        ValueError: the edit changes no layer.
+        ValueError: if the edit changes no layer, or `output_dir` is `engine_dir` or something else than an engine
+            folder.
     """
     source, output, name = Path(engine_dir), Path(output_dir), graph_file(0)
+    require_other(source, output)
     edit = BUGS[edit] if isinstance(edit, str) else edit
     graph = Graph.load(source / name)
     layers = tuple(map(edit, graph.layers))
     if layers == graph.layers:
         raise ValueError(f"the edit changes none of the {len(layers)} layers of {source}")
     config = json.loads((source / CONFIG_FILE).read_text())
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
-    replace(graph, layers=layers).save(output / name)
-    config[OWN_KEY] |= {"files": to_json({name: FileRecord.of(output / name)}), "tensorrt": None}
-    (output / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+    with complete_folder(output, "engine folder", is_engine_folder) as partial:
+        replace(graph, layers=layers).save(partial / name)
+        config[OWN_KEY] |= {"files": to_json({name: FileRecord.of(partial / name)}), "tensorrt": None}
+        write_synced(partial / CONFIG_FILE, json.dumps(config, indent=2))
     return output
+
+
+def require_other(source: Path, output: Path) -> None:
+    """Raises `ValueError` if a copy would replace its source."""
+    if source.resolve() == output.resolve():
+        raise ValueError(f"{output} is the folder to copy; give the name of another one for the copy")
 
 
 def exact_gelu(layer: Layer) -> Layer:
@@ -73,11 +79,21 @@ BUGS: dict[str, Edit] = {"A": swapped_shift_and_scale, "B": exact_gelu, "C": wro
 
 def plant_scale(checkpoint_dir: str | Path, output_dir: str | Path) -> Path:
     """Write a copy of an FP8 checkpoint of one rank in which the scale of one layer's input is 32 times too small. It
-    has no checksums, as if another program had written it."""
-    folder = Path(shutil.copytree(checkpoint_dir, output_dir, dirs_exist_ok=True))
-    tensors, config = load_file(folder / rank_file(0)), json.loads((folder / CONFIG_FILE).read_text())
+    has no checksums, as if another program had written it.
+
+    Args:
+        checkpoint_dir: the checkpoint folder.
+        output_dir: another folder; an older checkpoint is replaced.
+
+    Raises:
+        ValueError: if `output_dir` is `checkpoint_dir` or something else than a checkpoint.
+    """
+    source, output = Path(checkpoint_dir), Path(output_dir)
+    require_other(source, output)
+    tensors, config = load_file(source / rank_file(0)), json.loads((source / CONFIG_FILE).read_text())
     tensors[f"transformer_blocks.3.attn.to_out.0.{ACTIVATION_SCALE}"] /= 32
-    save_file(tensors, folder / rank_file(0))
     del config[OWN_KEY]
-    (folder / CONFIG_FILE).write_text(json.dumps(config))
-    return folder
+    with complete_folder(output, "checkpoint", is_checkpoint) as partial:
+        save_file(tensors, partial / rank_file(0))
+        write_synced(partial / CONFIG_FILE, json.dumps(config))
+    return output

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from ..checkpoint import convert
 from ..config import TORCH_DTYPES, Dtype
 from ..engine.build import build
 from ..engine.folder import EngineFolder, plan_file
+from ..files import complete_file
 from ..generate import Picture, generate, generate_by_diffusers
 from . import model_path
 
@@ -43,8 +45,6 @@ def demo(
     Raises:
         ValueError: if a module or, in float32, the image differs from diffusers'.
     """
-    from ..plots import images_side_by_side  # imports matplotlib, which other commands do not need
-
     console, stages = Console(), Table("stage", "time", "size", "result")
     model, out = str(model_path()), Path(output_dir).expanduser()
     out.mkdir(parents=True, exist_ok=True)
@@ -64,10 +64,8 @@ def demo(
     theirs, seconds = timed(generate_by_diffusers, prompt, model, pipeline, dtype=TORCH_DTYPES[dtype], **options)
     stages.add_row("generate with diffusers", seconds, "", describe(theirs))
 
-    picture, side_by_side = out / "picture.png", out / "beside_diffusers.png"
-    ours.image.save(picture)
+    picture, side_by_side = save_images(out, ours.image, theirs.image)
     difference = grey_levels(ours.image, theirs.image)
-    images_side_by_side([theirs.image, ours.image], ["diffusers", "engine"]).savefig(side_by_side, dpi=110)
     console.print(stages)
     console.print(f"backend {ours.backend}: {ours.reason}")
     console.print(f"parity: every module agrees with diffusers; worst relative error {worst:.1e} in {dtype}")
@@ -75,6 +73,18 @@ def demo(
     console.print(f"image: {picture}")
     if dtype == "float32" and difference > 1:
         raise ValueError(f"the two images differ by {difference} gray levels; rounding in float32 explains at most 1")
+
+
+def save_images(folder: Path, ours: Image, theirs: Image) -> tuple[Path, Path]:
+    """Write our image, and both side by side; returns their files."""
+    from ..plots import images_side_by_side  # imports matplotlib, which other commands do not need
+
+    picture, side_by_side = folder / "picture.png", folder / "beside_diffusers.png"
+    with complete_file(picture) as partial:
+        ours.save(partial)
+    with complete_file(side_by_side) as partial:
+        images_side_by_side([theirs, ours], ["diffusers", "engine"]).savefig(partial, dpi=110)
+    return picture, side_by_side
 
 
 def timed(work: Callable, *arguments, **options) -> tuple[Any, str]:
