@@ -41,7 +41,7 @@ class Picture:
 
 def generate(
     prompt: str,
-    model: str | Path,
+    model: str | Path | None,
     engine_dir: str | Path,
     *,
     resolution: str | int | Resolution | None = None,
@@ -54,7 +54,8 @@ def generate(
     """Generate an image from `prompt`. Under `mpirun` every rank calls this, and together they generate one image.
 
     Args:
-        model: the diffusers pipeline with text encoders, VAE and scheduler: a folder, a hub id, or tiny.
+        model: the diffusers pipeline with text encoders, VAE and scheduler: a folder, a hub id, tiny, or None for the
+            one that the engine's checkpoint was converted from.
         engine_dir: an engine folder written by `build`; it needs one MPI process per rank.
         resolution: image size in pixels; by default the one that the engine is optimized for.
         seed: seed of the noise, which is drawn on the CPU so that it is the same on every device.
@@ -75,11 +76,12 @@ def generate(
     if (images := call_options.get("num_images_per_prompt", 1)) != 1:
         raise ValueError(f"num_images_per_prompt {images}: generate draws one image; for several, use load_pipeline")
     folder = EngineFolder.open(engine_dir)
+    model = model or converted_from(folder)
+    folder.architecture.pipelines.check_call(call_options, folder.model, folder.build_config)
     size = Resolution.read(resolution or folder.build_config.opt_resolution)
     check_sizes(
         folder, Sizes(height=size.height, width=size.width, **folder.architecture.pipelines.call_sizes(call_options))
     )
-    folder.architecture.pipelines.check_call(call_options, folder.model, folder.build_config)
     adapters = with_scales(adapters)
     for adapter in adapters:
         Lora.open(*adapter, folder.architecture, folder.model)
@@ -94,6 +96,14 @@ def generate(
     images = sample(pipe, prompt, **call_options) if parallel else pipe(prompt, **call_options).images
     seconds = time.perf_counter() - start
     return Picture(images[0] if runner.rank == 0 else None, seconds, runner.backend.name, runner.reason)
+
+
+def converted_from(folder: EngineFolder) -> str:
+    """The model that the engine's checkpoint was converted from. Raises `ValueError` if the folder does not name it."""
+    model_path = folder.config["pretrained_config"].get("model_path")
+    if not model_path:
+        raise ValueError(f"{folder.path} does not name the model that it was converted from: give --model_path")
+    return model_path
 
 
 def generate_by_diffusers(

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .checkpoint.hub import resolve_model
+from .checkpoint.hub import TRANSFORMER_CONFIG, pipeline_folder, resolve_model
 from .config import dtype_option
 from .engine.backend import RunnerOptions
 from .engine.folder import EngineFolder
+from .engine.inputs import declared_shape
+from .files import read_json
 from .parallel.faults import start_mpi
 from .parallel.heartbeat import doing
 from .parallel.messages import broadcast, check_equal
@@ -51,13 +53,14 @@ def load_pipeline(
             the pipeline class, on the same device and in the same dtype as the others.
 
     Raises:
-        ValueError: if both `dtype` and `torch_dtype` are given, or a component without a pipeline class for it, the
-            engine folder is damaged, or the backend cannot run here.
-        OSError: from diffusers, if `model` cannot be found or downloaded.
+        ValueError: if both `dtype` and `torch_dtype` are given, or a component without a pipeline class for it, `model`
+            cannot be found or does not fit the engine, its folder is damaged, or the backend cannot run here.
+        OSError: from diffusers, if a part of `model` cannot be found or downloaded.
     """
     if dtype is not None and torch_dtype is not None:
         raise ValueError(f"dtype {dtype} and torch_dtype {torch_dtype}: give only dtype")
-    special = EngineFolder.open(engine_dir).architecture.pipelines
+    folder, model = EngineFolder.open(engine_dir), resolve_model(model)
+    special = folder.architecture.pipelines
     added = {name: options.pop(name) for name in special.ADDED_COMPONENTS if options.get(name)}
     if added and pipeline_class is None:
         raise ValueError(f"{next(iter(added))}: pass a pipeline_class that accepts it")
@@ -68,6 +71,7 @@ def load_pipeline(
         runner_options = with_changes(RunnerOptions(), runner_options or {})
     if device is not None:
         runner_options = with_changes(runner_options, {"device": device})
+    check_pipeline(pipeline_folder(model, options.get("revision")), folder)
     runner = MMDiTRunner.from_engine(engine_dir, runner_options)
     # Pipelines prepare images for added components in the transformer's dtype.
     dtype = dtype or torch_dtype or (runner.dtype if runner.device.type == "cuda" or added else torch.float32)
@@ -76,7 +80,7 @@ def load_pipeline(
     default_class = special.default_class()
     with doing("loading the pipeline"):
         first_class = default_class if added else pipeline_class or default_class
-        pipe = install(first_class.from_pretrained(resolve_model(model), **options).to(runner.device), runner)
+        pipe = install(first_class.from_pretrained(model, **options).to(runner.device), runner)
         if not added:
             return pipe
         for module in modules:
@@ -84,6 +88,21 @@ def load_pipeline(
                 module.to(dtype)
         # With the transformer, which these components may read when the pipeline is created.
         return install(pipeline_class(**pipe.components, **added).to(runner.device), runner)
+
+
+def check_pipeline(path: Path, folder: EngineFolder) -> None:
+    """Raises `ValueError` if the transformer of a pipeline's folder has inputs of other shapes than the engine."""
+    if not (path / TRANSFORMER_CONFIG).is_file():  # the engine takes its place
+        return
+    architecture = folder.architecture
+    theirs = architecture.config.from_diffusers(read_json(path / TRANSFORMER_CONFIG))
+    for tensor in architecture.inputs:
+        found, wanted = (declared_shape(tensor, model) for model in (theirs, folder.model))
+        if found != wanted:
+            raise ValueError(
+                f"the pipeline {path} does not fit {folder.path}: {tensor.name} is {list(found)} there, and the engine "
+                f"takes {list(wanted)}; give the pipeline that the checkpoint was converted from"
+            )
 
 
 def install(pipe, runner: MMDiTRunner):

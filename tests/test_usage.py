@@ -13,7 +13,8 @@ from helpers import mmdit, relative_error
 from ranks import run_on_ranks
 
 from mmdit_lib import MMDiTRunner, build, convert, load_pipeline
-from mmdit_lib.generate import generate
+from mmdit_lib.engine.folder import EngineFolder
+from mmdit_lib.generate import converted_from, generate
 from mmdit_lib.models import KNOWN_MODELS
 from mmdit_lib.sd3.pipelines import decode
 from training.random_pipeline import make_random_pipeline
@@ -165,6 +166,7 @@ def test_an_engine_for_short_prompts(model, checkpoint):
     [
         (("--guidance_scale", 1, "--max_sequence_length", 512), "589 text tokens are outside the engine's 77 to 333"),
         ((), "batch 2 is outside the engine's 1 to 1 (guidance doubles the batch)"),
+        (("--max_sequence_length", 600), "max_sequence_length 600: give at most 512, as diffusers does"),
     ],
 )
 def test_generate_refuses_before_it_loads_anything(checkpoint, tmp_path, options, said):
@@ -179,6 +181,22 @@ def test_generate_draws_one_image(model, engine):
     said = "^num_images_per_prompt 2: generate draws one image; for several, use load_pipeline$"
     with pytest.raises(ValueError, match=said):
         generate("a circle", model.parent / "missing", engine, num_images_per_prompt=2)
+
+
+def test_a_pipeline_that_does_not_fit_is_refused_before_it_is_loaded(model, engine):
+    said = r"^the pipeline \S+ does not fit \S+: encoder_hidden_states is \[-1, -1, 256\] there, and the engine takes"
+    with pytest.raises(ValueError, match=said):
+        generate("a circle", "tiny", engine)
+    with pytest.raises(ValueError, match=r"transformer is no pipeline, as it has no model_index\.json: give the folder"):
+        generate("a circle", model / "transformer", engine)
+    with pytest.raises(ValueError, match="^nowhere does not exist and is not a hub id"):
+        generate("a circle", "nowhere", engine)
+
+
+def test_the_pipeline_is_by_default_the_one_that_was_converted(model, engine):
+    assert converted_from(EngineFolder.open(engine)) == str(model)
+    picture = generate("a circle", None, engine, resolution=64, num_inference_steps=1, device="cpu")
+    assert picture.image.size == (64, 64)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..architecture import Architecture
 from ..config import TORCH_DTYPES, dtype_option
 from ..files import read_json
+from .hub import INDEX_FILE
 from .lora import Lora, fuse
 from .source import Source
 
@@ -18,7 +19,6 @@ STEPS = 10
 """Denoising steps for each prompt, from pure noise to the image."""
 PROMPTS_FILE = "calibration_prompts.txt"
 """In a pipeline's folder: the prompts to use if none are given, one on each line."""
-INDEX_FILE = "model_index.json"
 MAX_PROMPTS = 4096
 
 

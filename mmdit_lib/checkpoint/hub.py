@@ -8,7 +8,8 @@ from pathlib import Path
 
 SHIPPED = ("tiny",)
 """Models that ship with the package, each in `mmdit_lib/NAME/weights`."""
-CONFIGS = ["model_index.json", "vae/config.json", "transformer/config.json"]
+INDEX_FILE, TRANSFORMER_CONFIG = "model_index.json", "transformer/config.json"
+CONFIGS = [INDEX_FILE, "vae/config.json", TRANSFORMER_CONFIG]
 
 
 def resolve_model(model: str | Path) -> str:
@@ -22,8 +23,20 @@ def resolve_model(model: str | Path) -> str:
 def shipped_model(name: str) -> Path:
     """The diffusers pipeline folder of a model that ships with the package. Raises `FileNotFoundError`."""
     folder = Path(str(files("mmdit_lib"))) / name / "weights"
-    if not (folder / "model_index.json").is_file():
+    if not (folder / INDEX_FILE).is_file():
         raise FileNotFoundError(f"{folder} contains no model: the package was installed without its weights")
+    return folder
+
+
+def pipeline_folder(model: str, revision: str | None = None) -> Path:
+    """A folder with a pipeline's `model_index.json` and, if it has a transformer, that one's `config.json`.
+
+    Of a hub id, only these two files are downloaded. Raises `ValueError` if this is no pipeline or is out of reach.
+    """
+    path = Path(model)
+    folder = path if path.exists() else download(model, [INDEX_FILE, TRANSFORMER_CONFIG], revision)[0]
+    if not (folder / INDEX_FILE).is_file():
+        raise ValueError(f"{model} is no pipeline, as it has no {INDEX_FILE}: give the folder or hub id of a whole one")
     return folder
 
 

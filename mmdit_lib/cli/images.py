@@ -25,7 +25,7 @@ def check_ranks(engine_dir: str | Path) -> None:
 def generate_command(
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")],
     *,
-    model_path: str | Path = "tiny",
+    model_path: str | Path | None = None,
     engine_dir: str | Path = "engine_outputs",
     output: str | Path = "sd3.5-mmdit.png",
     negative_prompt: str = "",
@@ -42,7 +42,8 @@ def generate_command(
 
     Args:
         prompt: what to draw.
-        model_path: the pipeline with text encoders and VAE: a folder, a hub id, or tiny.
+        model_path: the pipeline with text encoders and VAE: a folder, a hub id, or tiny; by default the
+            one that the engine's checkpoint was converted from.
         engine_dir: an engine folder of `mmdit build`.
         output: the image file to write.
         negative_prompt: what not to draw.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..architecture import Architecture
-from ..checkpoint.hub import resolve_model
+from ..checkpoint.hub import TRANSFORMER_CONFIG, download, resolve_model
 from ..checkpoint.lora import fuse, open_loras
 from ..checkpoint.manifest import LoraRecord
 from ..checkpoint.source import find_source
@@ -31,6 +31,8 @@ def load_reference(
     """
     model_path = resolve_model(model_path)
     path = Path(model_path)
+    if not path.exists():
+        download(model_path, [TRANSFORMER_CONFIG], revision)  # which says in one line why it cannot
     if path.suffix == ".json" and path.is_file():  # the index of a folder's shards
         path, variant = path.parent, re.fullmatch(r".*\.index\.?(.*)\.json", path.name)[1] or None
     config = find_source(path).model if path.is_file() else None

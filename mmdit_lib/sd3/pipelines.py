@@ -26,6 +26,8 @@ ARGUMENTS = (
 )  # fmt: skip
 GUIDANCE, CLIP_TOKENS, T5_TOKENS = 7.0, 77, 256
 """Defaults of the pipeline's call: guidance scale, and the two parts of the text."""
+MAX_T5_TOKENS = 512
+"""The most that diffusers' pipelines take."""
 
 
 def default_class() -> type:
@@ -125,6 +127,8 @@ def check_arguments(arguments: dict[str, Any]) -> None:
 def check_call(options: Mapping[str, Any], config: SD3Config, build: BuildConfig) -> None:
     """Raises `ValueError` naming an option of the pipeline's call that the engine does not support."""
     kept_layers(options.get("skip_guidance_layers"), config, build, "skip_guidance_layers")
+    if (tokens := options.get("max_sequence_length", T5_TOKENS)) > MAX_T5_TOKENS:
+        raise ValueError(f"max_sequence_length {tokens}: give at most {MAX_T5_TOKENS}, as diffusers does")
 
 
 def call_sizes(options: Mapping[str, Any]) -> dict[str, int]:
