@@ -86,7 +86,11 @@ def test_every_module_that_calculates_is_there(table, case):
     ours = {path for path, _ in MMDiT(case.config).named_modules() if path}
     called = {path for path in ours if not path.endswith((".net", ".to_out", "transformer_blocks"))}
     assert set(table.module) == called | {"output"}
-    reasons = table.attrs["left_out"]
+    reasons, values = table.attrs["left_out"], len(table)
+    skipped = f"{len(reasons)} more (lists, dropouts, unused outputs) do not exist in the engine and were skipped."
+    text = text_of(parity_report(table))
+    assert f"Shown: the largest error in each block, of {values} values compared. {skipped}" in text
+    assert f"Shown: all {values} values compared. {skipped}" in text_of(parity_report(table, full=True))
     left = {name for name, _ in case.reference.named_modules()} - {"", *(p.replace(".net.1", ".net.2") for p in called)}
     assert set(reasons) == left | {"transformer_blocks.2.attn:1"}
     # Several outputs have a row each: x, four vectors; then the second x and its gate.
@@ -188,7 +192,15 @@ def test_shape_missing_and_nan(case):
     assert status[("transformer_blocks.0.attn.to_v", 0)] == "shape"
     assert status[("transformer_blocks.0.norm1", 6)] == "missing"
     assert (table.status != "ok").sum() == 4 and first_bad(table).module == "context_embedder"
-    assert "diffusers has (2, 64, 64)" in text_of(parity_report(table))
+    text, values = text_of(parity_report(table)), len(table)
+    assert "diffusers has (2, 64, 64)" in text
+    assert f"Shown: the largest error in each block and the failures, of {values} values compared. " in text
+
+    table.attrs["left_out"] = {}
+    table.status = "missing"
+    text = text_of(parity_report(table))
+    assert f"Shown: the largest error in each block and the first 20 failures, of {values} values compared." in text
+    assert "skipped" not in text
 
     weights["proj_out.bias"] = weights["proj_out.bias"] * float("nan")
     table = compare(case.reference, runner_with(case, weights), case.inputs())

@@ -20,7 +20,7 @@ from ..config import Resolution
 from ..engine.backend import Inputs
 from ..engine.inputs import sample_inputs
 from ..runner import MMDiTRunner
-from .reference import load_reference
+from .reference import check_same_model, load_reference
 
 
 class Loop:
@@ -159,6 +159,9 @@ def bench_steps(
 
     On a GPU the engine runs all steps of an image, and diffusers' transformer comes twice, the second time with every
     block compiled.
+
+    Raises:
+        ValueError: the sizes are outside the profile, or `model_path` is not the engine's model.
     """
     device, architecture = runner.device, runner.folder.architecture
     inputs = sample_inputs(runner.folder, resolution=resolution, batch=batch, text_tokens=text_tokens)
@@ -172,7 +175,9 @@ def bench_steps(
         arguments = architecture.reference.arguments(prepared, runner.folder.model, runner.folder.build_config)
         return torch.inference_mode()(partial(reference, **arguments, return_dict=False))
 
-    steps["diffusers"] = of(load_reference(model_path, architecture, runner.dtype, device))
+    reference = load_reference(model_path, architecture, runner.dtype, device)
+    check_same_model(reference, runner.folder)
+    steps["diffusers"] = of(reference)
     if device.type == "cuda":
         compiled = load_reference(model_path, architecture, runner.dtype, device)
         for block in compiled.get_submodule(architecture.blocks):

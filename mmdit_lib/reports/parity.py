@@ -18,13 +18,12 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..architecture import ModelConfig
 from ..config import TORCH_DTYPES, Dtype, RankMapping, Resolution, either
 from ..engine.inputs import sample_inputs
 from ..engine.precision import without_tf32
 from ..runner import MMDiTRunner
 from . import fp8_parity
-from .reference import load_reference
+from .reference import check_same_model, load_reference
 
 TOLERANCES: dict[str, float] = {"float32": 5e-6, "float16": 1e-2, "bfloat16": 8e-2}
 """Largest relative error (norm of the difference over norm) that is accepted as rounding.
@@ -118,7 +117,7 @@ def compare(
     """
     folder = runner.folder
     architecture, mapping = folder.architecture, folder.layout.at(runner.rank)
-    check_same_model(architecture.config.from_diffusers(dict(reference.config)), folder.model)
+    check_same_model(reference, folder)
     reference_dtype = str(reference.dtype).removeprefix("torch.")
     quantized = folder.quantization.quant_algo is not None
     if tolerance is None:
@@ -189,14 +188,6 @@ def _judge_by_float64(
     mine, its = (_compare(x, exact, mapping, tolerance)["relative_error"] for x in (ours, theirs))
     accepted = mine <= its + tolerance  # NaN is not
     return {"status": "ok", "note": f"{BY_FLOAT64} ours {mine:.1e}, diffusers {its:.1e}"} if accepted else {}
-
-
-def check_same_model(theirs: ModelConfig, ours: ModelConfig) -> None:
-    """Raises `ValueError` naming the fields in which the two differ."""
-    differ = [name for name in type(ours).model_fields if getattr(theirs, name) != getattr(ours, name)]
-    if differ:
-        says = "; ".join(f"{name} {getattr(theirs, name)} and {getattr(ours, name)}" for name in differ)
-        raise ValueError(f"model and engine do not match: {says}")
 
 
 def _compare(ours: torch.Tensor | None, theirs: torch.Tensor | None, mapping: RankMapping, tolerance: float) -> dict:
@@ -291,14 +282,12 @@ def parity_report(table: pd.DataFrame, *, full: bool = False) -> Group:
     """A table for a terminal (`rich.print(...)`): all rows, or the worst of each block and the first not ok."""
     failing = table.index[table.status != "ok"][:FAILING_SHOWN]
     shown = table if full else table.loc[sorted(_worst_per_block(table) | set(failing))]
-    left_out = table.attrs.get("left_out", {})
-    which = "all" if full else f"the worst of each block, and the first {FAILING_SHOWN} that are not ok, of"
     extra = ("with FP8", "without") if table.attrs.get("quantized") else ()
     numbers = (Column(name, justify="right", no_wrap=True) for name in ("relative", "max abs", *extra))
     grid = Table(
         Column("module", overflow="fold"), Column("status", no_wrap=True), *numbers, Column("shape", overflow="fold"),
         title=_title(table), title_justify="left",
-        caption=f"{which} {len(table)} values; {len(left_out)} lists, dropouts and unread values have no counterpart",
+        caption=_caption(table, full),
         caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0), show_edge=False,
     )  # fmt: skip
     for row in shown.itertuples():
@@ -324,6 +313,15 @@ def _title(table: pd.DataFrame) -> str:
     engine, how = ("FP8 engine in ", " with the same rounding to FP8") if quantized else ("", "")
     name = f"{engine}{about['dtype']}" if quantized else f"{about['dtype']} engine"
     return f"errors of the {name} against diffusers in {about['reference_dtype']}{how}; inputs {sizes}"
+
+
+def _caption(table: pd.DataFrame, full: bool) -> str:
+    """Which rows are shown, and how many of diffusers' modules have no value to compare."""
+    values, failing, skipped = len(table), int((table.status != "ok").sum()), len(table.attrs.get("left_out", {}))
+    failures = f" and the {f'first {FAILING_SHOWN} failures' if failing > FAILING_SHOWN else 'failures'}"
+    shown = "all" if full else f"the largest error in each block{failures if failing else ''}, of"
+    more = f" {skipped} more (lists, dropouts, unused outputs) do not exist in the engine and were skipped."
+    return f"Shown: {shown} {values} values compared.{more if skipped else ''}"
 
 
 def _worst_per_block(table: pd.DataFrame) -> set[int]:

@@ -13,6 +13,7 @@ from ..checkpoint.hub import TRANSFORMER_CONFIG, download, resolve_model
 from ..checkpoint.lora import fuse, open_loras
 from ..checkpoint.manifest import LoraRecord
 from ..checkpoint.source import find_source
+from ..engine.folder import EngineFolder
 
 
 def load_reference(
@@ -40,6 +41,15 @@ def load_reference(
     reference = architecture.reference.load(where, dtype, variant=variant, revision=revision, config=config)
     fuse_recorded(reference, architecture, loras)
     return reference.eval().to(device)
+
+
+def check_same_model(reference: torch.nn.Module, folder: EngineFolder) -> None:
+    """Raises `ValueError` naming the fields in which diffusers' transformer and the engine's model differ."""
+    theirs, ours = folder.architecture.config.from_diffusers(dict(reference.config)), folder.model
+    differ = [name for name in type(ours).model_fields if getattr(theirs, name) != getattr(ours, name)]
+    if differ:
+        says = "; ".join(f"{name} {getattr(theirs, name)} and {getattr(ours, name)}" for name in differ)
+        raise ValueError(f"model and engine do not match: {says}")
 
 
 @torch.no_grad()
