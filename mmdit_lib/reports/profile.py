@@ -72,7 +72,8 @@ def profile_table(times: pd.DataFrame, blocks: str, title: str) -> Table:
     inside = (f"{blocks}.*." + groups.part).str.replace(f".{OWN}", f" ({OWN})", regex=False)
     groups["module"] = groups.part.where(groups.block < 0, inside)
     sums = groups.groupby("module", sort=False)[["layers", "ms"]].sum().sort_values("ms", ascending=False)
-    table = Table("module", title=title)
+    caption = "all: the sum of layers timed one by one, not the time of a step"
+    table = Table("module", title=title, caption=caption)
     for column in ("layers", "ms", "share"):
         table.add_column(column, justify="right")
     for module, row in sums.iterrows():
