@@ -107,9 +107,10 @@ class MMDiTRunner:
                 heartbeat_timeout.
 
         Raises:
-            ValueError: if the folder is damaged or incomplete, or the backend cannot run here.
+            ValueError: if the folder is damaged or incomplete, or the device or the backend cannot run here.
         """
         options = with_changes(options or RunnerOptions(), changes)
+        options.check()
         if not 0 <= (options.heartbeat_timeout or 0) < math.inf:
             raise ValueError(f"heartbeat_timeout {options.heartbeat_timeout}: give seconds, or 0 for never")
         folder = EngineFolder.open(engine_dir)

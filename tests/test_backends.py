@@ -56,6 +56,36 @@ def test_without_a_gpu(case):
     assert (runner.backend.name, runner.reason) == ("pytorch", "requested")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "device", "said"),
+    [
+        (0, "cuda", "device cuda: this machine has no CUDA GPU"),
+        (0, "cuda:7", "device cuda:7: this machine has no CUDA GPU"),
+        (0, "gpu", "device 'gpu': use cpu, cuda or cuda:N"),
+        (0, torch.device("meta"), "device 'meta': use cpu, cuda or cuda:N"),
+        (1, "cuda:7", "device cuda:7: this machine has only cuda:0"),
+        (2, "cuda:7", "device cuda:7: this machine has only cuda:0 to cuda:1"),
+    ],
+)
+def test_a_device_that_is_not_there(monkeypatch, case, gpus, device, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        MMDiTRunner.from_engine(case.engine(plan=False), device=device)
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert RunnerOptions().torch_device == RunnerOptions(device="cpu").torch_device == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"^cuda_graph needs a CUDA device, and this run uses cpu$"):
+        RunnerOptions(cuda_graph=True).check()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert RunnerOptions().torch_device == torch.device("cuda")
+    assert RunnerOptions(device="cuda:1").torch_device == torch.device("cuda:1")
+    RunnerOptions(cuda_graph=True).check()
+
+
 def test_refusals_name_what_is_there(monkeypatch):
     assert "built with --no-plan" in refusal(None)
     other = refusal("tensorrt 10.13.3")

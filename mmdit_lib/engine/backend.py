@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Protocol
 
 import torch
 
+from .device import usable_device
 from .folder import EngineFolder
 
 Inputs = Mapping[str, torch.Tensor]
@@ -42,7 +43,13 @@ class RunnerOptions:
 
     @property
     def torch_device(self) -> torch.device:
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        """Raises `ValueError` for a device that is neither a CPU nor a GPU of this machine."""
+        return usable_device(self.device)
+
+    def check(self) -> None:
+        """Raises `ValueError` if the device cannot be used, or cannot do what the options ask for."""
+        if self.torch_device.type != "cuda" and self.cuda_graph:
+            raise ValueError(f"cuda_graph needs a CUDA device, and this run uses {self.torch_device}")
 
 
 class Ranks(Protocol):
