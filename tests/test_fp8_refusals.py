@@ -146,6 +146,8 @@ def test_calibration_needs_a_pipeline_and_prompts(tmp_path):
     refused(converting(quantization="fp8", calibration_prompts=["", " "]), "give 1 to 4096 prompts, found 0")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
     refused(converting(**some | {"calibration_prompts": [str(tmp_path / "picture.png")]}), "is not a text file")
+    for path in ("promts.txt", "my promts.txt", "lists/promts"):
+        refused(converting(**some | {"calibration_prompts": [path]}), f"calibration_prompts: {path} does not exist")
     refused(converting(source / "transformer", **some), "has no model_index.json", "whole pipeline")
     shutil.rmtree(source / "text_encoder")
     refused(converting(**some), "has no text_encoder;")
@@ -161,6 +163,7 @@ def test_prompts(tmp_path):
     file.write_text("one\n\n two \n")
     long = "x" * 10_000
     assert calibration.read_prompts([str(file), "three", long], "nowhere") == ["one", "two", "three", long]
+    assert calibration.read_prompts(["a red/blue circle"], "nowhere") == ["a red/blue circle"]
     (tmp_path / calibration.PROMPTS_FILE).write_text("own\n")
     assert calibration.read_prompts([], str(tmp_path)) == ["own"]
 
@@ -196,10 +199,13 @@ def test_the_command(tmp_path):
     ]
     code, _, err = mmdit(*arguments)
     assert code == 1 and err.startswith("mmdit: quantization fp8 needs prompts") and err.count("\n") == 1
-    code, out, _ = mmdit(*arguments, "--calibration_prompts", "a red circle", "--calibration-prompts", "a blue square")
-    assert code == 0 and "written" in out
+    code, out, err = mmdit(
+        *arguments, "--calibration_prompts", "a red circle", "--calibration-prompts", "a blue square"
+    )
+    assert code == 0 and "written" in out and "calibrate on 2 prompts:" in err
     code, out, _ = mmdit("inspect", tmp_path / "out")
     assert code == 0 and "FP8 in 33 linear layers; excluded: time_text_embed.*" in " ".join(out.split())
+    assert "prompts: 2, steps of each: 10" in out
 
 
 def test_attention_in_fp8_is_refused_where_it_cannot_run(monkeypatch):

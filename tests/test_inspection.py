@@ -48,6 +48,9 @@ def test_engine_folder(case):
         "1 (tp 1, cp 1, cfg 1)",
         "checkpoint-float32",
         "process's peak memory",
+        "GPU memory  per rank, at batch 3, 320x320 pixels and 589 text tokens (pytorch backend): weights ",
+        " MB, activations ",
+        " MB, computed ahead ",
     ):
         assert said in text, said
 

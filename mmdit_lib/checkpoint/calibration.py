@@ -25,7 +25,7 @@ MAX_PROMPTS = 4096
 def read_prompts(given: Sequence[str], pipeline: str) -> list[str]:
     """The prompts, from text or from files with one on each line; by default the pipeline's own.
 
-    Raises `ValueError` if there are none.
+    Raises `ValueError` if there are none, or if one looks like the path of a file that does not exist.
     """
     if not given:
         own = Path(pipeline) / PROMPTS_FILE
@@ -35,10 +35,18 @@ def read_prompts(given: Sequence[str], pipeline: str) -> list[str]:
                 "(one prompt on each line)"
             )
         given = [str(own)]
-    prompts = [prompt for text in given for prompt in (_lines(text) if _is_file(text) else [text.strip()]) if prompt]
+    prompts = [prompt for text in given for prompt in _prompts_of(text) if prompt]
     if not 0 < len(prompts) <= MAX_PROMPTS:
         raise ValueError(f"calibration_prompts: give 1 to {MAX_PROMPTS} prompts, found {len(prompts)}")
     return prompts
+
+
+def _prompts_of(text: str) -> list[str]:
+    if _is_file(text):
+        return _lines(text)
+    if text.endswith(".txt") or ("/" in text and not any(map(str.isspace, text))):
+        raise ValueError(f"calibration_prompts: {text} does not exist")
+    return [text.strip()]
 
 
 def _is_file(text: str) -> bool:
@@ -106,7 +114,7 @@ def calibrate(
     for module in modules:
         linear = pipe.transformer.get_submodule(architecture.keys.to_diffusers(module))
         linear.register_forward_pre_hook(_recorder(largest, module))
-    with tqdm(total=len(prompts) * STEPS, unit="step", desc="calibrate", disable=not progress) as bar:
+    with tqdm(total=len(prompts) * STEPS, unit="step", desc=_described(prompts), disable=not progress) as bar:
 
         def step_done(pipe, step, timestep, values):
             bar.update()
@@ -118,6 +126,10 @@ def calibrate(
                  callback_on_step_end=step_done)  # fmt: skip
     assert set(largest) == set(modules), "a layer never ran"
     return {module: value.item() for module, value in largest.items()}
+
+
+def _described(prompts: Sequence[str]) -> str:
+    return f"calibrate on {len(prompts)} prompt{'s' * (len(prompts) != 1)}"
 
 
 def _recorder(largest: dict[str, torch.Tensor], module: str) -> Callable:

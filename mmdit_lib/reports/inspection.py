@@ -15,7 +15,7 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.manifest import CONFIG_FILE, CheckpointManifest, rank_file
 from ..checkpoint.quantization import SCALES
 from ..checkpoint.tensor_file import StoredTensor, read_header
-from ..config import Layout
+from ..config import BuildConfig, Layout
 from ..engine.folder import EngineFolder, graph_file
 from ..engine.graph import Graph, Value
 from ..engine.inputs import declared_shape, profile_shapes
@@ -139,13 +139,7 @@ def _describe_engine(report: EngineReport) -> Group:
     about += _quantization(engine)
     about += [("LoRA", str(lora)) for lora in engine.loras]
     if report.memory:
-        sizes = f"batch {build.max_batch_size}, {build.max_resolution} pixels, {build.max_text_tokens} text tokens"
-        memory = f"{size(report.memory.weights)} of weights, {size(report.memory.activations)} of activations"
-        if report.memory.exchange:
-            memory += f", {size(report.memory.exchange)} of symmetric memory"
-        if report.memory.ahead:
-            memory += f", {size(report.memory.ahead)} of values computed ahead"
-        about.append(("GPU memory", f"{memory} per rank at {sizes} (pytorch backend)"))
+        about.append(("GPU memory", _parts_of(report.memory, build)))
     if given := engine.plan_options.given():
         about.append(("plan options", ", ".join(f"{name} {value}" for name, value in given.items())))
     tensors = _table("inputs and outputs", "name", "dtype", "shape", "min", "opt", "max")
@@ -186,6 +180,8 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
     about += _quantization(checkpoint)
     if own:
         about += [("LoRA", str(lora)) for lora in own.loras]
+        if own.calibration:
+            about.append(("calibration", f"prompts: {own.calibration.prompts}, steps of each: {own.calibration.steps}"))
         about.append(("created with", ", ".join(f"{k} {v}" for k, v in own.versions.items() if v)))
     config = _table("config", "field", "value")
     for name, value in checkpoint.model.model_dump().items():
@@ -194,6 +190,15 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
     for name, tensor in report.largest():
         largest.add_row(name, _shape(tensor.shape), size(tensor.nbytes))
     return Group(_facts(checkpoint.path, about), config, largest, _files(report.files))
+
+
+def _parts_of(memory: Memory, build: BuildConfig) -> str:
+    image, tokens = build.max_resolution, build.max_text_tokens
+    sizes = f"per rank, at batch {build.max_batch_size}, {image} pixels and {tokens} text tokens (pytorch backend)"
+    parts = {"weights": memory.weights, "activations": memory.activations}
+    parts |= {"symmetric memory": memory.exchange} if memory.exchange else {}
+    parts |= {"computed ahead": memory.ahead} if memory.ahead else {}
+    return f"{sizes}: {', '.join(f'{name} {size(nbytes)}' for name, nbytes in parts.items())}"
 
 
 def _quantization(folder: EngineFolder | Checkpoint) -> list[tuple[str, str]]:
