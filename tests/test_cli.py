@@ -6,7 +6,9 @@ import helpers
 import pytest
 from PIL import Image
 
+import mmdit_lib
 from mmdit_lib import build, cli, convert, tiny
+from mmdit_lib.cli.usage import UsageError, parsed
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +19,7 @@ def work(tmp_path_factory):
     options = dict(plan=False, progress=False)
     build(str(root / "tllm_checkpoint"), str(root / "engine_outputs"), **options)
     build(str(root / "tllm_checkpoint"), str(root / "two_ranks"), cp_size=2, **options)
+    build(str(root / "tllm_checkpoint"), str(root / "one_row"), max_batch_size=1, opt_text_tokens=154, **options)
     return root
 
 
@@ -50,10 +53,11 @@ def test_parity_says_so_and_plots(mmdit, work):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_parity_of_another_model_ends_with_1(mmdit, tmp_path):
+@pytest.mark.parametrize("command", ["parity", "bench"])
+def test_another_model_than_the_engines_is_refused(mmdit, tmp_path, command):
     helpers.random_transformer(helpers.MODELS["sd3-medium"]).save_pretrained(tmp_path)
-    code, _, err = mmdit("parity", "--model_path", tmp_path)
-    assert code == 1 and "do not match" in err and err.count("\n") <= 1
+    code, _, err = mmdit(command, "--model_path", tmp_path)
+    assert code == 1 and "model and engine do not match: num_layers " in err and err.count("\n") <= 1
 
 
 @pytest.mark.slow
@@ -65,11 +69,20 @@ def test_bench_beside_diffusers_in_half_precision(mmdit):
     assert code == 0 and "engine (pytorch)" in out and "relative" not in out
 
 
+@pytest.mark.parametrize(
+    ("folder", "sizes"), [("one_row", "batch 1, 154 text tokens"), ("engine_outputs", "batch 2, 333 text tokens")]
+)
+def test_bench_defaults_to_sizes_of_the_engine(mmdit, folder, sizes):
+    code, out, err = mmdit("bench", "--engine_dir", folder, "--resolution", "64", "--repeats", "1")
+    assert code == 0 and sizes in " ".join(out.split()), err
+
+
 @pytest.mark.slow
 def test_bench_shows_and_plots_the_time_of_every_module(mmdit, work):
     sizes = ["--resolution", "64", "--text_tokens", "77", "--repeats", "1"]
     code, out, err = mmdit("bench", "--profile", "--plot", "t.png", *sizes)
     assert code == 0 and "transformer_blocks.*.attn" in out and "time_text_embed" in out and err == ""
+    assert "the sum of layers timed one by one" in out
     assert Image.open(work / "t.png").width > 500 and "plot: t.png" in out
     assert max(map(len, out.splitlines())) <= 80
 
@@ -125,8 +138,15 @@ def test_generate_writes_a_picture(mmdit, work):
         (["bench", "--profile", "--compile"], "compiled blocks have no layers"),
         (["bench", "--repeats", "0"], "repeats 0: give 1 or more"),
         (["bench", "--plot", "no/e.png"], "folder no does not exist"),
+        (["bench", "--plot", "/proc/e.png"], "/proc/e.png: no file can be written in /proc: No such file or directory"),
+        (["parity", "--model_path", "tiny", "--plot", "/proc/e.png"], "no file can be written in /proc"),
+        (["generate", "x", "--output", "/proc/p.png"], "no file can be written in /proc"),
+        (["generate", "x", "--output", f"{'p' * 250}.png"], "File name too long"),
+        (["generate", "x", "--device", "gpu"], "device 'gpu': use cpu, cuda or cuda:N"),
+        (["generate", "x", "--device", "meta"], "device 'meta': use cpu, cuda or cuda:N"),
+        (["generate", "x", "--device", "cpu", "--cuda_graph"], "cuda_graph needs a CUDA device, and this run uses cpu"),
     ],
-    ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value[:1] + value[-2:])[:60] if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line(mmdit, work, monkeypatch, arguments, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -149,8 +169,12 @@ def test_a_mistake_is_one_line(mmdit, work, monkeypatch, arguments, words):
         (["build", "--max_batch_siz", "3"], "unknown option --max_batch_siz; did you mean --max-batch-size?"),
         (["build", "--qqq"], "unknown option --qqq (see mmdit build --help)"),
         (["build", "extra"], "unrecognized options: extra"),
-        (["parity"], "missing from mmdit parity: --model-path"),
-        (["generate"], "missing from mmdit generate: PROMPT"),
+        (["parity"], "mmdit: parity needs --model_path (see mmdit parity --help)"),
+        (["convert"], "mmdit: convert needs --model_path (see mmdit convert --help)"),
+        (["generate"], "mmdit: generate needs PROMPT (see mmdit generate --help)"),
+        (["generate", "a", "red", "circle"], "unrecognized options: red, circle; put the prompt in quotes (see"),
+        (["convert", "--model_path", "tiny", "--dtype", "fp16"], "'bfloat16'); did you mean float16? (see"),
+        (["convert", "--model_path", "tiny", "--dtype", "bf16"], "did you mean bfloat16?"),
         (["convert", "--model_path"], "missing value for argument '--model-path'"),
         (["convert", "--model_path", "tiny", "--dtype", "int9"], "invalid choice 'int9' for argument '--dtype'"),
         (["convert", "--model_path", "tiny", "--tp_size", "two"], "error parsing --tp-size: invalid literal for int()"),
@@ -165,10 +189,24 @@ def test_a_mistake_of_usage_is_one_line_with_exit_code_2(mmdit, arguments, words
 
 
 def test_a_mistake_of_usage_on_a_terminal_is_the_same_line(mmdit, monkeypatch):
-    mistakes = ["convert", "--modl_path", "tiny"], ["generate", "x", "--heartbeat_timeout", "soon"]
+    mistakes = ["convert", "--modl_path", "tiny"], ["generate", "x", "--heartbeat_timeout", "soon"], ["convert"]
     plain = [mmdit(*mistake) for mistake in mistakes]
     monkeypatch.setattr("tyro._fmtlib._FORCE_ANSI", True)  # as on a terminal, where tyro prints in color
     assert [mmdit(*mistake) for mistake in mistakes] == plain
+
+
+def test_all_missing_options_are_named():
+    def command(first_size: int, *, second_size: int, third: int = 3):
+        """A command. --fourth is no option."""
+
+    with pytest.raises(
+        UsageError, match=r"^command needs --first_size and --second_size \(see mmdit command --help\)$"
+    ):
+        parsed(command, "mmdit command", [])
+
+
+def test_version(mmdit):
+    assert mmdit("--version") == (0, f"mmdit {mmdit_lib.__version__}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"]])

@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from .. import __version__
 from ..checkpoint import convert, export
 from ..engine.build import build
 from ..engine.onnx_file import export_onnx
@@ -45,6 +46,8 @@ def called(arguments: list[str]) -> Any:
     name, *rest = arguments or [""]
     if name in COMMANDS:
         return parsed(COMMANDS[name], f"mmdit {name}", rest)()
+    if name == "--version":
+        return console.print(f"mmdit {__version__}")
     if name in ("-h", "--help") or name.startswith("--tyro"):
         return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mmdit", args=arguments, config=TYRO)
     near = difflib.get_close_matches(name, COMMANDS, 1)

@@ -93,8 +93,8 @@ def bench_command(
     *,
     model_path: str | Path | None = None,
     resolution: str | None = None,
-    batch: int = 2,
-    text_tokens: int = 333,
+    batch: int | None = None,
+    text_tokens: int | None = None,
     repeats: int = 20,
     profile: bool = False,
     plot: str | Path | None = None,
@@ -109,8 +109,8 @@ def bench_command(
         engine_dir: an engine folder of `mmdit build`.
         model_path: the diffusers checkpoint to time in the same run, or tiny.
         resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
-        batch: rows; guidance uses two per image.
-        text_tokens: number of text tokens.
+        batch: rows; guidance uses two per image. By default 2, or 1 if the engine allows no more.
+        text_tokens: number of text tokens; by default the engine's optimal one.
         repeats: timed steps in each of three rounds; the median is shown.
         profile: also time every layer, and show the sums by module (under mpirun, of rank 0).
         plot: image file for a plot of the times: of each block with --profile, otherwise of the steps.
@@ -125,10 +125,14 @@ def bench_command(
     plot = picture_file(plot) if plot else None
     check_ranks(engine_dir)
     opened = MMDiTRunner.from_engine(engine_dir, runner)
-    size = Resolution.read(resolution or opened.folder.build_config.opt_resolution)
-    sizes = dict(resolution=size, batch=batch, text_tokens=text_tokens)
-    layers = profile_step(opened, **sizes, repeats=repeats) if profile else None
+    build = opened.folder.build_config
+    sizes = dict(
+        resolution=Resolution.read(resolution or build.opt_resolution),
+        batch=min(2, build.max_batch_size) if batch is None else batch,
+        text_tokens=build.opt_text_tokens if text_tokens is None else text_tokens,
+    )
     steps = bench_steps(opened, **sizes, model_path=model_path)
+    layers = profile_step(opened, **sizes, repeats=repeats) if profile else None
     times = alternately(steps, opened.device, repeats)
     if opened.rank == 0:
         console.print(bench_table(opened, sizes, steps, times))

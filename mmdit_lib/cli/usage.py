@@ -25,6 +25,7 @@ console = Console(highlight=False, markup=False)  # a path may look like markup
 
 Loras = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="lora", metavar="PATH:SCALE")]
 Prompts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT|FILE")]
+DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 OPTIONS = {"loras": Loras, "calibration_prompts": Prompts}  # arguments that have another type on the command line
 
 
@@ -34,7 +35,7 @@ def one_line_errors(program: str) -> Iterator[None]:
 
     Under mpirun one rank's error ends all ranks.
     """
-    # Silences transformers' advice on image processors, which nothing here uses.
+    # Silences transformers' warning of a long prompt; diffusers says which words were cut.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler: when it starts and stops
     logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(not_about_the_hub)
@@ -80,11 +81,11 @@ def parsed(function: Callable, prog: str, arguments: list[str]) -> Callable[[], 
     except SystemExit as exit:
         if not exit.code:
             raise
-        raise UsageError(f"{usage_fault(box.getvalue())} (see {prog} --help)") from None
+        raise UsageError(f"{usage_fault(box.getvalue(), prog)} (see {prog} --help)") from None
 
 
-def usage_fault(box: str) -> str:
-    """The message in tyro's box of several sections, as one line, with the option that was probably meant."""
+def usage_fault(box: str, prog: str) -> str:
+    """The message in tyro's box of several sections, as one line, with what was probably meant."""
     box = re.sub(r"\x1b\[[\d;]*m", "", box)  # colors, on a terminal
     rows = [row.strip("│| ") for row in box.strip().splitlines()[1:-1]]
     sections = [" ".join(group) for rule, group in groupby(rows, lambda row: set(row) <= set("─-")) if not rule]
@@ -93,7 +94,20 @@ def usage_fault(box: str) -> str:
         others = set(re.findall(r"--[\w-]+", box)) - {unknown[1], "--help"}
         near = difflib.get_close_matches(unknown[1].replace("_", "-"), others, 1)
         fault = f"unknown option {unknown[1]}{f'; did you mean {near[0]}?' if near else ''}"
+    elif fault.startswith("Missing from") and (missing := missing_options(box)):
+        fault = f"{prog.removeprefix('mmdit ')} needs {' and '.join(missing)}"
+    elif fault.startswith("Unrecognized") and prog == "mmdit generate":
+        fault = f"{fault}; put the prompt in quotes"
+    elif (chosen := re.match(r"[Ii]nvalid choice '(\w+)'.*--dtype", fault)) and chosen[1] in DTYPE_ALIASES:
+        fault = f"{fault.rstrip('.')}; did you mean {DTYPE_ALIASES[chosen[1]]}?"
     return fault[0].lower() + fault[1:].rstrip(".")
+
+
+def missing_options(box: str) -> list[str]:
+    """The options, spelled as in the documentation, and positional arguments that tyro's box lists as missing."""
+    section = box.partition("Missing from")[2].partition("For full helptext")[0]
+    found = re.findall(r"^[│| ] {5}(--)?(\S+)", section, re.MULTILINE)
+    return [dashes + name.replace("-", "_") for dashes, name in found]
 
 
 def first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -131,9 +132,11 @@ def picture_file(name: str | Path) -> Path:
         raise ValueError(f"{name}: give an image file name such as picture.png")
     if not path.parent.is_dir():
         raise ValueError(f"{name}: folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}: no permission to write in {path.parent}")
-    return path
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):  # as long a name as will be written
+            return path
+    except OSError as error:
+        raise ValueError(f"{name}: no file can be written in {path.parent}: {error.strerror}") from None
 
 
 def require_space(folder: Path, nbytes: int) -> None:
