@@ -2,6 +2,9 @@
 transformer, in float32. Latents are compared, and the pictures that they decode to."""
 
 import inspect
+import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -141,6 +144,13 @@ def embeddings(pipe, guidance: bool) -> dict[str, torch.Tensor]:
             "a blue square", None, None, negative_prompt="red", do_classifier_free_guidance=guidance
         )
     return {name: value for name, value in zip(names, found, strict=True) if value is not None}
+
+
+def test_transformers_advice_on_torchvision_is_silenced():
+    code = "from mmdit_lib.models import SD3; print(SD3.pipelines.default_class().__name__)"
+    plain = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    run = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True)
+    assert run.stdout == "StableDiffusion3Pipeline\n" and "torchvision" not in run.stderr
 
 
 # Long prompts and the profile ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
@@ -31,9 +32,15 @@ MAX_T5_TOKENS = 512
 
 
 def default_class() -> type:
+    logging.getLogger("transformers.utils.import_utils").addFilter(_not_about_torchvision)
     from diffusers import StableDiffusion3Pipeline
 
     return StableDiffusion3Pipeline
+
+
+def _not_about_torchvision(record: logging.LogRecord) -> bool:
+    """False for transformers' advice on the image processors that diffusers imports and these pipelines do not use."""
+    return "requires torchvision" not in record.getMessage()
 
 
 def pos_embed(config: SD3Config, weights: Weights) -> torch.nn.Module:
