@@ -20,6 +20,7 @@ def work(tmp_path_factory):
     build(str(root / "tllm_checkpoint"), str(root / "engine_outputs"), **options)
     build(str(root / "tllm_checkpoint"), str(root / "two_ranks"), cp_size=2, **options)
     build(str(root / "tllm_checkpoint"), str(root / "one_row"), max_batch_size=1, opt_text_tokens=154, **options)
+    build(str(root / "tllm_checkpoint"), str(root / "three_rows"), max_batch_size=4, opt_batch_size=3, **options)
     return root
 
 
@@ -70,7 +71,8 @@ def test_bench_beside_diffusers_in_half_precision(mmdit):
 
 
 @pytest.mark.parametrize(
-    ("folder", "sizes"), [("one_row", "batch 1, 154 text tokens"), ("engine_outputs", "batch 2, 333 text tokens")]
+    ("folder", "sizes"),
+    [("one_row", "batch 1, 154 text"), ("three_rows", "batch 3, 333 text"), ("engine_outputs", "batch 2, 333 text")],
 )
 def test_bench_defaults_to_sizes_of_the_engine(mmdit, folder, sizes):
     code, out, err = mmdit("bench", "--engine_dir", folder, "--resolution", "64", "--repeats", "1")

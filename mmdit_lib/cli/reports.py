@@ -109,7 +109,8 @@ def bench_command(
         engine_dir: an engine folder of `mmdit build`.
         model_path: the diffusers checkpoint to time in the same run, or tiny.
         resolution: HEIGHTxWIDTH in pixels; by default the one that the engine is optimized for.
-        batch: rows; guidance uses two per image. By default 2, or 1 if the engine allows no more.
+        batch: rows; guidance uses two per image. By default build's --opt_batch_size if it was given, otherwise 2, or
+            1 if the engine allows no more.
         text_tokens: number of text tokens; by default the engine's optimal one.
         repeats: timed steps in each of three rounds; the median is shown.
         profile: also time every layer, and show the sums by module (under mpirun, of rank 0).
@@ -128,7 +129,7 @@ def bench_command(
     build = opened.folder.build_config
     sizes = dict(
         resolution=Resolution.read(resolution or build.opt_resolution),
-        batch=min(2, build.max_batch_size) if batch is None else batch,
+        batch=(build.opt_batch_size or min(2, build.max_batch_size)) if batch is None else batch,
         text_tokens=build.opt_text_tokens if text_tokens is None else text_tokens,
     )
     steps = bench_steps(opened, **sizes, model_path=model_path)
