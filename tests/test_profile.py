@@ -10,7 +10,6 @@ from matplotlib.colors import to_hex
 from torch import fx
 
 from mmdit_lib import plots
-from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.profile import layer_times
 from mmdit_lib.reports.profile import by_module, module_of, profile_step, profile_table
 
@@ -33,22 +32,6 @@ def test_the_slow_node_has_the_time():
     times = layer_times(fx.GraphModule(torch.nn.Module(), graph), [torch.ones(3)], torch.device("cpu"), repeats=3)
     assert times.keys() == {"a.slow", "b"}
     assert times["a.slow"] >= 20 > times["b"]  # milliseconds: `sleep` sleeps no less than it is asked to
-
-
-def test_the_layers_of_a_step_take_about_as_long_as_the_step():
-    """Hundreds of layers of microseconds each: timing them must not take longer than they do."""
-    runner = helpers.case("sd3.5-medium").runner()
-    inputs = runner.prepare(sample_inputs(runner.folder, resolution=64, batch=1, text_tokens=77))[0]
-    module, arguments = runner.backend.module, [inputs[name] for name in runner.backend.inputs]
-
-    steps, sums = [], []
-    with torch.inference_mode():
-        for _ in range(20):  # alternately, on a machine that may do something else too
-            start = time.perf_counter()
-            runner.backend(inputs)
-            steps.append(1000 * (time.perf_counter() - start))
-            sums.append(sum(layer_times(module, arguments, torch.device("cpu"), 1).values()))
-    assert min(sums) < 2 * min(steps)
 
 
 def test_every_layer_of_a_step():
