@@ -80,6 +80,8 @@ def test_slices_that_are_no_rows_are_left_alone():
     computed = replace(part, inputs=(merged, "constants/value", "constants/value"))
     assert rows(part) - rows(computed) == 9, "of a block with dual attention"
     assert rows(replace(part, attributes={**part.attributes, "start": [1]})) == 0, "rows that overlap"
+    given = [layer for layer in layers if layer.output.name != merged]
+    assert "UNBIND" not in {layer.type for layer in unbind(given)}, "rows of an input of the network"
 
 
 def test_attention_that_communicates_is_left_alone():

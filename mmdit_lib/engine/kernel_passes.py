@@ -189,6 +189,8 @@ def _row(layer: Layer, index: Index) -> Row | None:
     part = index.find(split.inputs[0], "SLICE") if split and not split.attributes["first_transpose"] else None
     if not part or any(layer.inputs[1:]) or any(part.inputs[1:]):  # computed starts
         return None
+    if len(part.output.shape) != 2 or part.inputs[0] not in index.made_by:  # tokens, or an input of the network
+        return None
     width, wide = layer.output.shape[-1], part.output.shape[-1]
     axes, rows = [x.attributes["axes"] for x in (layer, part)], split.attributes["reshape_dims"]
     if axes != [[1], [1]] or layer.attributes["shape"] != [1] or rows != [0, wide // width, width]:
