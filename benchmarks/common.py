@@ -157,7 +157,7 @@ def kinds_table(title: str, times: Mapping[str, Mapping[str, float]], total: boo
 
 
 def save(result: dict, path: Path) -> None:
-    """Replace the file at once: it keeps the earlier rows if this process is killed."""
+    """Replace the file atomically: earlier rows survive if this process is killed."""
     with complete_file(path) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")
 

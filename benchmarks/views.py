@@ -2,7 +2,7 @@
 
     python -m benchmarks.views     # needs TensorRT (tensorrt_rtx), but no GPU
 
-Without a CUDA graph, a step of a small image waits for the CPU: views compute nothing, and yet they count.
+Without a CUDA graph, a step of a small image waits for the CPU: views compute nothing but still take CPU time.
 """
 
 from __future__ import annotations

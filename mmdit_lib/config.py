@@ -263,7 +263,7 @@ class BuildConfig(Config):
 
     max_batch_size: int = Field(ge=1, le=MAX_BATCH, strict=True)
     opt_batch_size: int | None = Field(None, ge=1, strict=True)
-    """None: half of the largest, as TensorRT-LLM does."""
+    """None: half of the largest, rounded up to a multiple of cfg_size."""
     min_resolution: Resolution
     opt_resolution: Resolution
     max_resolution: Resolution

@@ -102,7 +102,9 @@ def converted_from(folder: EngineFolder) -> str:
     """The model that the engine's checkpoint was converted from. Raises `ValueError` if the folder does not name it."""
     model_path = folder.config["pretrained_config"].get("model_path")
     if not model_path:
-        raise ValueError(f"{folder.path} does not name the model that it was converted from: give --model_path")
+        raise ValueError(
+            f"{folder.path} does not name its pipeline: use mmdit generate --model_path, or model in Python"
+        )
     return model_path
 
 

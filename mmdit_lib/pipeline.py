@@ -127,9 +127,9 @@ def install(pipe, runner: MMDiTRunner):
 
 
 class Timesteps:
-    """Those of a pipeline's scheduler, which may be replaced; when the pipeline is gone, of the last one known.
+    """The timesteps of a pipeline's scheduler, which may be replaced; once the pipeline is gone, of its last one.
 
-    The runner holds no reference to the pipeline, which has one to it: a cycle would delay freeing the memory.
+    The runner holds only a weak reference to the pipeline, which refers to it: a cycle would delay freeing the memory.
     """
 
     def __init__(self, pipe):

@@ -75,9 +75,9 @@ class MMDiTRunner:
         return FrozenDict(self.folder.model.to_diffusers())
 
     def __getattr__(self, name: str):
-        """What a pipeline reads from diffusers' transformer besides its config; computed once, if need be from weights.
+        """What a pipeline reads from diffusers' transformer besides its config; computed once, maybe from weights.
 
-        Raises `AttributeError` also if it needs the checkpoint, which cannot be opened.
+        Also raises `AttributeError` if the attribute needs the checkpoint and it cannot be opened.
         """
         folder = vars(self).get("folder")
         if folder is None or name not in folder.architecture.pipelines.ATTRIBUTES:

@@ -164,7 +164,7 @@ def test_in_a_pipeline(call, calls, engine):
 
 
 def test_a_pipeline_made_from_the_components_of_another(engine):
-    """It shares the scheduler, and keeps it when the first pipeline is gone; which nothing keeps alive."""
+    """It shares the scheduler and keeps it after the first pipeline is deleted; nothing keeps the first one alive."""
     first = load_pipeline("tiny", engine, device="cpu", runner_options={"backend": "pytorch"})
     first.scheduler = FlowMatchEulerDiscreteScheduler.from_config(first.scheduler.config, shift=2.0)
     runner, alive = first.transformer, weakref.ref(first)

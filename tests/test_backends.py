@@ -77,7 +77,7 @@ def test_a_device_that_is_not_there(monkeypatch, case, gpus, device, said):
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert RunnerOptions().torch_device == RunnerOptions(device="cpu").torch_device == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"^cuda_graph needs a CUDA device, and this run uses cpu$"):
+    with pytest.raises(ValueError, match=r"^cuda_graph needs a CUDA device, but this run uses cpu$"):
         RunnerOptions(cuda_graph=True).check()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -12,7 +12,7 @@ SECOND = torch.device("cuda:1")
 
 
 class Gpus:
-    """Two GPUs, of which the first is the current one: what is asked of them, with the one that is current then."""
+    """Two fake GPUs, of which the first is current; records each call and the GPU that was current."""
 
     def __init__(self):
         self.current, self.asked = 0, []

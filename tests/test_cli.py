@@ -146,7 +146,7 @@ def test_generate_writes_a_picture(mmdit, work):
         (["generate", "x", "--output", f"{'p' * 250}.png"], "File name too long"),
         (["generate", "x", "--device", "gpu"], "device 'gpu': use cpu, cuda or cuda:N"),
         (["generate", "x", "--device", "meta"], "device 'meta': use cpu, cuda or cuda:N"),
-        (["generate", "x", "--device", "cpu", "--cuda_graph"], "cuda_graph needs a CUDA device, and this run uses cpu"),
+        (["generate", "x", "--device", "cpu", "--cuda_graph"], "cuda_graph needs a CUDA device, but this run uses cpu"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-2:])[:60] if isinstance(value, list) else "",
 )

@@ -205,7 +205,7 @@ def test_the_command(tmp_path):
     assert code == 0 and "written" in out and "calibrate on 2 prompts:" in err
     code, out, _ = mmdit("inspect", tmp_path / "out")
     assert code == 0 and "FP8 in 33 linear layers; excluded: time_text_embed.*" in " ".join(out.split())
-    assert "prompts: 2, steps of each: 10" in out
+    assert "2 prompts, 10 steps each" in out
 
 
 def test_attention_in_fp8_is_refused_where_it_cannot_run(monkeypatch):

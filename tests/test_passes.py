@@ -151,5 +151,5 @@ assert [switch.fp32_precision for switch in used] == before
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has had these names since 2.9")
 @pytest.mark.parametrize("name", ["fp32_precision", "cuda.matmul.fp32_precision", "cudnn.fp32_precision"])
 def test_tf32_that_was_allowed_by_the_newer_names(name):
-    """Torch refuses the older names from then on, so each has a process of its own."""
+    """Once these are used, torch refuses the older names, so each case runs in its own process."""
     subprocess.run([sys.executable, "-c", SWITCHES.format(name)], check=True)

@@ -77,7 +77,7 @@ def test_work_goes_to_the_backends_device(backend, case, engine, plan, monkeypat
 
 
 def test_an_option_of_the_other_backend_is_refused(engine, plan):
-    with pytest.raises(ValueError, match=r"^compile is an option of the pytorch backend: say backend='pytorch'$"):
+    with pytest.raises(ValueError, match=r"^compile is an option of the pytorch backend: use --backend pytorch"):
         MMDiTRunner.from_engine(engine, compile=True, **BY_TENSORRT)
 
 

@@ -42,7 +42,7 @@ def test_draws_heldout_prompts(pipe):
 
 @pytest.mark.slow
 def test_the_gallery_is_what_the_model_draws(pipe):
-    """Its second image: processors and batches differ in the last bits, a model trained anew by whole shapes."""
+    """Checks the second image. Another processor changes only the last bits; a retrained model changes whole shapes."""
     (drawn,) = draw(pipe, EXAMPLES[1:2], seed=Drawing.seed + 1)
     left = MARGIN + SIDE + MARGIN
     shown = Image.open(Path(__file__).parents[1] / "docs/gallery.png").crop((left, MARGIN, left + SIDE, MARGIN + SIDE))

@@ -176,7 +176,7 @@ def test_an_engine_for_short_prompts(model, checkpoint):
     [
         (("--guidance_scale", 1, "--max_sequence_length", 512), "589 text tokens are outside the engine's 77 to 333"),
         ((), "batch 2 is outside the engine's 1 to 1 (guidance doubles the batch)"),
-        (("--max_sequence_length", 600), "max_sequence_length 600: give at most 512, as diffusers does"),
+        (("--max_sequence_length", 600), "max_sequence_length 600: diffusers' pipelines allow at most 512"),
     ],
 )
 def test_generate_refuses_before_it_loads_anything(checkpoint, tmp_path, options, said):
@@ -197,7 +197,7 @@ def test_a_pipeline_that_does_not_fit_is_refused_before_it_is_loaded(model, engi
     said = r"^the pipeline \S+ does not fit \S+: encoder_hidden_states is \[-1, -1, 256\] there, and the engine takes"
     with pytest.raises(ValueError, match=said):
         generate("a circle", "tiny", engine)
-    with pytest.raises(ValueError, match=r"transformer is no pipeline, as it has no model_index\.json: give"):
+    with pytest.raises(ValueError, match=r"transformer is not a pipeline: it has no model_index\.json; give"):
         generate("a circle", model / "transformer", engine)
     with pytest.raises(ValueError, match=r"^nowhere does not exist and is not a hub id"):
         generate("a circle", "nowhere", engine)

@@ -31,12 +31,14 @@ def shipped_model(name: str) -> Path:
 def pipeline_folder(model: str, revision: str | None = None) -> Path:
     """A folder with a pipeline's `model_index.json` and, if it has a transformer, that one's `config.json`.
 
-    Of a hub id, only these two files are downloaded. Raises `ValueError` if this is no pipeline or is out of reach.
+    Of a hub id, only these two files are downloaded. Raises `ValueError` if it is not a pipeline or cannot be reached.
     """
     path = Path(model)
     folder = path if path.exists() else download(model, [INDEX_FILE, TRANSFORMER_CONFIG], revision)[0]
     if not (folder / INDEX_FILE).is_file():
-        raise ValueError(f"{model} is no pipeline, as it has no {INDEX_FILE}: give the folder or hub id of a whole one")
+        raise ValueError(
+            f"{model} is not a pipeline: it has no {INDEX_FILE}; give the folder or hub id of a complete one"
+        )
     return folder
 
 

@@ -49,7 +49,7 @@ class RunnerOptions:
     def check(self) -> None:
         """Raises `ValueError` if the device cannot be used, or cannot do what the options ask for."""
         if self.torch_device.type != "cuda" and self.cuda_graph:
-            raise ValueError(f"cuda_graph needs a CUDA device, and this run uses {self.torch_device}")
+            raise ValueError(f"cuda_graph needs a CUDA device, but this run uses {self.torch_device}")
 
 
 class Ranks(Protocol):

@@ -60,7 +60,7 @@ def build(
         checkpoint_dir: a checkpoint folder of `convert` or of TensorRT-LLM (<= 1.2.1).
         output_dir: the engine folder to write.
         max_batch_size: rows of the largest batch; classifier-free guidance uses two per image.
-        opt_batch_size: rows to optimize for; by default half of max_batch_size.
+        opt_batch_size: rows to optimize for; by default half of max_batch_size, rounded up to a multiple of cfg_size.
         min_resolution: smallest image, HEIGHTxWIDTH in pixels; by default a quarter of the model's default side.
         opt_resolution: the size to optimize for; by default the model's.
         max_resolution: largest image; by default 1.5 times the model's default side.

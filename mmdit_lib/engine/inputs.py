@@ -155,8 +155,9 @@ def check_names(folder: Engine, names: Collection[str]) -> None:
         option = next((option for start, option in options.items() if name.startswith(start)), None)
         if option is None:
             raise ValueError(f"unknown input {name}: the engine's inputs are {', '.join(known)}")
-        built = f"the engine was built with {option}={getattr(folder.build_config, option)}"
-        raise ValueError(f"unknown input {name}: {built}; build with --{option}")
+        value = getattr(folder.build_config, option)
+        remedy = f"build with --{option}{'' if isinstance(value, bool) else ' N'}"
+        raise ValueError(f"unknown input {name}: the engine was built with {option}={value}; {remedy}")
 
 
 def check_shapes(folder: Engine, shapes: dict[str, Shape]) -> Sizes:

@@ -158,10 +158,10 @@ class Row(NamedTuple):
 
 
 def unbind(layers: Layers) -> Layers:
-    """Rows of one tensor, all of one width -> UNBIND of the tensor, and an ITEM in the place of two slices and a view.
+    """Rows of one tensor, all of one width -> UNBIND of the tensor, and an ITEM in place of two slices and a view.
 
     These are the shifts, scales and gates of all blocks, several hundred. Nothing is computed either way, but without
-    a CUDA graph every view takes the CPU some microseconds in each step.
+    a CUDA graph every view costs the CPU a few microseconds in each step.
     """
     index = Index.of(layers)
     rows = {layer.output.name: row for layer in layers if (row := _row(layer, index))}

@@ -80,7 +80,9 @@ class TensorRTBackend:
             raise ValueError(f"{plan} cannot run here: {why_not}")
         for name in ("compile", "fp8_attention"):
             if getattr(options, name):
-                raise ValueError(f"{name} is an option of the pytorch backend: say backend='pytorch'")
+                raise ValueError(
+                    f"{name} is an option of the pytorch backend: use --backend pytorch (backend='pytorch' in Python)"
+                )
         if not options.trust:
             check_trust(folder, plan)
         own_communicators = folder.builder == "trtllm"

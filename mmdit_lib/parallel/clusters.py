@@ -152,7 +152,7 @@ class Ranks:
     def _verdict(self, seconds: float = 5) -> str | None:
         """What the watchdogs say: they know which rank was the first, and what it was doing.
 
-        They look twice a second, and have a core less often where many processes share few.
+        They check twice a second, and less often when many processes share few cores.
         """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -47,7 +47,7 @@ def doctor() -> list[Check]:
         package("mpi4py", "communication between ranks under mpirun", extra="parallel"),
         package("ipyparallel", "several ranks inside a notebook", extra="parallel"),
         package("onnx", "`mmdit onnx`: engines as ONNX files", extra="onnx"),
-        package("peft", "LoRAs in diffusers' own pipelines, to compare with; an engine's need no peft", extra="dev"),
+        package("peft", "LoRAs in diffusers' own pipelines, for comparison; engines do not need it", extra="dev"),
         package("jupyterlab", "`make lab`: the notebooks", extra="notebooks"),
         tiny_model(),
     ]

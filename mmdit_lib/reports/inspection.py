@@ -181,7 +181,8 @@ def _describe_checkpoint(report: CheckpointReport) -> Group:
     if own:
         about += [("LoRA", str(lora)) for lora in own.loras]
         if own.calibration:
-            about.append(("calibration", f"prompts: {own.calibration.prompts}, steps of each: {own.calibration.steps}"))
+            prompts, steps = own.calibration.prompts, own.calibration.steps
+            about.append(("calibration", f"{prompts} prompt{'s' * (prompts != 1)}, {steps} steps each"))
         about.append(("created with", ", ".join(f"{k} {v}" for k, v in own.versions.items() if v)))
     config = _table("config", "field", "value")
     for name, value in checkpoint.model.model_dump().items():

@@ -135,7 +135,7 @@ def check_call(options: Mapping[str, Any], config: SD3Config, build: BuildConfig
     """Raises `ValueError` naming an option of the pipeline's call that the engine does not support."""
     kept_layers(options.get("skip_guidance_layers"), config, build, "skip_guidance_layers")
     if (tokens := options.get("max_sequence_length", T5_TOKENS)) > MAX_T5_TOKENS:
-        raise ValueError(f"max_sequence_length {tokens}: give at most {MAX_T5_TOKENS}, as diffusers does")
+        raise ValueError(f"max_sequence_length {tokens}: diffusers' pipelines allow at most {MAX_T5_TOKENS}")
 
 
 def call_sizes(options: Mapping[str, Any]) -> dict[str, int]:
