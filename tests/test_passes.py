@@ -136,20 +136,45 @@ def test_tf32_is_as_before_after_blocks_that_overlap(monkeypatch):
     assert cudnn.allow_tf32
 
 
-SWITCHES = """
-import torch
+SCRIPT = """
+import os, sys, torch
 from mmdit_lib.engine.precision import without_tf32
-torch.backends.{} = "tf32"
-used = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-before = [switch.fp32_precision for switch in used]
-with without_tf32():
-    assert [switch.fp32_precision for switch in used] == ["ieee"] * 2
-assert [switch.fp32_precision for switch in used] == before
+
+def found(read):
+    try:
+        return read()
+    except RuntimeError:  # torch refuses to mix the older and the newer names
+        return "refused"
+
+def state():
+    b = torch.backends
+    newer = b, b.cuda.matmul, b.cudnn, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul
+    older = lambda: b.cuda.matmul.allow_tf32, lambda: b.cudnn.allow_tf32, torch.get_float32_matmul_precision
+    return [x.fp32_precision for x in newer] + [found(read) for read in older]
+
+for change in sys.argv[1:]:
+    if os.fork():
+        if os.wait()[1]:
+            sys.exit(change)
+        continue
+    exec(change)
+    before = state()
+    with without_tf32():
+        everything, matmul, _, conv = state()[:4]
+        assert "tf32" not in (matmul, conv) and (everything == "none" or {matmul, conv} == {"ieee"})
+    assert state() == before, (state(), before)
+    os._exit(0)
 """
+NEWER = ("fp32_precision", "cuda.matmul.fp32_precision", "cudnn.fp32_precision", "cudnn.conv.fp32_precision")
+STATES = [
+    "", "torch.set_float32_matmul_precision('high')", "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.allow_tf32 = True", "torch.backends.cudnn.allow_tf32 = False",
+    *(f"torch.backends.{name} = 'tf32'" for name in NEWER),
+    "torch.set_float32_matmul_precision('high'); torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.fp32_precision = 'tf32'",
+]  # fmt: skip
 
 
-@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has had these names since 2.9")
-@pytest.mark.parametrize("name", ["fp32_precision", "cuda.matmul.fp32_precision", "cudnn.fp32_precision"])
-def test_tf32_that_was_allowed_by_the_newer_names(name):
-    """Once these are used, torch refuses the older names, so each case runs in its own process."""
-    subprocess.run([sys.executable, "-c", SWITCHES.format(name)], check=True)
+def test_tf32_is_off_however_it_was_allowed():
+    """The switches are the process's, so each state has one of its own."""
+    subprocess.run([sys.executable, "-c", SCRIPT, *STATES], check=True)

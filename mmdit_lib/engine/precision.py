@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 
 import torch
@@ -11,33 +12,48 @@ import torch
 _lock = Lock()
 _inside = 0
 """How many `without_tf32` blocks are running, in all threads: the switches are the process's."""
-_before: list[tuple] = []
+_restore: list[Callable[[], None]] = []
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """TF32 off for matrix products and for cuDNN's convolutions, which use it by default."""
-    global _inside, _before
+    global _inside
     with _lock:
         if _inside == 0:
-            _before = _switches()
-            for switch, name, _, off in _before:
-                setattr(switch, name, off)
+            _restore.extend(_switch_off())
         _inside += 1
     try:
         yield
     finally:
         with _lock:
             _inside -= 1
-            if _inside == 0:
-                for switch, name, value, _ in _before:
-                    setattr(switch, name, value)
+            while _restore and _inside == 0:
+                _restore.pop(0)()
 
 
-def _switches() -> list[tuple]:
-    """Each switch, the name of its attribute, its value, and its value without TF32."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+def _switch_off() -> list[Callable[[], None]]:
+    """Switch TF32 off; returns what restores the state before, in this order."""
+    cudnn, precision = torch.backends.cudnn, _matmul_precision()
+    older = precision is not None and {torch.backends.fp32_precision, cudnn.fp32_precision} == {"none"}
+    if older and precision == "highest":
+        if not cudnn.allow_tf32:
+            return []
+        cudnn.allow_tf32 = False
+        return [partial(setattr, cudnn, "allow_tf32", True)]
+    # With the names that torch has had since 2.9. Once a program has used them, torch refuses to read the older ones.
+    switches = torch.backends.cuda.matmul, cudnn.conv, torch.backends.mkldnn.matmul
+    before = [partial(setattr, switch, "fp32_precision", switch.fp32_precision) for switch in switches]
+    if precision not in (None, "highest"):
+        torch.set_float32_matmul_precision("highest")
+        before.insert(0, partial(torch.set_float32_matmul_precision, precision))
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    return before
+
+
+def _matmul_precision() -> str | None:
     try:
-        return [(switch, "allow_tf32", switch.allow_tf32, False) for switch in (matmul, cudnn)]
-    except RuntimeError:  # a program has used torch 2.9's names, and torch refuses both in one program
-        return [(switch, "fp32_precision", switch.fp32_precision, "ieee") for switch in (matmul, cudnn.conv)]
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
