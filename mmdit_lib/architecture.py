@@ -209,7 +209,7 @@ class Architecture:
         define: adds the full network: config, inputs by name, build options -> output.
         inputs: the inputs of every network, in the order of the transformer's arguments.
         optional_inputs: the inputs that build options add to them.
-        input_options: the names of these options (fields of `BuildConfig`), by the start of the inputs' names.
+        input_options: the names of these options (fields of `BuildConfig`), by patterns of the inputs' names.
         output: the network's output.
         shardings: tensor-parallel tables by layout.
         full_precision: linear layers that are not quantized with the others.

@@ -76,7 +76,7 @@ def generate(
     if (images := call_options.get("num_images_per_prompt", 1)) != 1:
         raise ValueError(f"num_images_per_prompt {images}: generate draws one image; for several, use load_pipeline")
     folder = EngineFolder.open(engine_dir)
-    model = model or converted_from(folder)
+    model, revision = (model, None) if model else converted_from(folder)
     folder.architecture.pipelines.check_call(call_options, folder.model, folder.build_config)
     size = Resolution.read(resolution or folder.build_config.opt_resolution)
     check_sizes(
@@ -87,7 +87,8 @@ def generate(
         Lora.open(*adapter, folder.architecture, folder.model)
     call_options |= {"height": size.height, "width": size.width, "generator": torch.Generator().manual_seed(seed)}
     parallel = folder.layout.world_size > 1
-    pipe = load_pipeline(model, engine_dir, device=device, runner_options=runner_options, encode_on_rank_0=parallel)
+    where = dict(device=device, revision=revision, encode_on_rank_0=parallel)
+    pipe = load_pipeline(model, engine_dir, runner_options=runner_options, **where)
     runner = pipe.transformer
     runner.set_adapters(adapters)
     if runner.rank:
@@ -98,14 +99,19 @@ def generate(
     return Picture(images[0] if runner.rank == 0 else None, seconds, runner.backend.name, runner.reason)
 
 
-def converted_from(folder: EngineFolder) -> str:
-    """The model that the engine's checkpoint was converted from. Raises `ValueError` if the folder does not name it."""
-    model_path = folder.config["pretrained_config"].get("model_path")
-    if not model_path:
-        raise ValueError(
-            f"{folder.path} does not name its pipeline: use mmdit generate --model_path, or model in Python"
-        )
-    return model_path
+def converted_from(folder: EngineFolder) -> tuple[str, str | None]:
+    """The pipeline that the engine's checkpoint was converted from, and its commit if it was downloaded.
+
+    A name without a commit was a path, and is not looked up on the hub. Raises `ValueError` if nothing is there.
+    """
+    name = folder.config["pretrained_config"].get("model_path")
+    remedy = "use mmdit generate --model_path, or model in Python"
+    if not name:
+        raise ValueError(f"{folder.path} does not name its pipeline: {remedy}")
+    path, revision = resolve_model(name), folder.checkpoint.revision if folder.checkpoint else None
+    if not revision and not Path(path).exists():
+        raise ValueError(f"{folder.path} was converted from {name}, which is not there: {remedy}")
+    return path, revision
 
 
 def generate_by_diffusers(

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .checkpoint.hub import TRANSFORMER_CONFIG, pipeline_folder, resolve_model
-from .config import dtype_option
+from .checkpoint.hub import HUB_OPTIONS, TRANSFORMER_CONFIG, pipeline_folder, resolve_model
+from .config import dtype_option, shown
 from .engine.backend import RunnerOptions
 from .engine.folder import EngineFolder
-from .engine.inputs import declared_shape
+from .engine.inputs import is_dynamic
 from .files import read_json
 from .parallel.faults import start_mpi
 from .parallel.heartbeat import doing
@@ -71,7 +71,8 @@ def load_pipeline(
         runner_options = with_changes(RunnerOptions(), runner_options or {})
     if device is not None:
         runner_options = with_changes(runner_options, {"device": device})
-    check_pipeline(pipeline_folder(model, options.get("revision")), folder)
+    if Path(model).exists() or HUB_OPTIONS.isdisjoint(options):
+        check_pipeline(pipeline_folder(model, options.get("revision")), folder)
     runner = MMDiTRunner.from_engine(engine_dir, runner_options)
     # Pipelines prepare images for added components in the transformer's dtype.
     dtype = dtype or torch_dtype or (runner.dtype if runner.device.type == "cuda" or added else torch.float32)
@@ -91,18 +92,20 @@ def load_pipeline(
 
 
 def check_pipeline(path: Path, folder: EngineFolder) -> None:
-    """Raises `ValueError` if the transformer of a pipeline's folder has inputs of other shapes than the engine."""
-    if not (path / TRANSFORMER_CONFIG).is_file():  # the engine takes its place
-        return
-    architecture = folder.architecture
-    theirs = architecture.config.from_diffusers(read_json(path / TRANSFORMER_CONFIG))
-    for tensor in architecture.inputs:
-        found, wanted = (declared_shape(tensor, model) for model in (theirs, folder.model))
-        if found != wanted:
-            raise ValueError(
-                f"the pipeline {path} does not fit {folder.path}: {tensor.name} is {list(found)} there, and the engine "
-                f"takes {list(wanted)}; give the pipeline that the checkpoint was converted from"
-            )
+    """Raises `ValueError` if the transformer of a pipeline's folder has inputs of other sizes than the engine.
+
+    Nothing else of its config matters, since the engine takes its place.
+    """
+    file = path / TRANSFORMER_CONFIG
+    theirs = read_json(file) if file.is_file() else {}
+    for tensor in folder.architecture.inputs:
+        for size in (dim for dim in tensor.shape if not is_dynamic(dim) and dim in theirs):
+            found, wanted = theirs[size], getattr(folder.model, size)
+            if found != wanted:
+                raise ValueError(
+                    f"the pipeline {path} does not fit {folder.path}: {tensor.name} has {size} {shown(found)} there, "
+                    f"{wanted} in the engine; give the pipeline that the checkpoint was converted from"
+                )
 
 
 def install(pipe, runner: MMDiTRunner):

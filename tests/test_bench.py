@@ -53,7 +53,7 @@ def test_memory_is_that_of_the_gpu_of_the_step(gpus):
 def test_wall_times_on_a_cpu():
     calls = []
     times = bench.step_times(lambda: calls.append(1), torch.device("cpu"), repeats=2, warm_up=1)
-    assert len(times) == 2 and min(times) >= 0 and len(calls) == 3
+    assert len(times) == 2 and len(calls) == 3
 
 
 def test_conditions_are_those_of_this_gpu(monkeypatch):

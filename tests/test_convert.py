@@ -142,6 +142,7 @@ def test_names_of_models(tmp_path, monkeypatch):
     assert resolve_model("~/tiny") == "~/tiny" and resolve_model("owner/name") == "owner/name"
     (tmp_path / "tiny").mkdir()
     assert resolve_model("~/tiny") == str(tmp_path / "tiny") and resolve_model(Path("tiny")) == "tiny"
+    assert resolve_model("~nobody-of-this-name/tiny") == "~nobody-of-this-name/tiny"
 
 
 @pytest.mark.slow

@@ -80,6 +80,12 @@ def test_slices_that_are_no_rows_are_left_alone():
     computed = replace(part, inputs=(merged, "constants/value", "constants/value"))
     assert rows(part) - rows(computed) == 9, "of a block with dual attention"
     assert rows(replace(part, attributes={**part.attributes, "start": [1]})) == 0, "rows that overlap"
+    assert rows(replace(part, attributes={**part.attributes, "mode": "FILL"})) == rows(computed), "rows beyond the end"
+    wider = [
+        replace(x, output=replace(x.output, shape=(-1, x.output.shape[-1] + 1))) for x in layers if x.name == merged
+    ]
+    given = [wider[0] if layer.name == merged else layer for layer in layers]
+    assert "UNBIND" not in {layer.type for layer in unbind(given)}, "more than whole rows"
     given = [layer for layer in layers if layer.output.name != merged]
     assert "UNBIND" not in {layer.type for layer in unbind(given)}, "rows of an input of the network"
 

@@ -31,7 +31,9 @@ def test_the_slow_node_has_the_time():
     graph.output(tuple(nodes.values()))
     times = layer_times(fx.GraphModule(torch.nn.Module(), graph), [torch.ones(3)], torch.device("cpu"), repeats=3)
     assert times.keys() == {"a.slow", "b"}
-    assert times["a.slow"] >= 20 > times["b"]  # milliseconds: `sleep` sleeps no less than it is asked to
+    assert (
+        times["a.slow"] >= 20 and times["a.slow"] > times["b"]
+    )  # milliseconds: `sleep` sleeps no less than it is asked to
 
 
 def test_every_layer_of_a_step():

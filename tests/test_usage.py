@@ -2,9 +2,12 @@
 transformer, in float32. Latents are compared, and the pictures that they decode to."""
 
 import inspect
+import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -194,7 +197,7 @@ def test_generate_draws_one_image(model, engine):
 
 
 def test_a_pipeline_that_does_not_fit_is_refused_before_it_is_loaded(model, engine):
-    said = r"^the pipeline \S+ does not fit \S+: encoder_hidden_states is \[-1, -1, 256\] there, and the engine takes"
+    said = r"^the pipeline \S+ does not fit \S+: encoder_hidden_states has joint_attention_dim 256 there, \d+ in the"
     with pytest.raises(ValueError, match=said):
         generate("a circle", "tiny", engine)
     with pytest.raises(ValueError, match=r"transformer is not a pipeline: it has no model_index\.json; give"):
@@ -203,8 +206,35 @@ def test_a_pipeline_that_does_not_fit_is_refused_before_it_is_loaded(model, engi
         generate("a circle", "nowhere", engine)
 
 
-def test_the_pipeline_is_by_default_the_one_that_was_converted(model, engine):
-    assert converted_from(EngineFolder.open(engine)) == str(model)
+def test_only_the_sizes_of_the_pipelines_transformer_matter(model, engine, tmp_path):
+    """The engine takes its place, so what else is in its config need not be known here."""
+    copy = Path(shutil.copytree(model, tmp_path / "quantized"))
+    config = json.loads((copy / "transformer/config.json").read_text())
+    changed = config | {"quantization_config": {"quant_method": "bitsandbytes"}, "sample_size": None}
+    (copy / "transformer/config.json").write_text(json.dumps(changed))
+    assert load(copy, engine).transformer.folder.path == engine
+
+
+def test_where_the_hub_keeps_its_files_is_left_to_diffusers(engine, tmp_path):
+    """Asking the hub first, with other options, could refuse what diffusers finds."""
+    with pytest.raises(OSError):
+        load("someone/model", engine, cache_dir=tmp_path, local_files_only=True)
+
+
+def test_the_pipeline_is_by_default_the_one_that_was_converted(model, engine, monkeypatch):
+    folder = EngineFolder.open(engine)
+    assert converted_from(folder) == (str(model), None)
+
+    def recorded(name: str, revision: str | None) -> EngineFolder:
+        config = folder.config | {"pretrained_config": folder.config["pretrained_config"] | {"model_path": name}}
+        return replace(folder, config=config, checkpoint=folder.checkpoint.model_copy(update={"revision": revision}))
+
+    assert converted_from(recorded("tiny", None))[0].endswith("weights")
+    assert converted_from(recorded("owner/name", "0123abc")) == ("owner/name", "0123abc")
+    with pytest.raises(ValueError, match="was converted from models/m, which is not there: use mmdit generate --model"):
+        converted_from(recorded("models/m", None))  # anyone may own that name on the hub
+    with pytest.raises(ValueError, match="does not name its pipeline: use mmdit generate --model_path"):
+        converted_from(recorded("", None))
     picture = generate("a circle", None, engine, resolution=64, num_inference_steps=1, device="cpu")
     assert picture.image.size == (64, 64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -44,21 +45,22 @@ def read_prompts(given: Sequence[str], pipeline: str) -> list[str]:
 def _prompts_of(text: str) -> list[str]:
     if _is_file(text):
         return _lines(text)
-    if text.endswith(".txt") or ("/" in text and not any(map(str.isspace, text))):
+    in_a_folder = "/" in text and Path(os.path.expanduser(text)).parent.is_dir()
+    if (text.endswith(".txt") or in_a_folder) and not any(map(str.isspace, text)):
         raise ValueError(f"calibration_prompts: {text} does not exist")
     return [text.strip()]
 
 
 def _is_file(text: str) -> bool:
     try:
-        return Path(text).expanduser().is_file()
+        return Path(os.path.expanduser(text)).is_file()
     except (OSError, ValueError):  # a long prompt is no file name
         return False
 
 
 def _lines(path: str) -> list[str]:
     try:
-        return [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
+        return [line.strip() for line in Path(os.path.expanduser(path)).read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(f"calibration_prompts: {path} is not a text file") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 SHIPPED = ("tiny",)
 """Models that ship with the package, each in `mmdit_lib/NAME/weights`."""
 INDEX_FILE, TRANSFORMER_CONFIG = "model_index.json", "transformer/config.json"
+HUB_OPTIONS = frozenset({"cache_dir", "token", "local_files_only", "proxies", "force_download"})
+"""Options of `from_pretrained` on where and how to download, which `download` does not take."""
 CONFIGS = [INDEX_FILE, "vae/config.json", TRANSFORMER_CONFIG]
 
 
 def resolve_model(model: str | Path) -> str:
     """The path of a model on disk, with `~` expanded, or of one that ships with the package; other names unchanged."""
-    path = Path(model).expanduser()
-    if path.exists():
-        return str(path)
+    path = os.path.expanduser(model)  # unlike pathlib's, it leaves the name of an unknown user
+    if os.path.exists(path):
+        return path
     return str(shipped_model(str(model))) if str(model) in SHIPPED else str(model)
 
 

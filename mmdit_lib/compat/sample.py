@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from ..cli.images import generate_command
 from ..cli.usage import one_line_errors
+from ..engine.folder import EngineFolder
 from .flags import add_log_level
 
 PROMPT = "A capybara holding a sign that reads 'Hello World' in the forrest."  # spelled as in the original
@@ -37,10 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         generate_command(
             options.prompt[0],
+            model_path=_pipeline(options.tllm_model_dir),
             engine_dir=options.tllm_model_dir,
             num_inference_steps=40,
             guidance_scale=4.5,
         )
+
+
+def _pipeline(engine_dir: str) -> str:
+    """The pipeline that the checkpoint was converted from, as the engine folder's config names it."""
+    model_path = EngineFolder.open(engine_dir).config["pretrained_config"].get("model_path")
+    if not model_path:
+        raise ValueError(f"{engine_dir}: config.json names no model_path; use mmdit generate --model_path")
+    return model_path
 
 
 if __name__ == "__main__":

@@ -25,6 +25,12 @@ def usable_device(asked: str | torch.device | None) -> torch.device:
     return device
 
 
+def numbered(device: torch.device | str) -> torch.device:
+    """The same device; "cuda" becomes the GPU that is current now, as another thread may have another one."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def current(device: torch.device) -> AbstractContextManager:
     """A context in which `device` is the current CUDA device, the one to which Triton and TensorRT send their work."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -252,5 +252,6 @@ def checkpoint_reference(checkpoint: Checkpoint, engine_dir: Path) -> dict[str, 
     files = checkpoint.files or {name: FileRecord.of(checkpoint.path / name) for name in checkpoint.rank_files}
     folder = checkpoint.path.resolve()
     place = {"name": folder.name, "path": os.path.relpath(folder, engine_dir.resolve())}
-    loras = checkpoint.manifest.loras if checkpoint.manifest else ()
-    return {**place, "files": to_json(files), **loras_entry(loras)}
+    own = checkpoint.manifest
+    downloaded = {"revision": own.revision} if own and own.revision else {}
+    return {**place, "files": to_json(files), **loras_entry(own.loras if own else ()), **downloaded}

@@ -152,7 +152,7 @@ def check_names(folder: Engine, names: Collection[str]) -> None:
         raise ValueError(f"missing input {', '.join(missing)}")
     for name in (name for name in names if name not in known):
         options = folder.architecture.input_options
-        option = next((option for start, option in options.items() if name.startswith(start)), None)
+        option = next((option for pattern, option in options.items() if re.fullmatch(pattern, name)), None)
         if option is None:
             raise ValueError(f"unknown input {name}: the engine's inputs are {', '.join(known)}")
         value = getattr(folder.build_config, option)

@@ -168,8 +168,9 @@ def unbind(layers: Layers) -> Layers:
     unbound: dict[str, Layer] = {}
     for source in {row.source for row in rows.values()}:
         found, output = [row for row in rows.values() if row.source == source], index.made_by[source].output
-        if len({row.width for row in found}) == 1 and not any(row.start % row.width for row in found):
-            width, name = found[0].width, f"{source}/rows"
+        width, name = found[0].width, f"{source}/rows"
+        borders = [*(row.start for row in found), output.shape[-1]]
+        if {row.width for row in found} == {width} and not any(border % width for border in borders):
             shape = (output.shape[-1] // width, output.shape[0], 1, width)
             unbound[source] = Layer(name, "UNBIND", (source,), Value(name, output.dtype, shape), {"width": width})
     result: Layers = []
@@ -192,8 +193,11 @@ def _row(layer: Layer, index: Index) -> Row | None:
     if len(part.output.shape) != 2 or part.inputs[0] not in index.made_by:  # tokens, or an input of the network
         return None
     width, wide = layer.output.shape[-1], part.output.shape[-1]
-    axes, rows = [x.attributes["axes"] for x in (layer, part)], split.attributes["reshape_dims"]
-    if axes != [[1], [1]] or layer.attributes["shape"] != [1] or rows != [0, wide // width, width]:
+    slices, rows = (
+        [(x.attributes["axes"], x.attributes["mode"]) for x in (layer, part)],
+        split.attributes["reshape_dims"],
+    )
+    if slices != [([1], "STRICT_BOUNDS")] * 2 or layer.attributes["shape"] != [1] or rows != [0, wide // width, width]:
         return None
     return Row(part.inputs[0], part.attributes["start"][0] + layer.attributes["start"][0] * width, width)
 

@@ -22,6 +22,8 @@ class CheckpointReference(FileConfig):
     files: Files
     loras: Loras = ()
     """The LoRAs that `convert` fused into it."""
+    revision: Text | None = None
+    """The commit of the hub id that was converted; None: it was not downloaded."""
 
 
 class BuildReport(FileConfig):

@@ -13,7 +13,7 @@ from .attention import has_flash_attention_3
 from .backend import Inputs, Ranks, RunnerOptions
 from .capability import has_fp8
 from .cuda_graph import GraphedStep
-from .device import current
+from .device import current, numbered
 from .folder import EngineFolder, graph_file
 from .fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
 from .graph import Graph
@@ -62,7 +62,7 @@ class PyTorchBackend:
     ):
         self.graph = graph
         self.modules = graph.modules
-        self.device = torch.device(device)
+        self.device = numbered(device)
         self.inputs = {value.name: value for value in graph.inputs}
         if passes is None:
             passes = default_passes(self.device, compiled=compile_blocks is not None)

@@ -17,7 +17,7 @@ from . import trtllm
 from .backend import Inputs, Ranks, RunnerOptions
 from .capability import plan_runs_here, refused_fp8
 from .cuda_graph import GraphedStep
-from .device import current
+from .device import current, numbered
 from .folder import TRTLLM, EngineFolder, graph_file, plan_file
 from .graph import Graph
 from .logger import layer_timer, logger
@@ -52,7 +52,7 @@ class TensorRTBackend:
         cuda_graph: bool = False,
         graph: Callable[[], Graph] | None = None,
     ):
-        self.device = torch.device(device)
+        self.device = numbered(device)
         self._buffers: dict[tuple, dict[str, torch.Tensor]] = {}
         self._contexts: dict[tuple | None, object] = {}
         self._communicator = communicator

@@ -7,7 +7,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from ..config import Resolution
 from ..engine.backend import Inputs
+from ..engine.device import current
 from ..engine.inputs import sample_inputs
 from ..runner import MMDiTRunner
 from .reference import check_same_model, load_reference
@@ -52,9 +52,8 @@ def step_times(step: Callable[[], object], device: torch.device, repeats: int, w
 
     Of a `Loop`, the mean of its steps.
     """
-    on_gpu = device.type == "cuda"
-    time_of = _cuda_time if on_gpu else _wall_time
-    with torch.cuda.device(device) if on_gpu else nullcontext():  # events are recorded on the current device
+    time_of = _cuda_time if device.type == "cuda" else _wall_time
+    with current(device):  # where events are recorded
         for _ in range(warm_up):
             step()
         return [time_of(step) / steps_in(step) for _ in range(repeats)]
@@ -97,7 +96,7 @@ def alternately(
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Peak memory of the GPU `device` during a call, beyond what was allocated before."""
-    with torch.cuda.device(device):
+    with current(device):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()

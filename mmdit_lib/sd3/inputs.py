@@ -24,8 +24,8 @@ KEPT_LAYERS = Input("kept_layers", ("num_layers",), dtype="bool", default=True)
 RESIDUALS = "block_controlnet_hidden_states"
 """diffusers' argument; each of its tensors is a separate input, `block_controlnet_hidden_states_0` and so on. Stacking
 them would copy them all; and in a call without residuals, one tensor of zeros serves all of them."""
-INPUT_OPTIONS = {KEPT_LAYERS.name: "skip_layers", f"{RESIDUALS}_": "controlnet_residuals"}
-"""The build options that add inputs, by the start of the inputs' names."""
+INPUT_OPTIONS = {KEPT_LAYERS.name: "skip_layers", rf"{RESIDUALS}_\d+": "controlnet_residuals"}
+"""The build options that add inputs, by patterns of the inputs' names."""
 
 
 def optional_inputs(config: SD3Config, build: BuildConfig) -> tuple[Input, ...]:
