@@ -21,7 +21,6 @@ from pathlib import Path
 import nbformat
 from gpu_cells import gpus_needed
 from nbclient import NotebookClient
-from nbclient.exceptions import CellTimeoutError
 from PIL import Image
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -36,20 +35,23 @@ class WithoutGPU(NotebookClient):
     async def async_execute_cell(self, cell, *arguments, **options):
         return cell if gpus_needed(cell) else await super().async_execute_cell(cell, *arguments, **options)
 
+    async def async_wait_for_reply(self, *_, **__) -> None:
+        """After the last cell nbclient asks for the kernel's language, which `execute` sets itself. The reply may never
+        come (https://github.com/nteract/papermill/pull/726), and nbclient waits for it as long as for a cell."""
 
-def execute(path: Path, timeout: int = 600) -> float:
-    """Run a notebook; returns its seconds. If a cell fails, raises `CellExecutionError` and writes nothing.
 
-    A cell that takes more than `timeout` seconds is run once more, in a fresh kernel: nbclient may wait forever for a
-    cell with widgets (https://github.com/jupyter/nbclient/issues/312).
-    """
+def execute(path: Path) -> float:
+    """Run a notebook; returns its seconds. If a cell fails, raises `CellExecutionError` and writes nothing."""
+    notebook = nbformat.read(path, as_version=4)
     start = time.perf_counter()
-    try:
-        notebook = executed(path, timeout)
-    except CellTimeoutError:
-        print(f"{path.name}: no answer within {timeout} s; once more")
-        start = time.perf_counter()
-        notebook = executed(path, timeout)
+    client = WithoutGPU(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        coalesce_streams=True,
+    )
+    client.execute()
     seconds = time.perf_counter() - start
     states = notebook.metadata.pop("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -61,12 +63,6 @@ def execute(path: Path, timeout: int = 600) -> float:
     notebook.metadata["language_info"] = {"name": "python"}
     nbformat.write(notebook, path)
     return seconds
-
-
-def executed(path: Path, timeout: int) -> nbformat.NotebookNode:
-    notebook = nbformat.read(path, as_version=4)
-    options = dict(kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}, coalesce_streams=True)
-    return WithoutGPU(notebook, timeout=timeout, **options).execute()
 
 
 def settled(outputs: list, states: dict) -> list:

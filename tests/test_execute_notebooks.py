@@ -1,10 +1,8 @@
 """Executed notebooks contain no widgets, but what these displayed."""
 
-import execute_notebooks
 import nbformat
 import pytest
 from execute_notebooks import execute
-from nbclient.exceptions import CellTimeoutError
 
 INTERACT = """
 import ipywidgets
@@ -28,27 +26,10 @@ def test_controls_become_a_line_and_what_they_displayed(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(INTERACT)])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(notebook, tmp_path / "widgets.ipynb")
-    execute(tmp_path / "widgets.ipynb", timeout=60)
+    execute(tmp_path / "widgets.ipynb")
     (cell,) = nbformat.read(tmp_path / "widgets.ipynb", as_version=4).cells
     text, image = cell.outputs
     line, bar = text.text.splitlines()
     assert line == "[slider: steps; dropdown: model; run the notebook to change them]"
     assert bar.startswith("100%█") and "4/4" in bar
     assert image.data == {"image/png": "iVBORw0KGgo=", "text/plain": "medium after 4 steps"}
-
-
-def test_a_cell_without_an_answer_is_run_once_more(tmp_path, monkeypatch):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])
-    nbformat.write(notebook, tmp_path / "one.ipynb")
-    answers = iter([CellTimeoutError("no answer"), notebook, CellTimeoutError("no answer"), CellTimeoutError("again")])
-
-    def answer(path, timeout):
-        found = next(answers)
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    monkeypatch.setattr(execute_notebooks, "executed", answer)
-    execute(tmp_path / "one.ipynb")
-    with pytest.raises(CellTimeoutError, match="again"):
-        execute(tmp_path / "one.ipynb")
