@@ -35,18 +35,18 @@ class WithoutGPU(NotebookClient):
     async def async_execute_cell(self, cell, *arguments, **options):
         return cell if gpus_needed(cell) else await super().async_execute_cell(cell, *arguments, **options)
 
-    async def async_wait_for_reply(self, *_, **__) -> None:
-        """After the last cell nbclient asks for the kernel's language, which `execute` sets itself. The reply may never
-        come (https://github.com/nteract/papermill/pull/726), and nbclient waits for it as long as for a cell."""
 
+def execute(path: Path, timeout: int = 600) -> float:
+    """Run a notebook; returns its seconds. If a cell fails, raises `CellExecutionError` and writes nothing.
 
-def execute(path: Path) -> float:
-    """Run a notebook; returns its seconds. If a cell fails, raises `CellExecutionError` and writes nothing."""
+    Rarely, nbclient does not notice a cell's reply (https://github.com/jupyter/nbclient/issues/312) and looks again
+    only after `timeout` seconds, the most that a cell may take.
+    """
     notebook = nbformat.read(path, as_version=4)
     start = time.perf_counter()
     client = WithoutGPU(
         notebook,
-        timeout=600,
+        timeout=timeout,
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
         coalesce_streams=True,

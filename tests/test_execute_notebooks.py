@@ -26,7 +26,7 @@ def test_controls_become_a_line_and_what_they_displayed(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(INTERACT)])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(notebook, tmp_path / "widgets.ipynb")
-    execute(tmp_path / "widgets.ipynb")
+    execute(tmp_path / "widgets.ipynb", timeout=60)
     (cell,) = nbformat.read(tmp_path / "widgets.ipynb", as_version=4).cells
     text, image = cell.outputs
     line, bar = text.text.splitlines()
