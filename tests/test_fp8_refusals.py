@@ -163,7 +163,8 @@ def test_prompts(tmp_path):
     file.write_text("one\n\n two \n")
     long = "x" * 10_000
     assert calibration.read_prompts([str(file), "three", long], "nowhere") == ["one", "two", "three", long]
-    assert calibration.read_prompts(["a red/blue circle"], "nowhere") == ["a red/blue circle"]
+    for slash in ("a red/blue circle", f"a red/{long}/blue circle", f"red/{long}/blue", "~a red/blue circle"):
+        assert calibration.read_prompts([slash], "nowhere") == [slash]
     (tmp_path / calibration.PROMPTS_FILE).write_text("own\n")
     assert calibration.read_prompts([], str(tmp_path)) == ["own"]
 

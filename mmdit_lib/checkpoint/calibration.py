@@ -43,24 +43,18 @@ def read_prompts(given: Sequence[str], pipeline: str) -> list[str]:
 
 
 def _prompts_of(text: str) -> list[str]:
-    if _is_file(text):
-        return _lines(text)
-    in_a_folder = "/" in text and Path(os.path.expanduser(text)).parent.is_dir()
+    path = os.path.expanduser(text)
+    if os.path.isfile(path):
+        return _lines(path)
+    in_a_folder = "/" in text and os.path.isdir(os.path.dirname(path))
     if (text.endswith(".txt") or in_a_folder) and not any(map(str.isspace, text)):
         raise ValueError(f"calibration_prompts: {text} does not exist")
     return [text.strip()]
 
 
-def _is_file(text: str) -> bool:
-    try:
-        return Path(os.path.expanduser(text)).is_file()
-    except (OSError, ValueError):  # a long prompt is no file name
-        return False
-
-
 def _lines(path: str) -> list[str]:
     try:
-        return [line.strip() for line in Path(os.path.expanduser(path)).read_text(encoding="utf-8").splitlines()]
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(f"calibration_prompts: {path} is not a text file") from None
 

@@ -193,10 +193,8 @@ def _row(layer: Layer, index: Index) -> Row | None:
     if len(part.output.shape) != 2 or part.inputs[0] not in index.made_by:  # tokens, or an input of the network
         return None
     width, wide = layer.output.shape[-1], part.output.shape[-1]
-    slices, rows = (
-        [(x.attributes["axes"], x.attributes["mode"]) for x in (layer, part)],
-        split.attributes["reshape_dims"],
-    )
+    slices = [(x.attributes["axes"], x.attributes["mode"]) for x in (layer, part)]
+    rows = split.attributes["reshape_dims"]
     if slices != [([1], "STRICT_BOUNDS")] * 2 or layer.attributes["shape"] != [1] or rows != [0, wide // width, width]:
         return None
     return Row(part.inputs[0], part.attributes["start"][0] + layer.attributes["start"][0] * width, width)
