@@ -20,6 +20,7 @@ from mmdit_lib.engine.backend import BackendName, RunnerOptions
 from mmdit_lib.engine.backends import BACKENDS
 from mmdit_lib.engine.build import build
 from mmdit_lib.engine.capability import refused_capability
+from mmdit_lib.engine.device import numbered
 from mmdit_lib.engine.folder import EngineFolder
 from mmdit_lib.engine.lowering import lower
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
@@ -84,6 +85,8 @@ def test_devices(monkeypatch):
     assert RunnerOptions().torch_device == torch.device("cuda")
     assert RunnerOptions(device="cuda:1").torch_device == torch.device("cuda:1")
     RunnerOptions(cuda_graph=True).check()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert [str(numbered(x)) for x in ("cuda", "cuda:0", torch.device("cpu"))] == ["cuda:1", "cuda:0", "cpu"]
 
 
 def test_refusals_name_what_is_there(monkeypatch):
