@@ -140,7 +140,8 @@ class Timesteps:
 
     def __call__(self) -> torch.Tensor | None:
         self._scheduler = getattr(self._pipe(), "scheduler", self._scheduler)
-        return getattr(self._scheduler, "timesteps", None)
+        found = getattr(self._scheduler, "timesteps", None)
+        return found if isinstance(found, torch.Tensor) else None
 
 
 def _save_pretrained(pipe, *arguments, **options) -> None:
@@ -182,7 +183,7 @@ def sample(
         given = broadcast(world, given, pipe.transformer.device)
     share_random_state(world, pipe.transformer.device)
     pipe.transformer.count_steps(options.get("num_inference_steps"))
-    with doing("denoising"), torch.inference_mode():
+    with doing("denoising"):
         latents = pipe(**given, **options, output_type="latent").images
         check_equal(world, latents, "latents")
     with doing("decoding" if world.rank == 0 else "waiting for the decoded image"):

@@ -20,6 +20,7 @@ from .config import TORCH_DTYPES
 from .engine.adapters import Adapters
 from .engine.backend import Backend, RunnerOptions
 from .engine.backends import choose_backend
+from .engine.finite import FiniteCheck
 from .engine.folder import EngineFolder
 from .engine.inputs import check_names, check_shapes, default_inputs, input_dtype
 
@@ -64,8 +65,11 @@ class MMDiTRunner:
         self.device = backend.device
         self._adapters = adapters or Adapters(folder, backend, RunnerOptions())
         self.timesteps: Callable[[], torch.Tensor | None] = lambda: None
+        self._timestep = folder.architecture.conditioning[0]
+        self._not_finite = FiniteCheck(late=self.device.type == "cuda")
         self._step, self._steps = 0, None
-        self._last: tuple[object, float] = (None, 0)  # the sizes of the last step, and how long it took
+        self._sizes: dict[str, torch.Size] = {}  # of the last step
+        self._seconds = [0.0, 0.0]  # of the last two
 
     @cached_property
     def config(self):
@@ -156,7 +160,8 @@ class MMDiTRunner:
 
         Raises:
             TypeError: for more positional arguments than diffusers' transformer has, or an argument given twice.
-            ValueError: for a shape outside the engine's profile, an unsupported argument, NaN or infinity.
+            ValueError: for a shape outside the engine's profile, an unsupported argument, NaN or infinity (on a GPU in
+                this step of an image or the one before).
         """
         folder, special = self.folder, self.folder.architecture.pipelines
         arguments = by_name(special.ARGUMENTS, positional, arguments)
@@ -177,10 +182,11 @@ class MMDiTRunner:
         """
         prepared, batch = self.prepare(inputs)
         with self._named_step(prepared):
-            output = self.backend(prepared, self.timesteps())[:batch]
+            timesteps = self.timesteps()
+            output = self.backend(prepared, timesteps)[:batch]
             if self.check_finite:
                 given = {name: prepared[name] for name, value in inputs.items() if value is not None}
-                self._check_finite({**given, "output": output})
+                self._refuse(self._not_finite({**given, "output": output}, prepared[self._timestep], timesteps))
         return output
 
     @property
@@ -217,12 +223,12 @@ class MMDiTRunner:
         """The first step of its size may compile, so it may take any time; the others are compared with the last."""
         self._step += 1
         sizes = {name: value.shape for name, value in inputs.items()}
-        known, seconds = self._last
         name = f"step {self._step}" + (f" of {self._steps}" if self._steps else "")
         start = time.monotonic()
-        with parallel.doing(name, limit=SLOW * seconds if sizes == known else None):
+        # Of two steps, because the first step of an image may end before the GPU has done its work.
+        with parallel.doing(name, limit=SLOW * max(self._seconds) if sizes == self._sizes else None):
             yield
-        self._last = sizes, time.monotonic() - start
+        self._sizes, self._seconds = sizes, [self._seconds[1], time.monotonic() - start]
 
     def intermediates(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every named value of the network, by module path or layer name.
@@ -243,21 +249,25 @@ class MMDiTRunner:
         prepared = default_inputs(self.folder, sizes._replace(batch=sizes.batch + odd), self.device)
         for tensor in (x for x in table if x.name in inputs):
             dtype = TORCH_DTYPES[input_dtype(tensor, self.folder.dtype)]
-            value, dim = inputs[tensor.name].to(self.device, dtype), tensor.batch_dim
-            twice = odd and dim is not None
-            prepared[tensor.name] = torch.cat([value, value.narrow(dim, -1, 1)], dim) if twice else value.contiguous()
+            value, dim = inputs[tensor.name], tensor.batch_dim
+            # Ordinary memory is read before the call returns, pinned memory perhaps later:
+            # https://docs.nvidia.com/cuda/cuda-driver-api/api-sync-behavior.html
+            ordinary = value.device.type == "cpu" and self.device.type == "cuda" and not value.is_pinned()
+            value = value.to(self.device, dtype, non_blocking=ordinary)
+            if odd and dim is not None:
+                value = torch.cat([value, value.narrow(dim, -1, 1)], dim)
+            # Left as a view, the timestep tells which of the scheduler's timesteps it is: see engine/schedule.py.
+            prepared[tensor.name] = value if tensor.name == self._timestep else value.contiguous()
         return prepared, sizes.batch
 
-    def _check_finite(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
-        bad = [name for name, fine in zip(tensors, finite, strict=True) if not fine]
-        if not bad:
-            return
-        if bad == ["output"] and self.folder.dtype == "float16":
+    def _refuse(self, not_finite: Sequence[str]) -> None:
+        """Raises `ValueError` if there are tensors with NaN or infinity; `not_finite` are their names."""
+        if not_finite == ["output"] and self.folder.dtype == "float16":
             raise ValueError(
                 "the output contains NaN or infinity: float16 overflowed in the network; convert with --dtype bfloat16"
             )
-        raise ValueError(f"{' and '.join(bad)} contain{'s' * (len(bad) == 1)} NaN or infinity")
+        if not_finite:
+            raise ValueError(f"{' and '.join(not_finite)} contain{'s' * (len(not_finite) == 1)} NaN or infinity")
 
     def cache_context(self, name: str):
         """diffusers' hook for caching between steps; nothing is cached here."""

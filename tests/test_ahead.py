@@ -4,6 +4,7 @@ Tolerances as in test_network: float32 5e-6 of the norm; a GEMM with more rows m
 """
 
 import time
+import warnings
 import weakref
 from itertools import count
 
@@ -16,10 +17,12 @@ from mmdit_lib import load_pipeline
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine.ahead import KEPT, ROWS, VALUE, Ahead, last_early, split_ahead
 from mmdit_lib.engine.build import build
+from mmdit_lib.engine.finite import FiniteCheck
 from mmdit_lib.engine.kernel_passes import KERNELS, SUMS
 from mmdit_lib.engine.lowering import lower
 from mmdit_lib.engine.passes import NUMERICS, SPEED
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
+from mmdit_lib.engine.schedule import place_in
 from mmdit_lib.reports.bench import Loop, alternately
 from mmdit_lib.sd3 import SD3
 
@@ -50,6 +53,24 @@ def opened(name: str) -> tuple[PyTorchBackend, dict[str, torch.Tensor], Counted]
 
 def at(inputs: dict, step: int, steps: torch.Tensor = STEPS) -> dict:
     return {**inputs, "timestep": steps[step].expand(len(inputs["timestep"])).contiguous()}
+
+
+def view_at(inputs: dict, step: int, steps: torch.Tensor) -> dict:
+    """With the timestep as a pipeline of diffusers gives it."""
+    return {**inputs, "timestep": steps[step].expand(len(inputs["timestep"]))}
+
+
+@pytest.fixture
+def compared(monkeypatch) -> list[float]:
+    """The timesteps of the calls in which values were compared, as on a GPU after a transfer."""
+    found, compare = [], Ahead._compared
+
+    def watch(self, inputs):
+        found.append(float(inputs["timestep"][0]))
+        return compare(self, inputs)
+
+    monkeypatch.setattr(Ahead, "_compared", watch)
+    return found
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -102,6 +123,128 @@ def test_another_prompt_and_other_weights():
     assert relative_error(backend(at(inputs, 0), STEPS), backend(at(inputs, 0))) <= LIMIT
 
 
+def test_values_are_compared_in_the_first_step_only(compared):
+    """The prompt in the same tensors, and timesteps that are views of the schedule: the rest needs no transfer."""
+    backend, inputs, counted = opened("sd3.5-medium")
+    for _ in range(2):  # images
+        steps = STEPS.clone()
+        for step in range(len(steps)):
+            given = view_at(inputs, step, steps)
+            assert relative_error(backend(given, steps), backend(given)) <= LIMIT, step
+    assert compared == [1000.0, 1000.0]
+    assert counted.rows == [2, *[ROWS] * 8]
+
+
+def test_two_prompts_in_each_step(compared):
+    backend, inputs, _ = opened("sd3.5-medium")
+    one = {name: value[:1] for name, value in inputs.items()}
+    steps = STEPS.clone()
+    for step in range(12):
+        for tensors in (inputs, one):
+            given = view_at(tensors, step, steps)
+            assert relative_error(backend(given, steps), backend(given)) <= LIMIT, step
+    assert compared == [1000.0, 1000.0]
+
+
+def test_tensors_that_are_written_to(compared):
+    """In the middle of an image."""
+    backend, inputs, _ = opened("sd3.5-medium")
+    steps = STEPS.clone()
+    changes = {
+        2: lambda: inputs["pooled_projections"].mul_(2),
+        4: lambda: steps.sub_(3),
+        6: lambda: steps[7].sub_(1),
+    }
+    for step in range(9):
+        changes.get(step, lambda: None)()
+        given = view_at(inputs, step, steps)
+        assert relative_error(backend(given, steps), backend(given)) <= LIMIT, step
+    assert compared == [float(x) for x in (STEPS[0], STEPS[2], STEPS[4] - 3, STEPS[6] - 3)]
+
+
+@pytest.mark.parametrize("changed", ["prompt", "schedule", "both"])
+def test_uncounted_writes_between_images(changed, compared):
+    """As those of CUDA graphs and collectives into tensors that are kept."""
+    ahead = Ahead(lambda inputs: inputs["timestep"][:, None] + inputs["prompt"], "timestep", "prompt")
+    steps, prompt = torch.linspace(1000.0, 100.0, 12), torch.ones(2, 3)
+    for _ in range(3):
+        for step in steps:
+            found = ahead.rows({"timestep": step.expand(2), "prompt": prompt}, steps)
+            assert torch.equal(found, (step + prompt).expand(2, 3))
+        versions = prompt._version, steps._version
+        if changed != "schedule":
+            prompt.data.add_(1)
+        if changed != "prompt":
+            steps.data.mul_(0.9)
+        assert versions == (prompt._version, steps._version)
+    assert len(compared) == 3
+
+
+def test_two_images_in_turn(compared):
+    """With schedules of their own, as of two pipelines that share a runner."""
+    ahead = Ahead(lambda inputs: inputs["timestep"][:, None] + inputs["prompt"], "timestep", "prompt")
+    images = [(STEPS.clone(), torch.ones(2, 3)), (STEPS * 0.9, torch.zeros(2, 3))]
+    for step in range(len(STEPS)):
+        for steps, prompt in images:
+            found = ahead.rows({"timestep": steps[step].expand(2), "prompt": prompt}, steps)
+            assert torch.equal(found, (steps[step] + prompt).expand(2, 3))
+    assert len(compared) == 2
+
+
+def test_tensors_are_not_kept_alive():
+    ahead = Ahead(lambda inputs: inputs["timestep"][:, None] + inputs["prompt"], "timestep", "prompt")
+    steps, prompt = STEPS.clone(), torch.ones(2, 3)
+    alive = [weakref.ref(steps), weakref.ref(prompt)]
+    ahead.rows({"timestep": steps[0].expand(2), "prompt": prompt}, steps)
+    del steps, prompt
+    assert [x() for x in alive] == [None, None]
+
+
+def test_tensors_of_inference_mode_are_compared(compared):
+    """PyTorch does not count how often they are written to."""
+    ahead = Ahead(lambda inputs: inputs["timestep"][:, None] + inputs["prompt"], "timestep", "prompt")
+    with torch.inference_mode():
+        steps, prompt = STEPS.clone(), torch.ones(2, 3)
+        for step in range(3):
+            prompt.add_(1)
+            found = ahead.rows({"timestep": steps[step].expand(2), "prompt": prompt}, steps)
+            assert torch.equal(found, (steps[step] + prompt).expand(2, 3))
+    assert len(compared) == 3
+
+
+def test_place_of_a_timestep():
+    for steps in (STEPS, torch.arange(56.0)[9:37], torch.arange(56.0)[::2]):
+        assert [place_in(x.expand(batch), steps) for x in steps for batch in (1, 3)] == sorted([*range(28)] * 2)
+    assert [place_in(x.expand(2), STEPS) for x in STEPS[5:]] == [*range(5, 28)], "image to image"
+    for other in (STEPS[3].clone(), STEPS[3:5], STEPS[3].expand(2).contiguous(), STEPS[3].double(), STEPS[3] + 0):
+        assert place_in(other, STEPS) is None
+    every_second = torch.arange(56.0)
+    assert place_in(every_second[3].expand(2), every_second[::2]) is None, "between two of them"
+    assert place_in(every_second[1].expand(2), every_second[2:]) is None, "before the first"
+    assert place_in(every_second[9].expand(2), every_second[:9]) is None, "after the last"
+
+
+@pytest.mark.gpu
+def test_steps_on_a_gpu_do_not_wait():
+    """With the check for NaN, only an image's first step and its last one read from the GPU."""
+    ahead = Ahead(lambda inputs: inputs["timestep"][:, None] + inputs["prompt"], "timestep", "prompt")
+    not_finite, prompt, waits = FiniteCheck(late=True), torch.ones(2, 3, device="cuda"), []
+    steps = STEPS.cuda()
+    for step in range(len(steps)):
+        inputs = {"timestep": steps[step].expand(2), "prompt": prompt}
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                output = ahead.rows(inputs, steps)
+                assert not_finite({**inputs, "output": output}, inputs["timestep"], steps) == []
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append(any("synchronizing" in str(x.message) for x in found))
+        assert torch.equal(output, steps[step] + prompt)
+    assert [step for step, waited in enumerate(waits) if waited] == [0, 27]
+
+
 @pytest.mark.parametrize(
     ("timestep", "batch"),
     [((500.0, 500.0), 2), ((1000.0, 40.0), 2), ((float("nan"),) * 2, 2), ((1000.0,) * 9, 9)],
@@ -144,7 +287,7 @@ def engine(tmp_path_factory):
     [({}, 2), ({"guidance_scale": 1.0}, 1), ({"skip_guidance_layers": [1]}, 3)],
     ids=["guidance", "no guidance", "skip-layer guidance"],
 )
-def test_in_a_pipeline(call, calls, engine):
+def test_in_a_pipeline(call, calls, engine, compared):
     """The schedule of a pipeline's scheduler reaches the backend, also after the scheduler was replaced."""
     size = {"height": 64, "width": 64, "output_type": "latent"}
     found = []
@@ -161,6 +304,8 @@ def test_in_a_pipeline(call, calls, engine):
         found.append(pipe("a red circle", num_inference_steps=10, generator=generator, **size, **call).images)
     assert relative_error(found[1], found[0]) <= 100 * LIMIT, "guidance multiplies errors, and ten steps add them up"
     assert counted.rows[1:] == [ROWS] * calls
+    prompts = 2 if "skip_guidance_layers" in call else 1
+    assert len(compared) == prompts, "each in its first step; the runner hands the timesteps on as they are"
 
 
 def test_a_pipeline_made_from_the_components_of_another(engine):

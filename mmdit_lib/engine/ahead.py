@@ -6,13 +6,16 @@ weights. With the rows of several steps it takes no longer.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from .backend import Inputs
+from .schedule import place_in
 from .torch_ops import item, shuffle, slice_, unbind
 
 ROWS = 16
@@ -77,17 +80,67 @@ def steps_at_once(rows: int) -> int:
     return max(1, ROWS // rows)
 
 
-class Known(NamedTuple):
+class Seen(NamedTuple):
+    """A tensor as it was at some time, without keeping it alive.
+
+    Attributes:
+        tensor: the tensor.
+        address: of its memory.
+        version: PyTorch's count of writes to it; None in inference mode, where there is none.
+    """
+
+    tensor: weakref.ref[torch.Tensor]
+    address: int
+    version: int | None
+
+    @classmethod
+    def now(cls, x: torch.Tensor) -> Seen:
+        return cls(weakref.ref(x), x.data_ptr(), None if x.is_inference() else x._version)
+
+    def still(self, x: torch.Tensor) -> bool:
+        """Whether `x` is the same tensor, and PyTorch has counted no write to it."""
+        return x is self.tensor() and self.version is not None and self[1:] == (x.data_ptr(), x._version)
+
+
+class Call(NamedTuple):
+    """What a step was called with.
+
+    Attributes:
+        tensors: those of the prompt and, last, all timesteps.
+        place: of its timestep among them, if `place_in` finds it.
+        coming: the values of all timesteps.
+    """
+
+    tensors: tuple[Seen, ...]
+    place: int | None
+    coming: list[float]
+
+    def precedes(self, place: int | None, *tensors: torch.Tensor) -> bool:
+        """Whether this was an earlier step of the same image, whose prompt and timesteps have not changed.
+
+        Not every write is counted: not those of a CUDA graph, a collective, or through `.data`. So values are compared
+        in the first step of each image, after which nobody should write to them in such a way.
+        """
+        if self.place is None or place is None or place <= self.place:
+            return False
+        return all(seen.still(x) for seen, x in zip(self.tensors, tensors, strict=True))
+
+
+@dataclass
+class Known:
     """The rows of some timesteps.
 
     Attributes:
         prompt: copies of the inputs that stay the same for an image.
+        timesteps: the timesteps.
         values: [images, timesteps, width].
+        call: the last call with this prompt.
     """
 
     prompt: dict[str, torch.Tensor]
     timesteps: list[float]
     values: torch.Tensor
+    call: Call
 
     def like(self, inputs: Inputs) -> torch.Tensor:
         """Whether the prompt is equal, as 0.0 or 1.0."""
@@ -122,22 +175,36 @@ class Ahead:
 
     def rows(self, inputs: Inputs, timesteps: torch.Tensor) -> torch.Tensor | None:
         """`compute` of these inputs; None for too many rows, different timesteps, or one not in `timesteps`."""
-        candidates = [known for known in self._known if known.fit(inputs)]
-        # One transfer from the GPU, for which the step waits.
-        answers = torch.cat([inputs[self.timestep], *(known.like(inputs)[None] for known in candidates)]).tolist()
-        images = len(inputs[self.timestep])
-        timestep, *others = set(answers[:images])
-        if others:
+        tensors = *(inputs[name] for name in self.prompt), timesteps
+        place = place_in(inputs[self.timestep], timesteps)
+        found = next((known for known in self._known if known.call.precedes(place, *tensors)), None)
+        if found:
+            coming = found.call.coming
+            timestep = coming[place]
+        else:  # the step waits for two transfers from a GPU; later steps of the image need both
+            timestep, found = self._compared(inputs)
+            coming = timesteps.tolist()
+        if timestep is None:
             return None
-        found = next((known for known, like in zip(candidates, answers[images:], strict=True) if like), None)
+        call = Call(tuple(map(Seen.now, tensors)), place, coming)
         if found is None or timestep not in found.timesteps:
-            coming, count = timesteps.tolist(), self._count(inputs)
+            count = self._count(inputs)
             if timestep not in coming or count < 2:
                 return None
             others = [known for known in self._known if known is not found]
-            found = self._computed(inputs, coming[coming.index(timestep) :][:count], count)
+            found = self._computed(inputs, timesteps, count, call, coming.index(timestep))
             self._known = [found, *others][:KEPT]
+        found.call = call
         return found.at(timestep)
+
+    def _compared(self, inputs: Inputs) -> tuple[float | None, Known | None]:
+        """The timestep, None if there are several, and what is known of this prompt."""
+        candidates = [known for known in self._known if known.fit(inputs)]
+        answers = torch.cat([inputs[self.timestep], *(known.like(inputs)[None] for known in candidates)]).tolist()
+        images = len(inputs[self.timestep])
+        timestep, *others = set(answers[:images])
+        found = next((known for known, like in zip(candidates, answers[images:], strict=True) if like), None)
+        return (None if others else timestep), found
 
     def _count(self, inputs: Inputs) -> int:
         images = len(inputs[self.timestep])
@@ -145,11 +212,13 @@ class Ahead:
             self._ranks = images // len(self.compute(inputs))
         return steps_at_once(images // self._ranks)
 
-    def _computed(self, inputs: Inputs, coming: list[float], count: int) -> Known:
-        images = inputs[self.timestep]
+    def _computed(self, inputs: Inputs, timesteps: torch.Tensor, count: int, call: Call, start: int) -> Known:
+        """The rows of `count` timesteps from `start` on, from the values on the device, so that no step waits."""
+        images, some = inputs[self.timestep], timesteps[start : start + count]
         # Always the same number of rows, so that the GEMM adds up in the same order on every rank and in every call.
-        padded = coming + coming[-1:] * (count - len(coming))
+        padded = torch.cat([some, some[-1:].expand(count - len(some))]).to(images)
         rows = {name: inputs[name].repeat_interleave(count, 0) for name in self.prompt}
-        rows[self.timestep] = images.new_tensor(padded).repeat(len(images))
+        rows[self.timestep] = padded.repeat(len(images))
         values = self.compute(rows).unflatten(0, (-1, count))
-        return Known({name: inputs[name].clone() for name in self.prompt}, padded, values)
+        prompt = {name: inputs[name].clone() for name in self.prompt}
+        return Known(prompt, call.coming[start : start + count], values, call)

@@ -35,9 +35,12 @@ class Loop:
     steps = 28
 
     def __init__(self, backend: Callable[..., torch.Tensor], inputs: Inputs, timestep: str):
-        like = inputs[timestep]
-        self.backend, self.timesteps = backend, torch.linspace(1000, 1000 / self.steps, self.steps, device=like.device)
-        self.given = [{**inputs, timestep: x.expand_as(like).contiguous()} for x in self.timesteps]
+        with torch.inference_mode(False):  # as diffusers' pipelines, whose tensors have a version
+            given = {name: x.clone() for name, x in inputs.items()}
+            like = given[timestep]
+            self.timesteps = torch.linspace(1000, 1000 / self.steps, self.steps, device=like.device)
+            self.given = [{**given, timestep: x.expand_as(like)} for x in self.timesteps]
+        self.backend = backend
 
     def first(self) -> torch.Tensor:
         return self.backend(self.given[0], self.timesteps)

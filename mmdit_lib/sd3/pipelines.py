@@ -145,7 +145,7 @@ def call_sizes(options: Mapping[str, Any]) -> dict[str, int]:
     return {"batch": passes * options.get("num_images_per_prompt", 1), "text_tokens": tokens}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: see engine/ahead.py, Seen
 def encode(pipe, prompt, *, generator, latents, options: dict, encoding: dict) -> dict[str, torch.Tensor]:
     """Text embeddings and initial latents, as arguments for the pipeline's call."""
     guidance = options.get("guidance_scale", GUIDANCE) > 1
