@@ -66,7 +66,7 @@ Under load the GPU is at its power limit, so its clock falls: a kernel that save
 REJECTED = """
 ## Ideas tried and rejected
 
-With SD3.5-medium and SD3.5-large at 1024x1024, batch 2, if not stated otherwise: the first four ideas on 2026-11-25, before FlashAttention-3, the others on 2026-11-26, with it. The code was not kept, so no command repeats these numbers; they come from single runs on an H100.
+SD3.5-medium and SD3.5-large at 1024x1024, batch 2, unless stated otherwise. The first four ideas were tried on 2026-11-25, before FlashAttention-3, the last two on 2026-11-26, with it. The code was not kept, so no command repeats these numbers; they come from single runs on an H100.
 
 | idea | expected | measured |
 |---|---|---|

@@ -220,7 +220,7 @@ class MMDiTRunner:
 
     @contextmanager
     def _named_step(self, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """The first step of its size may compile, so it may take any time; the others are compared with the last."""
+        """The first step of its size may take any time, as it may compile; others are compared with the last two."""
         self._step += 1
         sizes = {name: value.shape for name, value in inputs.items()}
         name = f"step {self._step}" + (f" of {self._steps}" if self._steps else "")

@@ -226,7 +226,10 @@ def test_place_of_a_timestep():
 
 @pytest.mark.gpu
 def test_steps_on_a_gpu_do_not_wait():
-    """With the check for NaN, only an image's first step and its last one read from the GPU."""
+    """With the check for NaN, PyTorch reports synchronizations in an image's first step and its last one only.
+
+    It does not report the wait for the step before, which ends while this step runs.
+    """
     ahead = Ahead(lambda inputs: inputs["timestep"][:, None] + inputs["prompt"], "timestep", "prompt")
     not_finite, prompt, waits = FiniteCheck(late=True), torch.ones(2, 3, device="cuda"), []
     steps = STEPS.cuda()

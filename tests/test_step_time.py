@@ -2,7 +2,7 @@
 
 The measurements are those that the model was made with, on 2026-11-26, before modulations were computed ahead: each
 step read all of their weights. Notebook 07 compares the model with those of benchmarks/results, from which it is up to
-1.6 % (SD3.5-medium) and 4.4 % (SD3.5-large) off.
+1.6 % (SD3.5-medium) and 4.3 % (SD3.5-large) off.
 """
 
 import json

@@ -181,7 +181,7 @@ class Ahead:
         if found:
             coming = found.call.coming
             timestep = coming[place]
-        else:  # the step waits for two transfers from a GPU; later steps of the image need both
+        else:  # an image's first step waits for two transfers from a GPU; later steps use what they brought
             timestep, found = self._compared(inputs)
             coming = timesteps.tolist()
         if timestep is None:
@@ -213,7 +213,7 @@ class Ahead:
         return steps_at_once(images // self._ranks)
 
     def _computed(self, inputs: Inputs, timesteps: torch.Tensor, count: int, call: Call, start: int) -> Known:
-        """The rows of `count` timesteps from `start` on, from the values on the device, so that no step waits."""
+        """The rows of `count` timesteps from `start` on, from their values on the device: the step does not wait."""
         images, some = inputs[self.timestep], timesteps[start : start + count]
         # Always the same number of rows, so that the GEMM adds up in the same order on every rank and in every call.
         padded = torch.cat([some, some[-1:].expand(count - len(some))]).to(images)

@@ -33,7 +33,7 @@ class RunnerOptions:
     fp8_attention: bool = False
     """pytorch backend, FP8 engines, Hopper GPUs with fa3-fwd: attention in FP8 too, faster and less exact"""
     check_finite: bool = True
-    """check every input and output for NaN and infinity; on a GPU, the next step of an image reports them"""
+    """check every input and output for NaN and infinity; on a GPU, an error may come one step late"""
     verify: bool = True
     """verify the checksums of the files that are read"""
     trust: bool = False

@@ -38,7 +38,8 @@ class FiniteCheck:
     Args:
         late: answer one step late, while the next step runs, if steps follow each other as in an image. A GPU would be
             idle otherwise, from the transfer of the answer until the CPU has launched the next step. The last step of
-            a schedule is never late. If an image ends before, a warning in the log takes the place of the last answer.
+            a schedule is never late. If an image ends before its schedule does, its last answer becomes a warning in
+            the log.
     """
 
     def __init__(self, late: bool):

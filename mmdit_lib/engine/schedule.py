@@ -1,4 +1,4 @@
-"""Which step of an image a call is, without a look at a GPU's values."""
+"""Which step of an image a call is, without reading from the GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def place_in(timestep: torch.Tensor, timesteps: torch.Tensor) -> int | None:
     """The index in `timesteps` [steps] of the one element that `timestep` is a view of, or None.
 
     A pipeline of diffusers gives its transformer such a view, `t.expand(batch)` for each `t` of its scheduler's
-    timesteps; a copy, as in another dtype or on another device, is none.
+    timesteps; a copy, for instance in another dtype or on another device, is not one.
     """
     if timesteps.dim() != 1 or timesteps.stride(0) == 0 or timestep.dtype != timesteps.dtype:
         return None
