@@ -19,7 +19,7 @@ from mmdit_lib.checkpoint.quantization import NONE, Quantization
 from mmdit_lib.checkpoint.random_weights import draw_weight
 from mmdit_lib.config import BuildConfig, RankMapping, Resolution, Sizes
 from mmdit_lib.engine import attention
-from mmdit_lib.engine.ahead import Ahead
+from mmdit_lib.engine.ahead import Ahead, Call
 from mmdit_lib.engine.attention import has_flash_attention_3
 from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.graph import Graph
@@ -108,6 +108,11 @@ def attention_kernel() -> str:
 def pytorch_attention():
     """A context in which our attention is PyTorch's, even if FlashAttention-3 is installed."""
     return patch.object(attention, "has_flash_attention_3", lambda device: False)
+
+
+def comparing_steps():
+    """A context in which no step is recognized by its tensors, so each waits for the GPU to tell which one it is."""
+    return patch.object(Call, "precedes", lambda *arguments: False)
 
 
 def compile_blocks(reference: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Img2ImgPipeline
 from helpers import MODELS, case, relative_error
 
+from benchmarks import common
 from mmdit_lib import load_pipeline
 from mmdit_lib.checkpoint import convert
 from mmdit_lib.engine.ahead import KEPT, ROWS, VALUE, Ahead, last_early, split_ahead
@@ -322,6 +323,19 @@ def test_a_pipeline_made_from_the_components_of_another(engine):
     assert alive() is None, "freed without waiting for the garbage collector"
     second.scheduler.set_timesteps(7)
     assert torch.equal(runner.timesteps(), second.scheduler.timesteps)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_timed_image_is_recognized_as_in_a_pipeline(compared, inference):
+    """Unless a benchmark asks for what a step took when it was not."""
+    backend, inputs, _ = opened("sd3.5-medium")
+    with torch.inference_mode(inference):
+        image = Loop(backend, inputs, SD3.conditioning[0])
+        image()
+    assert len(compared) == 1
+    with common.comparing_steps():
+        image()
+    assert len(compared) == 1 + Loop.steps
 
 
 def test_a_timed_image_runs_all_steps(monkeypatch):
