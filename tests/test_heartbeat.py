@@ -1,17 +1,20 @@
 """What the watchdogs conclude from the ranks' reports. Real ranks: test_parallel_faults.py and test_two_hosts.py."""
 
+import json
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import asdict
 
 import psutil
 import pytest
 
 from mmdit_lib.parallel import heartbeat, verdict
 from mmdit_lib.parallel.verdict import HUNG, STOPPED, Observer, Peer, Report, fault
-from mmdit_lib.parallel.watchdog import Line
+from mmdit_lib.parallel.watchdog import Line, Watchdog
 
 
 def peers(*changes: dict) -> dict[int, Peer]:
@@ -133,3 +136,29 @@ def test_messages_arrive_whole():
         assert line.read() == [] and not line.closed
         theirs.sendall(b": 2}\n")
         assert line.read() == [{"b": 2}]
+
+
+@pytest.mark.parametrize(("moved", "named"), [(-0.1, 1), (0.1, 0)], ids=["ended by MPI", "the first to die"])
+@pytest.mark.parametrize("late", [0, 0.1], ids=["both reports are there", "the other report is late"])
+def test_the_rank_that_died_first_is_named(moved, named, late, monkeypatch, capsys):
+    """Rank 0's watchdog may see the end of its own rank before it hears that another died and MPI ended this one."""
+    own, other = socket.socketpair()
+    monkeypatch.setattr("mmdit_lib.parallel.watchdog.Observer", lambda pid: None)
+    monkeypatch.setattr(Watchdog, "listen_to", lambda *arguments: None)
+    watchdog = Watchdog(None)
+    monkeypatch.undo()
+    watchdog.report = Report(0, "host0", 100)
+    line = Line(own)
+    line.rank, watchdog.lines = 1, [line]
+    watchdog.listen_to(line, watchdog.from_peer)
+    report = Report(1, "host1", 101, end="died", ended=time.time() + moved)
+    message = json.dumps({"report": asdict(report), "timeout": 25, "fault": None}).encode() + b"\n"
+    sending = threading.Timer(late, other.send, [message])
+    sending.start()
+    if not late:
+        sending.join()
+    with pytest.raises(SystemExit):
+        watchdog.rank_ended()
+    sending.join()
+    own.close(), other.close()
+    assert capsys.readouterr().err.startswith(f"rank {named} on host{named} was killed or ran out of memory")

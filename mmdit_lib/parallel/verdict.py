@@ -43,6 +43,8 @@ class Report:
     stuck_seconds: float = 0
     end: End = ""
     """How it ended: left normally, failed with an error that it shows itself, or died without a message."""
+    ended: float = 0
+    """When that was noticed, by the machine's clock."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"

@@ -29,6 +29,8 @@ PAUSE = 5
 """If this process itself has not run for so many seconds, the machine was suspended."""
 CLEAN_UP_SECONDS = 5
 """How long MPI may take to end all ranks after one has failed or died."""
+EARLIER_SECONDS = 0.25
+"""How long rank 0's watchdog waits, when its rank has died, to hear whether MPI ended it because another had died."""
 
 
 class Line:
@@ -83,13 +85,17 @@ class Watchdog:
 
     def run(self) -> None:
         while True:
-            for key, _ in self.selector.select(TICK / 2):
-                key.data()
+            self.hear(TICK / 2)
             if time.monotonic() >= self.last_tick + TICK:
                 self.tick()
                 self.last_tick = time.monotonic()
 
     # Connections.
+
+    def hear(self, seconds: float) -> None:
+        """What arrives; waits for so long if nothing does."""
+        for key, _ in self.selector.select(seconds):
+            key.data()
 
     def listen_to(self, line: Line, hear: Callable[[Line, dict], None]) -> None:
         def read() -> None:
@@ -101,9 +107,9 @@ class Watchdog:
         self.selector.register(line.source, selectors.EVENT_READ, read)
 
     def close(self, line: Line) -> None:
+        self.selector.unregister(line.source)
         if line.source == 0:
             self.rank_ended()
-        self.selector.unregister(line.source)
         line.source.close()
         if line in self.lines:
             self.lines.remove(line)
@@ -172,7 +178,7 @@ class Watchdog:
         if report.end == "left":
             self.left.add(report.rank)
             del self.heard[report.rank]
-        elif report.end:
+        elif report.end and (not self.report.ended or report.ended <= self.report.ended):
             self.one_ended(report)
 
     def tell(self, fault: str | None = None) -> None:
@@ -224,9 +230,14 @@ class Watchdog:
                 self.end_all(text)
 
     def rank_ended(self) -> None:
-        self.report.end = self.announced
+        if self.report.ended:
+            return
+        self.report.end, self.report.ended = self.announced, time.time()
         self.tell()
         if self.report.end == "died":
+            until = time.monotonic() + EARLIER_SECONDS
+            while self.deadline is None and self.report.rank == 0 and time.monotonic() < until:
+                self.hear(until - time.monotonic())
             self.one_ended(self.report)
         sys.exit()
 
