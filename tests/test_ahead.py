@@ -219,10 +219,10 @@ def test_place_of_a_timestep():
     assert [place_in(x.expand(2), STEPS) for x in STEPS[5:]] == [*range(5, 28)], "image to image"
     for other in (STEPS[3].clone(), STEPS[3:5], STEPS[3].expand(2).contiguous(), STEPS[3].double(), STEPS[3] + 0):
         assert place_in(other, STEPS) is None
-    every_second = torch.arange(56.0)
-    assert place_in(every_second[3].expand(2), every_second[::2]) is None, "between two of them"
-    assert place_in(every_second[1].expand(2), every_second[2:]) is None, "before the first"
-    assert place_in(every_second[9].expand(2), every_second[:9]) is None, "after the last"
+    whole = torch.arange(56.0)
+    assert place_in(whole[3].expand(2), whole[::2]) is None, "between two of them"
+    assert place_in(whole[1].expand(2), whole[2:]) is None, "before the first"
+    assert place_in(whole[9].expand(2), whole[:9]) is None, "after the last"
 
 
 @pytest.mark.gpu

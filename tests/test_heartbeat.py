@@ -138,9 +138,13 @@ def test_messages_arrive_whole():
         assert line.read() == [{"b": 2}]
 
 
-@pytest.mark.parametrize(("moved", "named"), [(-0.1, 1), (0.1, 0)], ids=["ended by MPI", "the first to die"])
+@pytest.mark.parametrize(
+    ("moved", "host", "named"),
+    [(-0.1, "host0", 1), (0.1, "host0", 0), (-0.1, "host1", 0)],
+    ids=["ended by MPI", "the first to die", "by another machine's clock"],
+)
 @pytest.mark.parametrize("late", [0, 0.1], ids=["both reports are there", "the other report is late"])
-def test_the_rank_that_died_first_is_named(moved, named, late, monkeypatch, capsys):
+def test_the_rank_that_died_first_is_named(moved, host, named, late, monkeypatch, capsys):
     """Rank 0's watchdog may see the end of its own rank before it hears that another died and MPI ended this one."""
     own, other = socket.socketpair()
     monkeypatch.setattr("mmdit_lib.parallel.watchdog.Observer", lambda pid: None)
@@ -151,7 +155,7 @@ def test_the_rank_that_died_first_is_named(moved, named, late, monkeypatch, caps
     line = Line(own)
     line.rank, watchdog.lines = 1, [line]
     watchdog.listen_to(line, watchdog.from_peer)
-    report = Report(1, "host1", 101, end="died", ended=time.time() + moved)
+    report = Report(1, host, 101, end="died", ended=time.time() + moved)
     message = json.dumps({"report": asdict(report), "timeout": 25, "fault": None}).encode() + b"\n"
     sending = threading.Timer(late, other.send, [message])
     sending.start()
@@ -161,4 +165,4 @@ def test_the_rank_that_died_first_is_named(moved, named, late, monkeypatch, caps
         watchdog.rank_ended()
     sending.join()
     own.close(), other.close()
-    assert capsys.readouterr().err.startswith(f"rank {named} on host{named} was killed or ran out of memory")
+    assert capsys.readouterr().err.startswith(f"rank {named} on host0 was killed or ran out of memory")

@@ -44,7 +44,7 @@ class Report:
     end: End = ""
     """How it ended: left normally, failed with an error that it shows itself, or died without a message."""
     ended: float = 0
-    """When that was noticed, by the machine's clock."""
+    """When that was noticed, by the clock of `host`; 0 until then."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"

@@ -178,7 +178,7 @@ class Watchdog:
         if report.end == "left":
             self.left.add(report.rank)
             del self.heard[report.rank]
-        elif report.end and (not self.report.ended or report.ended <= self.report.ended):
+        elif report.end and (not self.report.ended or self.ended_before(report)):
             self.one_ended(report)
 
     def tell(self, fault: str | None = None) -> None:
@@ -240,6 +240,11 @@ class Watchdog:
                 self.hear(until - time.monotonic())
             self.one_ended(self.report)
         sys.exit()
+
+    def ended_before(self, report: Report) -> bool:
+        """Whether that rank failed, or died before this one. The clocks of two machines may differ."""
+        same_clock = report.host == self.report.host
+        return report.end == "failed" or (same_clock and report.ended <= self.report.ended)
 
     def one_ended(self, report: Report) -> None:
         """A rank failed or died, and MPI ends the others. Rank 0's watchdog says which died first."""
