@@ -21,7 +21,6 @@ from mmdit_lib.config import BuildConfig, RankMapping, Resolution, Sizes
 from mmdit_lib.engine import attention
 from mmdit_lib.engine.ahead import Ahead, Call
 from mmdit_lib.engine.attention import has_flash_attention_3
-from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.graph import Graph
 from mmdit_lib.engine.inputs import draw_inputs
 from mmdit_lib.engine.pytorch_backend import PyTorchBackend
@@ -38,13 +37,19 @@ KINDS = {
 
 
 def write_graph(
-    path: Path, model: SD3Config, mapping: RankMapping, resolution: Resolution, dtype: str, scheme: Quantization = NONE
+    path: Path,
+    model: SD3Config,
+    mapping: RankMapping,
+    resolution: Resolution,
+    dtype: str,
+    scheme: Quantization = NONE,
+    **options,
 ) -> None:
     """Write one rank's graph file. Needs TensorRT, but no GPU."""
     from mmdit_lib.engine.dry_graph import dry_graph
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    dry_graph(model, mapping, BuildConfig.one_size(resolution, BATCH, TEXT_TOKENS), dtype, scheme).save(path)
+    dry_graph(model, mapping, BuildConfig.one_size(resolution, BATCH, TEXT_TOKENS, **options), dtype, scheme).save(path)
 
 
 def draw_weights(model: SD3Config, device: torch.device) -> dict[str, torch.Tensor]:
@@ -73,7 +78,7 @@ def backend_of(graph: Graph, weights: Mapping[str, torch.Tensor], device: torch.
 def with_cuda_graphs(backend: PyTorchBackend) -> PyTorchBackend:
     """The same backend, sharing its weights, with every step replayed as a CUDA graph."""
     made = copy(backend)
-    made._step, made._later_step = GraphedStep(backend._step), GraphedStep(backend._later_step)
+    made._step, made._later_step = (backend._graphed(module) for module in (backend._module, backend._rest))
     made._ahead = Ahead(backend._ahead.compute, *SD3.conditioning)
     return made
 

@@ -74,7 +74,7 @@ RANDOM = {
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "FP8 in float32": "float32", "FP8 in bfloat16": "bfloat16"}
 """Kinds of engines, and their networks' dtypes."""
 ATTENTION = "FP8 in bfloat16, attention too"
-"""The last of these kinds with `fp8_attention`; draws images on a Hopper GPU."""
+"""The last of these kinds, built with `fp8_attention`."""
 
 
 # Weights ---------------------------------------------------------------------------------------------
@@ -255,9 +255,9 @@ def images(work: Path, prompts: int, steps: int, kinds: list[str]) -> dict:
     asked = heldout_prompts(prompts)
     drawn, scores = {}, {}
     for kind in kinds:
-        folder = engine("tiny", kind.removesuffix(", attention too"), work, max_batch_size=16)
-        options = {"backend": "pytorch", "fp8_attention": kind == ATTENTION}
-        pipe = load_pipeline("tiny", folder, dtype=torch.float32, runner_options=options)
+        plain = kind.removesuffix(", attention too")
+        folder = engine("tiny", plain, work, max_batch_size=16, fp8_attention=kind == ATTENTION)
+        pipe = load_pipeline("tiny", folder, dtype=torch.float32, runner_options={"backend": "pytorch"})
         drawn[kind] = evaluation.draw(pipe, [p.text for p in asked], steps=steps, max_sequence_length=77)
         found = evaluation.score(asked, map(look, drawn[kind]))
         scores[kind] = {aspect: getattr(found, aspect) for aspect in evaluation.ASPECTS}

@@ -36,13 +36,15 @@ from .common import draw_weights
 from .single_gpu import MODELS, PROFILE
 
 SCHEMES = {"bf16": NONE, "fp8": Quantization.fp8(SD3)}
+GRAPHS = {"bf16": "bf16", "fp8": "fp8", "fp8_attention": "fp8"}
+"""The scheme of each graph; the last has attention in FP8 too."""
 STAGES = {
-    "FP8 GEMMs": FP8_GEMMS + GPU_PASSES,
-    "and FP8 kernels": FP8_GEMMS + GPU_PASSES + FP8_KERNELS,
-    "and GELU in the GEMM": FP8_GEMMS + GPU_PASSES + FP8_KERNELS + FP8_EPILOGUES,
-    "and FP8 attention": FP8_GEMMS + GPU_PASSES + FP8_ATTENTION + FP8_KERNELS + FP8_EPILOGUES,
+    "FP8 GEMMs": ("fp8", FP8_GEMMS + GPU_PASSES),
+    "and FP8 kernels": ("fp8", FP8_GEMMS + GPU_PASSES + FP8_KERNELS),
+    "and GELU in the GEMM": ("fp8", FP8_GEMMS + GPU_PASSES + FP8_KERNELS + FP8_EPILOGUES),
+    "and FP8 attention": ("fp8_attention", FP8_ATTENTION + FP8_GEMMS + GPU_PASSES + FP8_KERNELS + FP8_EPILOGUES),
 }
-"""The last needs FlashAttention-3 (`fa3-fwd`)."""
+"""Graph and passes. The last needs FlashAttention-3 (`fa3-fwd`)."""
 ACTIVATIONS = 2.0**-5
 """Scale of activations; those of random weights stay near unit size."""
 
@@ -50,8 +52,9 @@ ACTIVATIONS = 2.0**-5
 def write_graphs(options: argparse.Namespace) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     for name in options.models:
-        for kind, scheme in SCHEMES.items():
-            graph = dry_graph(MODELS[name], Layout().at(0), PROFILE, "bfloat16", scheme)
+        for kind, scheme in GRAPHS.items():
+            profile = PROFILE.model_copy(update={"fp8_attention": kind == "fp8_attention"})
+            graph = dry_graph(MODELS[name], Layout().at(0), profile, "bfloat16", SCHEMES[scheme])
             graph.save(options.folder / f"{name}.{kind}.graph.json")
 
 
@@ -70,11 +73,11 @@ def in_fp8(weights: dict[str, torch.Tensor], model: SD3Config) -> dict[str, torc
 def measure(name: str, options: argparse.Namespace, device: torch.device) -> dict:
     model = MODELS[name]
     weights = draw_weights(model, device)
-    graphs = {kind: Graph.load(options.folder / f"{name}.{kind}.graph.json") for kind in SCHEMES}
+    graphs = {kind: Graph.load(options.folder / f"{name}.{kind}.graph.json") for kind in GRAPHS}
     quantized = in_fp8(weights, model)
     inputs = common.inputs_on(device, model, Resolution.read(options.side), options.batch)
     ways = {"ours bf16": ("bf16", weights, None)}
-    ways |= {f"ours fp8, {label}": ("fp8", quantized, passes) for label, passes in STAGES.items()}
+    ways |= {f"ours fp8, {label}": (kind, quantized, passes) for label, (kind, passes) in STAGES.items()}
 
     def backend(way: str) -> PyTorchBackend:
         kind, tensors, passes = ways[way]

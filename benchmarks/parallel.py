@@ -55,6 +55,7 @@ LAYOUTS = {
     "tp 2": Layout(tp_size=2),
 }
 REFERENCE = "1 GPU, float32"
+ATTENTION = "fp8, attention too"
 IMAGES = 3
 
 
@@ -62,15 +63,24 @@ def file_of(root: Path, model: str, layout: str, rank: int) -> Path:
     return root / model / layout.replace(" ", "_").replace(",", "") / graph_file(rank)
 
 
+def kind_of(options: Namespace) -> str:
+    return ATTENTION if options.fp8_attention else "fp8" if options.fp8 else "bf16"
+
+
+def layouts_of(options: Namespace) -> dict[str, Layout]:
+    """Attention in FP8 cannot be combined with context parallelism."""
+    return {name: x for name, x in LAYOUTS.items() if x.cp_size == 1 or not options.fp8_attention}
+
+
 def write_graphs(options: Namespace) -> None:
     resolution = Resolution.read(options.resolution)
     for model in options.models:
-        for name, layout in (LAYOUTS | {REFERENCE: LAYOUTS["1 GPU"]}).items():
-            dtype = "float32" if name == REFERENCE else "bfloat16"
+        for name, layout in (layouts_of(options) | {REFERENCE: LAYOUTS["1 GPU"]}).items():
+            dtype, kind = ("float32", "bf16") if name == REFERENCE else ("bfloat16", kind_of(options))
+            scheme, attention = SCHEMES["bf16" if kind == "bf16" else "fp8"], kind == ATTENTION
             for mapping in layout.ranks():
                 path = file_of(options.folder, model, name, mapping.rank)
-                scheme = SCHEMES["fp8" if options.fp8 and name != REFERENCE else "bf16"]
-                common.write_graph(path, MODELS[model], mapping, resolution, dtype, scheme)
+                common.write_graph(path, MODELS[model], mapping, resolution, dtype, scheme, fp8_attention=attention)
     (options.folder / "resolution").write_text(str(resolution))
 
 
@@ -128,10 +138,10 @@ class Bench:
         self.device = ranks.device
         cuda = self.device.type == "cuda"
         device = f"{dist.get_world_size()} x {torch.cuda.get_device_name(self.device)}" if cuda else platform.machine()
-        self.fp8 = options.fp8
+        self.kind, self.layouts = kind_of(options), layouts_of(options)
         self.result = {
             "hardware": device,
-            "weights": "fp8" if options.fp8 else "bf16",
+            "weights": self.kind,
             "attention": common.attention_kernel() if cuda else None,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
             "driver": _driver() if cuda else None,
@@ -169,15 +179,15 @@ class Bench:
         exact = wide({name: value.float() for name, value in inputs.items()}).cpu()
         del wide
         common.free()
-        weights = in_fp8(weights, model) if self.fp8 else weights
+        weights = in_fp8(weights, model) if self.kind != "bf16" else weights
         alone = None
-        for layout in LAYOUTS:
+        for layout in self.layouts:
             if self.late():
                 return
             output = self.layout(name, layout, weights, inputs, exact, alone)
             alone = output if alone is None else alone
             common.free()
-        if not self.late() and not self.fp8:
+        if not self.late() and self.kind == "bf16":
             self.diffusers(name, weights, inputs, exact)
             common.free()
 
@@ -288,11 +298,12 @@ def table(result: dict) -> list[str]:
         rows = [row for row in result["rows"] if row["model"] == model]
         alone = rows[0]
         lines += [
-            f"## SD3.5-{model}" + " in FP8" * (result.get("weights") == "fp8"),
+            f"## SD3.5-{model}"
+            + {"bf16": "", "fp8": " in FP8", ATTENTION: " in FP8, attention too"}[result["weights"]],
             "",
             f"{result['hardware']}, torch {result['torch']}, NCCL {result['nccl']}, driver {result['driver']}, "
             f"{result['date']}. One step of the `pytorch` backend, {result['conditions']}, linear layers in "
-            f"{result.get('weights', 'bf16')}, attention by {result.get('attention', 'PyTorch')}; mean of an image's "
+            f"{result['weights']}, attention by {result.get('attention', 'PyTorch')}; mean of an image's "
             f"{Loop.steps} steps, median of {IMAGES} images, on the slowest rank."
             + f" Of diffusers, the median of {result['repeats']} steps."
             * any("diffusers" in row["layout"] for row in rows),
@@ -321,6 +332,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which no further layout is started")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--fp8", action="store_true", help="with graphs and run: linear layers in FP8")
+    parser.add_argument("--fp8_attention", action="store_true", help="with graphs and run: attention in FP8 too")
     common.main(parser.parse_args(), write_graphs, run, "Two GPUs", table)
 
 

@@ -239,9 +239,8 @@ class Resolution(Config):
         digits = len(str(MAX_PIXELS))
         legal = all(s.strip().isdecimal() and len(s.strip()) <= digits and 0 < int(s) <= MAX_PIXELS for s in sides)
         if len(sides) > 2 or not legal:
-            raise ValueError(
-                f"resolution {shown(str(text))}: give HEIGHTxWIDTH in pixels, for instance 768x1344, or one number"
-            )
+            example = "for instance 768x1344"
+            raise ValueError(f"resolution {shown(str(text))}: give HEIGHTxWIDTH in pixels, {example}, or one number")
         return cls(height=int(sides[0]), width=int(sides[-1]))
 
     def __str__(self) -> str:
@@ -277,6 +276,7 @@ class BuildConfig(Config):
     """Whether a call can skip blocks, for skip-layer guidance."""
     controlnet_residuals: int = Field(0, ge=0, le=MAX_RESIDUALS, strict=True)
     """Number of the ControlNet's residuals, one for each of its blocks; 0: no such inputs."""
+    fp8_attention: bool = Field(False, strict=True)  # attention too, besides a quantized checkpoint's linear layers
 
     @model_validator(mode="after")
     def _ordered(self):

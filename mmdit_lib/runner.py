@@ -107,8 +107,7 @@ class MMDiTRunner:
             engine_dir: an engine folder written by `build`.
             options: how to open and run it.
             changes: individual fields of `RunnerOptions`: backend ('auto', 'tensorrt', 'pytorch'),
-                checkpoint_dir, device, compile, cuda_graph, fp8_attention, check_finite, verify, trust,
-                heartbeat_timeout.
+                checkpoint_dir, device, compile, cuda_graph, check_finite, verify, trust, heartbeat_timeout.
 
         Raises:
             ValueError: if the folder is damaged or incomplete, or the device or the backend cannot run here.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import helpers
 import torch
@@ -57,8 +58,8 @@ def rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale.to(x.dtype)
 
 
-def quantized_reference(reference: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """A copy of diffusers' transformer that rounds what a checkpoint says."""
+def quantized_reference(reference: torch.nn.Module, folder: Path, *, attention: bool = False) -> torch.nn.Module:
+    """A copy of diffusers' transformer that rounds what a checkpoint says; with `attention`, in attention too."""
     opened = Checkpoint.open(folder)
     weights, reference = opened.weights(), copy.deepcopy(reference)
     for module in opened.quantization.modules(opened.architecture, opened.model):
@@ -67,4 +68,26 @@ def quantized_reference(reference: torch.nn.Module, folder: Path) -> torch.nn.Mo
         linear.weight.data.copy_(value)
         scale = weights[f"{module}.activation_scaling_factor"]
         linear.register_forward_pre_hook(lambda _, inputs, scale=scale: (rounded(inputs[0], scale), *inputs[1:]))
+    for path, module in reference.named_modules() if attention else ():
+        if hasattr(module, "to_q"):
+            scales = [weights.get(f"{path}.{name}.activation_scaling_factor") for name in ("to_out.0", "to_add_out")]
+            module.processor = AttentionInFp8(module.processor, 8 * max(x.item() for x in scales if x is not None))
     return reference
+
+
+class AttentionInFp8:
+    """A processor of diffusers that runs another one, with everything that its attention multiplies in FP8."""
+
+    def __init__(self, processor, value_scale: float):
+        self.processor, self.value_scale = processor, torch.tensor(value_scale)
+
+    def __call__(self, *args, **kwargs):
+        with patch("torch.nn.functional.scaled_dot_product_attention", self.attention):
+            return self.processor(*args, **kwargs)
+
+    def attention(self, q, k, v, dropout_p, is_causal):
+        assert not dropout_p and not is_causal
+        one = torch.tensor(1.0)
+        q, k, v = rounded(q, one), rounded(k, one), rounded(v, self.value_scale)
+        probabilities = torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k) / q.shape[-1] ** 0.5, -1)
+        return rounded(probabilities, torch.tensor(1 / 256)) @ v

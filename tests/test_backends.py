@@ -1,9 +1,11 @@
 """Which backend runs, where and from what: moved folders, no TensorRT, no GPU, a changed checkpoint."""
 
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -275,3 +277,33 @@ def test_returning_freed_memory_needs_glibc(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # a C library without malloc_trim
     host_memory.return_freed_memory()
     host_memory._malloc_trim.cache_clear()
+
+
+def test_a_step_in_another_thread_compiles_the_kernels(case, caplog):
+    """The next step waits for it. An error is left to that step."""
+    backend = PyTorchBackend.open(case.runner().folder, RunnerOptions(device="cpu"))
+    assert backend._warming is None, "only on a GPU"
+    inputs, entered, go = case.runner().prepare(case.inputs())[0], threading.Event(), threading.Event()
+    run, order = backend._run, []
+
+    def slow(given):
+        entered.set()
+        go.wait(60)
+        order.append(threading.current_thread().name)
+        return run(given)
+
+    backend._run = slow
+    backend.warm_up(inputs)
+    assert entered.wait(60)
+    threading.Timer(0.2, go.set).start()
+    assert torch.equal(backend(inputs), case.runner().backend(inputs))
+    assert order == ["warm-up"] and backend._warming is None
+
+    def broken(given):
+        raise RuntimeError("no such kernel")
+
+    backend._run = broken
+    with caplog.at_level(logging.DEBUG, "mmdit_lib"):
+        backend.warm_up(inputs)
+        backend(inputs)
+    assert "the step that compiles the kernels failed" in caplog.text and "no such kernel" in caplog.text

@@ -136,7 +136,7 @@ def test_truncated_without_a_manifest(upstream):
         (lambda c: c["quantization"].update(quant_algo="W4A16"), "quant_algo W4A16"),
         (lambda c: c["mapping"].update(tp_size=2), "rank"),
         (lambda c: c["mapping"].update(tp_size=3), "4 heads are not divisible by tp_size=3"),
-        (lambda c: c["mmdit_lib"].update(format_version=3), "format 3"),
+        (lambda c: c["mmdit_lib"].update(format_version=4), "format 4"),
         (lambda c: c["mmdit_lib"].update(tp_layout="rows"), "tp_layout: Input should be 'megatron' or 'trtllm'"),
         (lambda c: c.update(mapping=None), "not the config of a checkpoint"),
         (lambda c: c.update(pretrained_config={}), "is an engine folder, not a checkpoint"),

@@ -298,7 +298,7 @@ def test_a_file_that_changed_is_noticed(case, tmp_path, name):
     ("change", "words"),
     [
         (lambda c: c.pop("mmdit_lib"), "mmdit_lib: Field required"),
-        (lambda c: c["mmdit_lib"].update(format_version=99), "has format 99; this version reads up to 2"),
+        (lambda c: c["mmdit_lib"].update(format_version=99), "has format 99; this version reads up to 3"),
         (lambda c: c["pretrained_config"].update(num_layers="many"), "num_layers"),
         (lambda c: c["build_config"].update(max_batch_size=0), "max_batch_size"),
         (lambda c: c.update(build_config=[]), "build_config: Input should be .*, found \\[\\]"),

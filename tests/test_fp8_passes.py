@@ -4,7 +4,6 @@ On FP8 tensor cores, tests/test_kernels.py checks the operators. Where torch has
 checked with it.
 """
 
-import re
 from collections import Counter
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from mmdit_lib import Checkpoint, MMDiTRunner
 from mmdit_lib.checkpoint.quantization import rounded
 from mmdit_lib.engine import kernels
 from mmdit_lib.engine.capability import has_fp8
-from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS, fp8_linear_gelu
+from mmdit_lib.engine.fp8_passes import FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS, fp8_linear_gelu
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.kernel_passes import KERNELS
 from mmdit_lib.engine.linears import fp8_gemm, fp8_linear
@@ -25,7 +24,6 @@ from mmdit_lib.engine.lowering import _rescaled, lower, placed_weights, value_of
 from mmdit_lib.engine.outline import outline_blocks
 from mmdit_lib.engine.passes import NUMERICS, SPEED, apply
 from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend, default_passes
-from mmdit_lib.network.layers import ACTIVATION_SCALE
 
 KERNELS_ONLY = FP8_GEMMS + GPU_PASSES + FP8_KERNELS
 ALL = KERNELS_ONLY + FP8_EPILOGUES
@@ -226,49 +224,8 @@ def test_the_speed_benchmark_has_what_a_checkpoint_has(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     weights = draw_weights(model, cpu)
     inputs = inputs_on(cpu, model, Resolution.read(64))
-    exact = PyTorchBackend(Graph.load(tmp_path / "small.bf16.graph.json"), weights)(inputs)
-    graph, quantized = Graph.load(tmp_path / "small.fp8.graph.json"), fp8_speed.in_fp8(weights, model)
-    for passes in fp8_speed.STAGES.values():
-        found = PyTorchBackend(graph, quantized, passes=passes)(inputs)
+    graphs = {kind: Graph.load(tmp_path / f"small.{kind}.graph.json") for kind in fp8_speed.GRAPHS}
+    exact, quantized = PyTorchBackend(graphs["bf16"], weights)(inputs), fp8_speed.in_fp8(weights, model)
+    for kind, passes in fp8_speed.STAGES.values():
+        found = PyTorchBackend(graphs[kind], quantized, passes=passes)(inputs)
         assert 5e-3 < relative_error(found, exact) < 0.2
-
-
-IN_ATTENTION = FP8_GEMMS + GPU_PASSES + FP8_ATTENTION + FP8_KERNELS + FP8_EPILOGUES
-
-
-@pytest.mark.parametrize("name", [name for name in fp8.MODELS if name != "sd3-medium"])
-def test_attention_in_fp8(name):
-    """Each attention gets the scale of its values, 8 times the larger one of its results; the output hardly moves."""
-    runner, weights = opened(name, "bfloat16")
-    graph, config = runner.backend.graph, runner.folder.model
-    layers = apply(graph, IN_ATTENTION)
-    found = [layer for layer in layers if layer.type == "PROJECTED_ATTENTION"]
-    assert len(found) == config.num_layers + len(config.dual_attention_layers)
-    made = {layer.output.name: layer for layer in layers}
-    for layer in found:
-        of_values = value_of(made[layer.inputs[-1]].attributes, weights)
-        path = layer.output.name.rpartition("/")[0] or layer.output.name
-        block = re.match(r"transformer_blocks\.\d+\.attn2?", path)[0]
-        of_results = [
-            scale for n, scale in weights.items() if re.fullmatch(rf"{block}\.to_(add_)?out.*\.{ACTIVATION_SCALE}", n)
-        ]
-        assert of_values == 8 * max(of_results)
-    inputs, _ = runner.prepare(sample_inputs(runner.folder, batch=2, text_tokens=97, seed=3))
-    plain, exact = PyTorchBackend(graph, weights, passes=ALL)(inputs), opened(name, "float32")[0]
-    wide = exact.run(sample_inputs(exact.folder, batch=2, text_tokens=97, seed=3))
-    attention = PyTorchBackend(graph, weights, passes=IN_ATTENTION)(inputs)
-    assert 0 < relative_error(attention, plain)
-    assert relative_error(attention, wide) <= 1.5 * relative_error(plain, wide)
-
-
-def test_attention_in_fp8_needs_norms():
-    graph = opened("sd3-medium", "bfloat16")[0].backend.graph
-    with pytest.raises(ValueError, match="fp8_attention needs a model that normalizes queries and keys"):
-        apply(graph, IN_ATTENTION)
-
-
-def test_attention_in_fp8_needs_half_precision():
-    """In float32, linear layers have no FP8 GEMM, so their results are not in the kernel's dtype."""
-    graph = opened("sd3.5-medium", "float32")[0].backend.graph
-    with pytest.raises(ValueError, match="in bfloat16 or float16"):
-        apply(graph, IN_ATTENTION)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from mmdit_lib import Checkpoint, EngineFolder, MMDiTRunner, build, convert, export
 from mmdit_lib.checkpoint import calibration, manifest
 from mmdit_lib.checkpoint.quantization import LARGEST_SCALE, SMALLEST_SCALE, scale_for
-from mmdit_lib.engine.backend import RunnerOptions
 from mmdit_lib.engine.tensorrt_backend import TensorRTBackend, without_fp8
 
 NAME = "sd3-medium"
@@ -207,18 +206,3 @@ def test_the_command(tmp_path):
     code, out, _ = mmdit("inspect", tmp_path / "out")
     assert code == 0 and "FP8 in 33 linear layers; excluded: time_text_embed.*" in " ".join(out.split())
     assert "2 prompts, 10 steps each" in out
-
-
-def test_attention_in_fp8_is_refused_where_it_cannot_run(monkeypatch):
-    from helpers import case
-
-    def opened(engine, **options):
-        return MMDiTRunner.from_engine(engine, backend="pytorch", device="cpu", fp8_attention=True, **options)
-
-    refused(lambda: opened(case(NAME).engine()), "fp8_attention", "is not in FP8", "--quantization fp8")
-    refused(lambda: opened(fp8.engine(NAME, "float16")), "fp8_attention", "is in float16", "--dtype bfloat16")
-    refused(lambda: opened(fp8.engine(NAME, "bfloat16")), "fp8_attention needs a Hopper GPU", "fa3-fwd")
-    monkeypatch.setattr(TensorRTBackend, "refusal", staticmethod(lambda folder, device: None))
-    options = RunnerOptions(fp8_attention=True, trust=True, device="cpu")
-    folder = EngineFolder.open(fp8.engine(NAME, "bfloat16"))
-    refused(lambda: TensorRTBackend.open(folder, options), "fp8_attention is an option of the pytorch backend")

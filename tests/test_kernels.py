@@ -12,7 +12,8 @@ import torch
 from helpers import MODELS, case, relative_error
 
 from mmdit_lib.checkpoint.quantization import rounded
-from mmdit_lib.engine import cublaslt, kernels
+from mmdit_lib.config import FP8
+from mmdit_lib.engine import cublaslt, kernels, torch_ops
 from mmdit_lib.engine.attention import has_flash_attention_3
 from mmdit_lib.engine.capability import has_fp8
 from mmdit_lib.engine.kernel_passes import KERNELS, SUMS, projected_attention, qkv_attention, unbind
@@ -213,6 +214,24 @@ def test_projected_attention_in_fp8(in_fp8):
     v_scale = [torch.tensor(2.0**-4)] if in_fp8 else []
     found = kernels.projected_attention(*(p.cuda() for p in (*parts, *v_scale)), **options)
     assert relative_error(found.cpu(), exact) <= (0.1 if in_fp8 else PROJECTED["bfloat16"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_fp8(torch.device("cuda")), reason="needs FP8 tensor cores")
+def test_attention_in_fp8():
+    """Against the Q/DQ layers' definition. FlashAttention-3 rounds probabilities before it divides by their sum."""
+    if not has_flash_attention_3(torch.device("cuda")):
+        pytest.skip("needs a Hopper GPU and fa3-fwd")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 64, generator=generator).bfloat16() for tokens in (300, 377, 377))
+    scale, v_scale = 64**-0.5, torch.tensor(2.0**-4)
+    found = kernels.fp8_attention(q.cuda(), k.cuda(), v.cuda(), v_scale.cuda(), scale=scale)
+    q, k, v = (kernels.through_fp8(x, s) for x, s in ((q, torch.tensor(1.0)), (k, torch.tensor(1.0)), (v, v_scale)))
+    options = dict(norm_op="SOFTMAX", causal_kind="NONE", normalization_quantize_to_type=FP8)
+    expected = torch_ops.attention(q * scale, k, v, None, torch.tensor(2.0**-8), **options)
+    without = kernels.attention(q, k, v, scale)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found.cpu(), expected) <= 2 * relative_error(without, expected)
 
 
 def test_values_of_attention_in_fp8_are_emulated():

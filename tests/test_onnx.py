@@ -67,12 +67,12 @@ def test_the_checker_accepts_it(exported):
     assert loaded.graph.input[0].name == "hidden_states" and height.dim_param == "height/vae_scale_factor"
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["", "fp8"])
+@pytest.mark.parametrize("quantized", [None, {}, {"fp8_attention": True}], ids=["", "fp8", "fp8 attention"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensorrt_reads_it(tmp_path, dtype, quantized):
     """TensorRT's own ONNX parser, which trtexec and Polygraphy use; ONNX Runtime's CPU has no bfloat16."""
     name = "sd3.5-medium"
-    folder = fp8.engine(name, dtype) if quantized else engine(name, dtype, tmp_path / "engine")
+    folder = engine(name, dtype, tmp_path / "engine") if quantized is None else fp8.engine(name, dtype, **quantized)
     export_onnx(folder, tmp_path / "onnx", progress=False)
     onnx.checker.check_model(tmp_path / "onnx" / "model.onnx", full_check=True)
     for stored in onnx.load(tmp_path / "onnx" / "model.onnx").graph.initializer:

@@ -20,8 +20,8 @@ from .quantization import NONE, Quantization
 
 CONFIG_FILE = "config.json"
 OWN_KEY = "mmdit_lib"
-FORMAT_VERSION = 2
-"""The latest that can be read: 1, or 2 if the weights are quantized."""
+FORMAT_VERSION = 3
+"""The latest that can be read: 1, 2 if the weights are quantized, or 3 if an engine's attention is too."""
 PACKAGES = ("mmdit_lib", "torch", "diffusers", "safetensors")
 
 

@@ -17,7 +17,12 @@ LARGEST_HEAD = 256
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, v_scale: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    v_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale q k^T) v.
 
@@ -26,13 +31,14 @@ def attention(
             FP8 only with FlashAttention-3.
         scale: factor of the products of queries and keys.
         v_scale: scale of v if it is FP8, a float32 scalar; that of q and k is 1.
+        out: where FlashAttention-3 writes the result.
 
     Returns:
         [B, heads, tokens of q, head_size], in bfloat16 if q is FP8. With FlashAttention-3 the tokens come first in
         memory; otherwise the order is that of q.
     """
     if _supports(q) and has_flash_attention_3(q.device):  # in this order, so that `torch.compile` sees only the first
-        return _flash_attention_3(q, k, v, scale, v_scale)
+        return _flash_attention_3(q, k, v, scale, v_scale, out)
     if slow_on_cpu(q):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -62,9 +68,10 @@ def _supports(q: torch.Tensor) -> bool:
     return q.dtype in dtypes and size % 16 == 0 and size <= LARGEST_HEAD and not torch.compiler.is_compiling()
 
 
-def _flash_attention_3(q, k, v, scale: float, v_scale: torch.Tensor | None) -> torch.Tensor:
+def _flash_attention_3(q, k, v, scale: float, v_scale: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
     batch, heads, tokens, size = q.shape
-    out = torch.empty(tokens, batch, heads, size, dtype=torch.bfloat16, device=q.device).permute(1, 2, 0, 3)
+    if out is None:
+        out = torch.empty(tokens, batch, heads, size, dtype=torch.bfloat16, device=q.device).permute(1, 2, 0, 3)
     # Its tensors are [B, tokens, heads, head_size]. One split: each program sums over all keys, in a fixed order.
     torch.ops.fa3_fwd.fwd(
         *(x.transpose(1, 2) for x in (q, k, v)), out=out.transpose(1, 2), softmax_scale=scale, num_splits=1,

@@ -30,8 +30,6 @@ class RunnerOptions:
     """pytorch backend: compile with `torch.compile`; on a GPU the built-in Triton kernels are faster"""
     cuda_graph: bool = False
     """replay each step as a CUDA graph; graphs are kept for the 8 most recently used sets of input shapes"""
-    fp8_attention: bool = False
-    """pytorch backend, FP8 engines, Hopper GPUs with fa3-fwd: attention in FP8 too, faster and less exact"""
     check_finite: bool = True
     """check every input and output for NaN and infinity; on a GPU, an error may come one step late"""
     verify: bool = True

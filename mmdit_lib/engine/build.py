@@ -12,7 +12,7 @@ from typing import Any
 
 from ..architecture import ModelConfig
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.manifest import CONFIG_FILE, OWN_KEY, version_of
+from ..checkpoint.manifest import CONFIG_FILE, FORMAT_VERSION, OWN_KEY, version_of
 from ..config import BuildConfig, Builder, CpMethod, Layout, PlanOptions, RankMapping, Resolution
 from ..files import FileRecord, complete_folder, write_synced
 from ..files.records import to_json
@@ -45,6 +45,7 @@ def build(
     cp_method: CpMethod = "allgather",
     skip_layers: bool = False,
     controlnet_residuals: int = 0,
+    fp8_attention: bool = False,
     builder: Builder = "tensorrt",
     compute_capability: tuple[str, ...] = (),
     attention_layer: bool = True,
@@ -72,6 +73,8 @@ def build(
         cp_method: allgather (keys and values are gathered) or ulysses (heads are scattered).
         skip_layers: allow calls to skip blocks, for skip-layer guidance.
         controlnet_residuals: add inputs for a ControlNet with this many blocks (its num_layers); 0 for none.
+        fp8_attention: attention in FP8 too, which is faster and less exact; needs a checkpoint in FP8, and no context
+            parallelism.
         builder: tensorrt, or trtllm to run TensorRT-LLM's trtllm-build: one image size, 333 text tokens, and the
             checkpoint's layout; of the other options it takes only max_batch_size.
         compute_capability: GPUs to build for, for instance 8.9 12.0 (tensorrt_rtx only, which has a default list).
@@ -113,10 +116,12 @@ def build(
             "vae_scale_factor": checkpoint.vae_scale_factor,
             "skip_layers": skip_layers,
             "controlnet_residuals": controlnet_residuals,
+            "fp8_attention": fp8_attention,
         },
         "build options",
     )
     check_build(checkpoint.model, config, layout)
+    check_fp8_attention(checkpoint, config, layout)
     check_collectives(layout)
     output = Path(output_dir).expanduser()
     with complete_folder(output, "engine folder", is_engine_folder) as partial:
@@ -155,6 +160,16 @@ def refuse_for_trtllm(arguments: dict[str, Any]) -> None:
             )
 
 
+def check_fp8_attention(checkpoint: Checkpoint, config: BuildConfig, layout: Layout) -> None:
+    """Raises `ValueError` if attention cannot be in FP8 as the config asks."""
+    if not config.fp8_attention:
+        return
+    if checkpoint.quantization.quant_algo is None:
+        raise ValueError(f"fp8_attention: {checkpoint.path} is not in FP8; convert with --quantization fp8")
+    if layout.cp_size > 1:
+        raise ValueError(f"fp8_attention does not work with context parallelism, here cp_size={layout.cp_size}")
+
+
 def check_collectives(layout: Layout) -> None:
     """Raises `ValueError` if the layout has several ranks and the installed TensorRT cannot connect them."""
     if layout.world_size > 1 and not installed_features().collectives:
@@ -184,6 +199,7 @@ def define(
         mapping=mapping,
         sharding=architecture.shardings[mapping.layout.tp_layout],
         features=features,
+        fp8_attention=config.fp8_attention,
     )
     inputs = {
         x.name: network.input(x.name, input_dtype(x, checkpoint.dtype), declared_shape(x, model))
@@ -236,7 +252,7 @@ def _config(job: Job, layout: Layout, folder: Path, output: Path, report: list) 
         "pretrained_config": pretrained,
         "build_config": job.config.model_dump(mode="json") | {"cp_method": layout.cp_method},
         OWN_KEY: {
-            "format_version": checkpoint.quantization.format_version,
+            "format_version": FORMAT_VERSION if job.config.fp8_attention else checkpoint.quantization.format_version,
             "tensorrt": installed() if job.plan else None,
             "network_made_with": installed(),
             "tp_layout": layout.tp_layout,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ..config import FP8
 from .graph import Layer
 from .passes import Index, Layers, Op, Pass, fused, without_unread
 
@@ -50,13 +51,39 @@ def _gemm(layer: Layer, index: Index, x: str, weight: str, bias: str | None) -> 
     inputs, scales = [], []
     for name in (x, weight):
         stored, scale = index.made_by[name].inputs
-        source, name = index.made_by[scale], f"{layer.output.name}/{len(scales)}/scale"
         inputs.append(stored)
-        output = replace(source.output, name=name, dtype="float32")
-        attributes = {**source.attributes, "dtype": "float32"}
-        scales.append(replace(source, name=name, output=output, attributes=attributes))
+        scales.append(_in_float32(index.made_by[scale], f"{layer.output.name}/{len(scales)}/scale"))
     names = (scale.output.name for scale in scales)
     return [*scales, fused(layer, "FP8_LINEAR", *inputs, *names, bias, to_type=layer.output.dtype)]
+
+
+def _in_float32(scale: Layer, name: str) -> Layer:
+    output = replace(scale.output, name=name, dtype="float32")
+    return replace(scale, name=name, output=output, attributes={**scale.attributes, "dtype": "float32"})
+
+
+ROUNDED = Op("DEQUANTIZE", (Op("QUANTIZE", ("x", "scale"), {"axis": -1}), "factor"), {"axis": -1})
+
+
+def fp8_attention(layers: Layers) -> Layers:
+    """ATTENTION in bfloat16 whose inputs and probabilities are rounded to FP8 -> FP8_ATTENTION of what is rounded.
+
+    Its kernel has scale 1 for queries and keys, another for values, and rounds probabilities in its own way.
+    """
+    index, result = Index.of(layers), []
+    for layer in layers:
+        in_fp8 = layer.type == "ATTENTION" and layer.attributes.get("normalization_quantize_to_type") == FP8
+        found = [ROUNDED.match(index.made_by[name], index) for name in layer.inputs[:3]] if in_fp8 else [None]
+        if all(found) and layer.output.dtype == "bfloat16" and layer.output.shape[-1] % ALIGNED == 0:
+            q, k, v = found
+            ones = [index.number(x) for x in (q["scale"], k["scale"], k["factor"])]
+            scale = index.number(q["factor"])
+            if ones == [1.0, 1.0, 1.0] and scale and v["scale"] == v["factor"] and index.constant(v["scale"]):
+                result.append(_in_float32(index.made_by[v["scale"]], f"{layer.output.name}/value_scale"))
+                inputs = (q["x"], k["x"], v["x"], result[-1].output.name)
+                layer = fused(layer, "FP8_ATTENTION", *inputs, scale=scale)
+        result.append(layer)
+    return without_unread(result, layers)
 
 
 # Kernels ---------------------------------------------------------------------------------------------
@@ -109,48 +136,8 @@ def fp8_linear_gelu(layers: Layers) -> Layers:
     return without_unread(result, layers)
 
 
-HEADROOM = 8.0
-"""The scale of attention's values over that of its result, which is an average of values: they can be larger."""
-
-
-def fp8_attention(layers: Layers) -> Layers:
-    """Queries, keys and values of PROJECTED_ATTENTION with norms in FP8, if its result is quantized.
-
-    The RMS norms keep queries and keys near 1, so their scale is 1. The scale of the values is `HEADROOM` times that
-    of the result, which is stored in the checkpoint. Raises `ValueError` if there is no such attention.
-    """
-    index, scales = Index.of(layers), {}
-    for layer in layers:
-        if layer.type == "QUANTIZE" and (source := _attention(layer.inputs[0], index)):
-            scales.setdefault(source.output.name, []).append(index.made_by[layer.inputs[1]])
-    result = []
-    for layer in layers:
-        found = scales.get(layer.output.name)
-        if found and layer.attributes.get("to_type") and all(layer.inputs[-2:]):
-            name = f"{layer.output.name}/value_scale"
-            largest = {"largest": [scale.attributes for scale in found], "times": HEADROOM}
-            output = replace(found[0].output, name=name, dtype="float32")
-            result.append(replace(found[0], name=name, output=output, attributes=largest))
-            layer = replace(layer, inputs=(*layer.inputs, name))
-        result.append(layer)
-    if len(result) == len(layers):
-        raise ValueError(
-            "fp8_attention needs a model that normalizes queries and keys, as SD3.5 does, in bfloat16 or float16, and "
-            "no context parallelism"
-        )
-    return result
-
-
-def _attention(name: str, index: Index) -> Layer | None:
-    """The PROJECTED_ATTENTION some of whose tokens `name` has."""
-    layer = index.made_by.get(name)
-    while layer and layer.type in ("SHUFFLE", "SLICE"):
-        layer = index.made_by.get(layer.inputs[0])
-    return layer if layer and layer.type == "PROJECTED_ATTENTION" else None
-
-
 FP8_GEMMS: tuple[Pass, ...] = (fp8_linear,)
 FP8_KERNELS: tuple[Pass, ...] = (scales_first, quantized_activations)
 FP8_EPILOGUES: tuple[Pass, ...] = (fp8_linear_gelu,)
 FP8_ATTENTION: tuple[Pass, ...] = (fp8_attention,)
-"""An option, before `FP8_KERNELS`: not part of the network that TensorRT has."""
+"""First of all, where FlashAttention-3 can run."""

@@ -65,14 +65,21 @@ class Head(NamedTuple):
     eps: float | None
 
 
-@fusion(Op("ATTENTION", ("q", "k", "v")))
+@fusion(Op("ATTENTION", ("q", "k", "v")), Op("FP8_ATTENTION", ("q", "k", "v")))
 def qkv_attention(layer: Layer, index: Index, q: str, k: str, v: str) -> Layer | None:
-    """Queries, keys and values sliced from merged LINEAR layers, normalized, joined over streams -> QKV_ATTENTION."""
-    found = merged_heads((q, k, v), layer, index)
+    """Queries, keys and values sliced from merged LINEAR layers, normalized, joined over streams -> QKV_ATTENTION.
+
+    After the streams it has the scale of the values, if attention is in FP8.
+    """
+    found = merged_heads((q, k, v), layer, index) if len(layer.inputs) == WITH_SCALE[layer.type] else None
     if found is None:
         return None
     streams, options = found
-    return fused(layer, "QKV_ATTENTION", *(name for stream in streams for name in stream), **options)
+    return fused(layer, "QKV_ATTENTION", *(name for stream in streams for name in stream), *layer.inputs[3:], **options)
+
+
+WITH_SCALE = {"ATTENTION": 3, "FP8_ATTENTION": 4}
+"""Number of inputs; an ATTENTION that rounds its probabilities has more."""
 
 
 def merged_heads(qkv: Sequence[str], attention: Layer, index: Index) -> tuple[list[tuple], dict] | None:
@@ -125,14 +132,16 @@ def projected_attention(layers: Layers) -> Layers:
     """
     index, result = Index.of(layers), []
     for layer in layers:
-        merged = [index.made_by[name] for name in layer.inputs[::3]] if layer.type == "QKV_ATTENTION" else []
+        count = len(layer.inputs) // 3 if layer.type == "QKV_ATTENTION" else 0
+        merged = [index.made_by[name] for name in layer.inputs[: 3 * count : 3]]
         kinds = {(x.type, len(x.inputs), x.attributes.get("to_type")) for x in merged}
         alone = all(x.type in LINEARS and index.uses[x.output.name] == 1 for x in merged)
-        normed = {name is not None for name in layer.inputs[1::3]}
+        normed = {name is not None for name in layer.inputs[1 : 3 * count : 3]}
         if 0 < len(merged) <= 2 and alone and len(kinds) == len(normed) == 1:
             streams = [(*x.inputs, *layer.inputs[3 * i + 1 : 3 * i + 3]) for i, x in enumerate(merged)]
             attributes = {**layer.attributes, **merged[0].attributes, "inputs": len(merged[0].inputs)}
-            layer = fused(layer, "PROJECTED_ATTENTION", *(name for stream in streams for name in stream), **attributes)
+            inputs = (*(name for stream in streams for name in stream), *layer.inputs[3 * count :])
+            layer = fused(layer, "PROJECTED_ATTENTION", *inputs, **attributes)
         result.append(layer)
     return without_unread(result, layers)
 

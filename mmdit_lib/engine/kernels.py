@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..checkpoint.quantization import rounded
 from . import cublaslt
-from .attention import attention
+from .attention import attention, has_flash_attention_3
 from .capability import has_fp8
 from .linears import fp8_linear, linear, tokens_first
 
@@ -57,12 +57,25 @@ def gated_norm(x, gate, y, scale, shift, *earlier, eps: float) -> tuple[torch.Te
     return triton_kernels.gated_norm(x, gate, y, scale, shift, eps, earlier)
 
 
+def fp8_attention(q, k, v, v_scale: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """`attention` with its inputs in FP8, where its kernel takes them; elsewhere they are rounded to FP8.
+
+    q and k have scale 1, v has `v_scale`, a float32 scalar. Returns bfloat16 there, elsewhere q's dtype.
+    """
+    one = torch.ones((), device=q.device)
+    scales = (one, one, v_scale)
+    if not q.is_cuda or not has_flash_attention_3(q.device):
+        return attention(*map(through_fp8, (q, k, v), scales), scale)
+    return attention(*map(rounded, (q, k, v), scales), scale, v_scale)
+
+
 def qkv_attention(*streams: torch.Tensor | None, heads: int, eps: float, scale: float) -> torch.Tensor:
     """Attention over the tokens of all streams together.
 
     Args:
         streams: for each stream its queries, keys and values side by side, [B, S, 3 heads head_size], and the weights
-            of the RMS norms of queries and of keys, [head_size], or None.
+            of the RMS norms of queries and of keys, [head_size], or None. After the last stream, the scale of the
+            values, if attention is in FP8.
         heads: number of heads.
         eps: of the RMS norms.
         scale: factor of the products of queries and keys.
@@ -71,8 +84,9 @@ def qkv_attention(*streams: torch.Tensor | None, heads: int, eps: float, scale: 
         [B, heads, tokens of all streams, head_size]. On a GPU it is stored with the tokens first, so that the tokens
         of one stream are contiguous.
     """
-    q, k, v = split_heads(*streams, heads=heads, eps=eps)
-    return attention(q, k, v, scale)
+    count, in_fp8 = divmod(len(streams), 3)
+    q, k, v = split_heads(*streams[: 3 * count], heads=heads, eps=eps)
+    return fp8_attention(q, k, v, streams[-1], scale=scale) if in_fp8 else attention(q, k, v, scale)
 
 
 def projected_attention(
@@ -85,21 +99,27 @@ def projected_attention(
             and the weights of both norms or None. After the last stream, the scale of the values, if attention is in
             FP8.
     """
-    count, extra = divmod(len(streams), inputs + 2)
-    parts = [streams[i * (inputs + 2) :][: inputs + 2] for i in range(count)]
-    v_scale = streams[-1] if extra else None
-    if on_gpu(parts[0][0]):
-        from . import triton_attention
-
-        q, k, v = triton_attention.joint_heads(parts, heads, eps, v_scale)
+    if on_gpu(streams[0]):
+        q, k, v, v_scale = projected_heads(*streams, inputs=inputs, heads=heads, eps=eps)
         return attention(q, k, v, scale, v_scale)
+    parts, v_scale = _parts(streams, inputs)
     project = linear if to_type is None else partial(fp8_linear, to_type=to_type)
     joined = [x for *layer, norm_q, norm_k in parts for x in (project(*layer), norm_q, norm_k)]
-    q, k, v = split_heads(*joined, heads=heads, eps=eps)
-    if extra:
-        one = torch.ones((), device=q.device)
-        q, k, v = (through_fp8(x, s) for x, s in ((q, one), (k, one), (v, v_scale)))
-    return attention(q, k, v, scale)
+    return qkv_attention(*joined, *([] if v_scale is None else [v_scale]), heads=heads, eps=eps, scale=scale)
+
+
+def projected_heads(*streams, inputs: int, heads: int, eps: float) -> tuple[torch.Tensor | None, ...]:
+    """On a GPU, the queries, keys and values of `projected_attention`, in FP8 if it has their scale; and the scale."""
+    from . import triton_attention
+
+    parts, v_scale = _parts(streams, inputs)
+    return *triton_attention.joint_heads(parts, heads, eps, v_scale), v_scale
+
+
+def _parts(streams, inputs: int) -> tuple[list[tuple], torch.Tensor | None]:
+    """The arguments of `projected_attention` for each stream, and the scale of the values or None."""
+    count, extra = divmod(len(streams), inputs + 2)
+    return [streams[i * (inputs + 2) :][: inputs + 2] for i in range(count)], streams[-1] if extra else None
 
 
 def through_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

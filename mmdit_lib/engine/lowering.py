@@ -122,14 +122,15 @@ def value_of(source: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> tor
         return torch.cat([value_of(part, weights) for part in source["stack"]], source["dim"])
     if "largest" in source:
         largest = torch.stack([value_of(scale, weights).float() for scale in source["largest"]]).max()
-        return largest * source.get("times", 1.0)
+        return (largest * source.get("times", 1.0)).to(TORCH_DTYPES[source.get("dtype", "float32")])
     if "inverse" in source:
         return value_of(source["inverse"], weights).float().reciprocal()
     if "product" in source:
         weight, scale = (value_of(factor, weights).float() for factor in source["product"])
         return (weight * scale).to(TORCH_DTYPES[source["dtype"]])
     if "values" in source:
-        return torch.tensor(source["values"], dtype=TORCH_DTYPES[source["dtype"]]).expand(source["shape"])
+        values, shape = source["values"], source["shape"]
+        return torch.tensor(values if shape else values[0], dtype=TORCH_DTYPES[source["dtype"]]).expand(shape)
     tensor = weights[source["weight"]].reshape(source["shape"])
     if "dtype" in source:
         tensor = tensor.to(TORCH_DTYPES[source["dtype"]])

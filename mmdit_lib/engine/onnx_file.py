@@ -181,10 +181,16 @@ def activation(o: OnnxWriter, x, *, kind, alpha=0.0, beta=0.0):
         o.node(op, x, **attributes)
 
 
-def attention(o: OnnxWriter, q, k, v, *, norm_op, causal_kind):
-    assert (norm_op, causal_kind) == ("SOFTMAX", "NONE"), (norm_op, causal_kind)
-    scores = o.node("MatMul", q, o.node("Transpose", k, perm=[0, 1, 3, 2]))
-    o.node("MatMul", o.node("Softmax", scores, axis=-1), v)
+def attention(
+    o: OnnxWriter, q, k, v, mask=None, scale=None, *, norm_op, causal_kind, normalization_quantize_to_type=None
+):
+    assert (norm_op, causal_kind, mask) == ("SOFTMAX", "NONE", None), (norm_op, causal_kind, mask)
+    probabilities = o.node("Softmax", o.node("MatMul", q, o.node("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
+    if scale:
+        code = getattr(o.onnx.TensorProto, TYPES[normalization_quantize_to_type])
+        rounded = o.node("QuantizeLinear", probabilities, scale, axis=0, output_dtype=code)
+        probabilities = o.node("DequantizeLinear", rounded, scale, axis=0)
+    o.node("MatMul", probabilities, v)
 
 
 def cast(o: OnnxWriter, x, *, to_type):

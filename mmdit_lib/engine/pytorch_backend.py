@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
+from threading import Thread
 
 import torch
 from torch import fx
@@ -18,6 +20,7 @@ from .folder import EngineFolder, graph_file
 from .fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
 from .graph import Graph
 from .host_memory import return_freed_memory
+from .inputs import draw_inputs
 from .kernel_passes import KERNELS, SUMS
 from .kernels import has_triton
 from .lowering import lower, placed_parts, placed_weights
@@ -27,6 +30,9 @@ from .precision import without_tf32
 from .profile import layer_times
 from .rank_passes import RANKS
 from .rehearsal import rehearse
+from .two_streams import two_streams
+
+log = logging.getLogger("mmdit_lib")
 
 GPU_PASSES = NUMERICS + SPEED + KERNELS + RANKS + SUMS
 """All but those of FP8."""
@@ -70,12 +76,14 @@ class PyTorchBackend:
         self._last_shapes: dict[str, torch.Size] = {}
         self.module = lower(graph, weights, device=self.device, groups=groups, passes=passes)
         self._module = outline_blocks(self.module, compile_blocks, torch.compile) if compile_blocks else self.module
-        self._step = GraphedStep(self._run) if cuda_graph else self._run
+        self._step = self._graphed(self._module) if cuda_graph else self._run
+        self._warming: Thread | None = None
         self._ahead = None
         if parts := split_ahead(self.module, conditioning) if conditioning and compile_blocks is None else None:
-            first, rest = (partial(self._call, part) for part in parts)
-            self._ahead = Ahead(first, *conditioning)  # no CUDA graph, which would hold another copy of the rows
-            self._later_step = GraphedStep(rest) if cuda_graph else rest
+            first, self._rest = parts
+            # No CUDA graph, which would hold another copy of the rows.
+            self._ahead = Ahead(partial(self._call, first), *conditioning)
+            self._later_step = self._graphed(self._rest) if cuda_graph else partial(self._call, self._rest)
 
     @staticmethod
     def refusal(folder: EngineFolder, device: torch.device) -> str | None:
@@ -89,21 +97,46 @@ class PyTorchBackend:
         rehearse(folder, graph, weights, mapping, folder.path / graph_file(mapping.rank))
         if folder.dtype == "bfloat16":  # a package that does not load is refused here, not in the first step
             has_flash_attention_3(options.torch_device)
-        if options.fp8_attention:
-            require_fp8_attention(folder, options)
-        return cls(
+        passes = default_passes(options.torch_device, compiled=options.compile)
+        if folder.build_config.fp8_attention and options.torch_device.type == "cuda":
+            warn_if_emulated(folder, passes)
+        opened = cls(
             graph,
             weights,
             device=options.torch_device,
             groups=team.groups if team else None,
             compile_blocks=folder.architecture.blocks if options.compile else None,
             cuda_graph=options.cuda_graph,
-            passes=default_passes(options.torch_device, compiled=options.compile, fp8_attention=options.fp8_attention),
+            passes=passes,
             conditioning=folder.architecture.conditioning if options.torch_device.type == "cuda" else (),
         )
+        if opened.device.type == "cuda" and not options.compile and not team:
+            sizes, scale = folder.build_config.sizes(1)[0], folder.build_config.vae_scale_factor
+            opened.warm_up(
+                draw_inputs(folder.architecture, folder.model, sizes, folder.dtype, scale, build=folder.build_config)
+            )
+        return opened
+
+    def warm_up(self, inputs: Inputs) -> None:
+        """Run a step in another thread, while the program loads the rest of a pipeline: it compiles the kernels."""
+        self._warming = Thread(target=self._warm_up, args=(inputs,), name="warm-up")
+        self._warming.start()
+
+    @torch.inference_mode()
+    def _warm_up(self, inputs: Inputs) -> None:
+        try:
+            self._run({name: value.to(self.device) for name, value in inputs.items()})
+        except Exception:  # the first real step raises it again, in the program's thread
+            log.debug("the step that compiles the kernels failed", exc_info=True)
+
+    def _ready(self) -> None:
+        if self._warming:
+            self._warming.join()
+            self._warming = None
 
     @torch.inference_mode()
     def __call__(self, inputs: Inputs, timesteps: torch.Tensor | None = None) -> torch.Tensor:
+        self._ready()
         shapes = {name: value.shape for name, value in inputs.items()}
         if self.device.type == "cpu" and shapes != self._last_shapes:
             return_freed_memory()
@@ -117,6 +150,9 @@ class PyTorchBackend:
     def _run(self, inputs: Inputs) -> torch.Tensor:
         return self._call(self._module, inputs)
 
+    def _graphed(self, module: fx.GraphModule) -> GraphedStep:
+        return GraphedStep(partial(self._call, two_streams(module)))
+
     def _call(self, module: fx.GraphModule, inputs: Inputs) -> torch.Tensor:
         with current(self.device), without_tf32():
             return module(*(inputs[node.target] for node in module.graph.find_nodes(op="placeholder")))
@@ -128,6 +164,7 @@ class PyTorchBackend:
         The passes for speed remove many of them, so the values come from the same weights without these passes,
         and the output from the network as it runs.
         """
+        self._ready()
         with current(self.device), without_tf32():
             recorder = Recorder(self._plain)
             recorder.run(*(inputs[name] for name in self.inputs))
@@ -141,6 +178,7 @@ class PyTorchBackend:
 
         Weights that are memory-mapped are private to this process: the checkpoint's files do not change.
         """
+        self._ready()
         for name, placed in placed_parts(self.module):
             if name in names:
                 placed.copy_(read(name).reshape(placed.shape))
@@ -152,6 +190,7 @@ class PyTorchBackend:
         """As `Backend.profile`. On a GPU these are times of kernels, on a CPU of calls, both without graph replay."""
         if self._module is not self.module:
             raise ValueError("profile: compiled blocks have no layers that could be timed; leave out compile")
+        self._ready()
         arguments = [inputs[name] for name in self.inputs]
         with current(self.device), without_tf32():
             return layer_times(self.module, arguments, self.device, repeats)
@@ -164,25 +203,22 @@ class PyTorchBackend:
         return lower(self.graph, weights, device=self.device, groups=self._groups)
 
 
-def require_fp8_attention(folder: EngineFolder, options: RunnerOptions) -> None:
-    """Raises `ValueError` if attention cannot run in FP8."""
-    if folder.quantization.quant_algo is None:
-        raise ValueError(f"fp8_attention: {folder.path} is not in FP8; convert with --quantization fp8")
-    if folder.dtype != "bfloat16":  # FlashAttention-3 returns nothing else
-        raise ValueError(f"fp8_attention: {folder.path} is in {folder.dtype}; convert with --dtype bfloat16")
-    if options.compile or not has_triton() or not has_flash_attention_3(options.torch_device):
-        raise ValueError(
-            "fp8_attention needs a Hopper GPU (compute capability 9.0), fa3-fwd and Triton, without compile"
+def warn_if_emulated(folder: EngineFolder, passes: tuple[Pass, ...]) -> None:
+    if folder.dtype != "bfloat16" or not set(FP8_ATTENTION) <= set(passes):
+        log.warning(
+            "attention in FP8 is emulated, which is slow: the pytorch backend has a kernel for it on Hopper GPUs, with "
+            "fa3-fwd and Triton, for engines in bfloat16, without compile"
         )
 
 
-def default_passes(device: torch.device, *, compiled: bool, fp8_attention: bool = False) -> tuple[Pass, ...]:
+def default_passes(device: torch.device, *, compiled: bool) -> tuple[Pass, ...]:
     """On a GPU the passes for speed too; without `torch.compile`, Triton kernels do the fusing."""
     if device.type != "cuda":
         return NUMERICS
     first, last = (FP8_GEMMS, FP8_KERNELS + FP8_EPILOGUES) if has_fp8(device) else ((), ())
-    last = FP8_ATTENTION + last if fp8_attention else last
-    return first + (NUMERICS + SPEED if compiled or not has_triton() else GPU_PASSES + last)
+    if compiled or not has_triton():
+        return first + NUMERICS + SPEED
+    return (FP8_ATTENTION if first and has_flash_attention_3(device) else ()) + first + GPU_PASSES + last
 
 
 class Recorder(fx.Interpreter):

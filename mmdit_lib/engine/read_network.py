@@ -104,7 +104,11 @@ def _slice(layer) -> dict:
 
 
 def _attention(layer) -> dict:
-    return named("norm_op", "causal_kind")(layer.attention)
+    """Its inputs are queries, keys, values and, if the probabilities are quantized, None (a mask) and their scale."""
+    found = named("norm_op", "causal_kind")(layer.attention)
+    if layer.attention.normalization_quantize_scale is not None:
+        found["normalization_quantize_to_type"] = dtype_name(layer.attention.normalization_quantize_to_type)
+    return found
 
 
 def _quantization(layer) -> dict:

@@ -78,11 +78,10 @@ class TensorRTBackend:
         why_not = cls.refusal(folder, options.torch_device)
         if why_not:
             raise ValueError(f"{plan} cannot run here: {why_not}")
-        for name in ("compile", "fp8_attention"):
-            if getattr(options, name):
-                raise ValueError(
-                    f"{name} is an option of the pytorch backend: use --backend pytorch (backend='pytorch' in Python)"
-                )
+        if options.compile:
+            raise ValueError(
+                "compile is an option of the pytorch backend: use --backend pytorch (backend='pytorch' in Python)"
+            )
         if not options.trust:
             check_trust(folder, plan)
         own_communicators = folder.builder == "trtllm"

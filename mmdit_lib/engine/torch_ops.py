@@ -33,10 +33,27 @@ def gelu_tanh(x):
 ACTIVATIONS: dict[str, Callable] = {"SIGMOID": torch.sigmoid, "GELU_TANH": gelu_tanh, "GELU_ERF": F.gelu}
 
 
-def attention(q, k, v, *, norm_op, causal_kind, scale=1.0):
-    """softmax(scale * q k^T) v; TensorRT's layer has scale 1."""
-    assert (norm_op, causal_kind) == ("SOFTMAX", "NONE"), (norm_op, causal_kind)
-    return device_attention(q, k, v, scale)
+def attention(
+    q, k, v, mask=None, probability_scale=None, *, norm_op, causal_kind, scale=1.0, normalization_quantize_to_type=None
+):
+    """softmax(scale * q k^T) v; TensorRT's layer has scale 1. With `probability_scale`, the softmax is rounded to FP8.
+
+    In steps then, as no fused operator does that: for some queries at a time, so that their scores fit into memory.
+    """
+    assert (norm_op, causal_kind, mask) == ("SOFTMAX", "NONE", None), (norm_op, causal_kind, mask)
+    if probability_scale is None:
+        return device_attention(q, k, v, scale)
+    assert normalization_quantize_to_type == FP8, normalization_quantize_to_type
+    rows = max(1, SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    keys, values, results = k.float().transpose(-1, -2), v.float(), []
+    for queries in q.split(rows, 2):
+        probabilities = (queries.float() @ keys * scale).softmax(-1).to(q.dtype)
+        results.append(kernels.through_fp8(probabilities, probability_scale).float() @ values)
+    return torch.cat(results, 2).to(q.dtype)
+
+
+SCORES = 1 << 26
+"""The most scores of queries and keys that are in memory at once, if attention is computed in steps."""
 
 
 def cast(x, *, to_type):
@@ -178,6 +195,7 @@ OPS: dict[str, Callable] = {
     "DEQUANTIZE": dequantize,
     "DIST_COLLECTIVE": dist_collective,
     "ELEMENTWISE": elementwise,
+    "FP8_ATTENTION": kernels.fp8_attention,
     "FP8_LINEAR": fp8_linear,
     "FP8_LINEAR_GELU": kernels.fp8_linear_gelu,
     "GATED_NORM": kernels.gated_norm,
@@ -213,10 +231,10 @@ OPS: dict[str, Callable] = {
 
 
 FUSED = frozenset({
-    "FP8_LINEAR", "FP8_LINEAR_GELU", "GATED_NORM", "GATED_NORM_FP8", "GATED_SUM", "GATHERED_ATTENTION", "GELU_FP8",
-    "ITEM", "LINEAR", "LINEAR_GELU", "MODULATE", "NORM_MODULATE", "NORM_MODULATE_FP8", "PROJECTED_ATTENTION",
-    "QKV_ATTENTION", "REDUCED_GATED_NORM", "REDUCED_GATED_NORM_FP8", "REDUCED_GATED_SUM", "RMS_NORM", "SILU",
-    "ULYSSES_ATTENTION", "UNBIND",
+    "FP8_ATTENTION", "FP8_LINEAR", "FP8_LINEAR_GELU", "GATED_NORM", "GATED_NORM_FP8", "GATED_SUM", "GATHERED_ATTENTION",
+    "GELU_FP8", "ITEM", "LINEAR", "LINEAR_GELU", "MODULATE", "NORM_MODULATE", "NORM_MODULATE_FP8",
+    "PROJECTED_ATTENTION", "QKV_ATTENTION", "REDUCED_GATED_NORM", "REDUCED_GATED_NORM_FP8", "REDUCED_GATED_SUM",
+    "RMS_NORM", "SILU", "ULYSSES_ATTENTION", "UNBIND",
 })  # fmt: skip
 """Operators that only graph passes insert: a graph file with one of them is invalid."""
 

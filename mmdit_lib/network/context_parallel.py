@@ -39,11 +39,14 @@ class Stream(NamedTuple):
         return F.narrow(x, 1, self.local * mapping.cp_rank, self.local, pad=True)
 
 
-def attend(streams: list[Stream], parts: list[QKV]) -> list[Tensor]:
-    """Joint attention over all streams: every token sees every token. [B, heads, local tokens, d] per stream."""
+def attend(streams: list[Stream], parts: list[QKV], value_scale: Tensor | None = None) -> list[Tensor]:
+    """Joint attention over all streams: every token sees every token. [B, heads, local tokens, d] per stream.
+
+    `value_scale` is that of `F.attention`, for cp = 1.
+    """
     mapping = parts[0].q.network.mapping
     if mapping.cp_size == 1:
-        return uncat(F.attention(*map(cat, zip(*parts, strict=True))), [s.length for s in streams])
+        return uncat(F.attention(*map(cat, zip(*parts, strict=True)), value_scale), [s.length for s in streams])
     return (ulysses if mapping.layout.cp_method == "ulysses" else gathered)(streams, parts)
 
 

@@ -42,6 +42,11 @@ def dequantize(x: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
     return x.network.add(layer, "dequantize")
 
 
+def round_to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """x rounded to FP8, in its own dtype again."""
+    return dequantize(quantize(x, scale), scale)
+
+
 def activation(x: Tensor, kind: str) -> Tensor:
     layer = x.network.definition.add_activation(x.itensor, getattr(trt.ActivationType, kind))
     return x.network.add(layer, kind.lower())
@@ -107,21 +112,38 @@ def conv2d(x: Tensor, kernel: Tensor, bias: Tensor, stride: int) -> Tensor:
     return x.network.add(layer, "conv2d")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+PROBABILITY_SCALE = 2.0**-8
+"""Of attention's probabilities in FP8: they are at most 1, which becomes 256 of 448."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, value_scale: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over [batch, heads, tokens, d]; TensorRT's layer itself does not scale.
 
     Without the layer (TensorRT 10), unless TensorRT fuses the three steps, the scores [batch, heads, queries, keys]
     exist in memory, and are rounded to the network's dtype.
+
+    Args:
+        value_scale: that of v in FP8, a scalar of v's dtype. Then q, k (both with scale 1), v and the probabilities are
+            rounded to FP8. None: nothing is.
     """
-    scaled = q * (q.shape[-1] ** -0.5)
-    if not q.network.features.attention:
-        return matmul(softmax(matmul(scaled, k, transpose_b=True), 3), v)
-    layer = q.network.definition.add_attention_v2(
-        scaled.itensor, k.itensor, v.itensor, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
+    network, scale, fp8 = q.network, q.shape[-1] ** -0.5, value_scale is not None
+    if fp8:
+        one, of_probabilities, scale = (network.values([x], q.dtype, ()) for x in (1.0, PROBABILITY_SCALE, scale))
+        q, k, v = dequantize(quantize(q, one), scale), round_to_fp8(k, one), round_to_fp8(v, value_scale)
+    else:
+        q = q * scale
+    if not network.features.attention:
+        probabilities = softmax(matmul(q, k, transpose_b=True), 3)
+        return matmul(round_to_fp8(probabilities, of_probabilities) if fp8 else probabilities, v)
+    layer = network.definition.add_attention_v2(
+        q.itensor, k.itensor, v.itensor, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
     )
+    if fp8:
+        layer.normalization_quantize_scale = of_probabilities.itensor
+        layer.normalization_quantize_to_type = trt_dtype(FP8)
     # If no fused kernel fits (float32, odd head sizes), TensorRT may use several kernels.
     layer.decomposable = True
-    return q.network.add(layer, "attention")
+    return network.add(layer, "attention")
 
 
 def size(x: Tensor, dim: int) -> Size:

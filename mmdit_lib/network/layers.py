@@ -41,7 +41,7 @@ class Linear(Module):
         key = x.itensor.name, network.weights[name].item()
         if key not in network.rounded:
             scale = network.scale(name)
-            network.rounded[key] = F.dequantize(F.quantize(x, scale), scale)
+            network.rounded[key] = F.round_to_fp8(x, scale)
         return network.rounded[key]
 
 

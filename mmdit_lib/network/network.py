@@ -6,7 +6,7 @@ There is no ambient default network: a `Tensor` knows the network it belongs to.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,6 +78,7 @@ class Network:
         mapping: the rank and the parallel sizes.
         sharding: how the model's weights are sharded over the tp ranks.
         features: the layers that it can use; by default those of the installed TensorRT.
+        fp8_attention: whether attention is in FP8.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Network:
         mapping: RankMapping | None = None,
         sharding: Sharding = WHOLE,
         features: Features | None = None,
+        fp8_attention: bool = False,
     ):
         self.definition = definition
         self.weights = weights
@@ -96,6 +98,7 @@ class Network:
         self.mapping = mapping or RankMapping()
         self.sharding = sharding
         self.features = features or installed_features()
+        self.fp8_attention = fp8_attention
         self.modules: dict[str, list[Tensor]] = {}
         self._arrays: list[torch.Tensor] = []  # what TensorRT reads by address
         self._scopes: list[str] = []
@@ -184,6 +187,18 @@ class Network:
         layer.metadata = json.dumps({"weight": name, "shape": (), "dtype": self.dtype})
         return self.add(layer, name.rpartition(".")[2])
 
+    def largest_scale(self, names: Sequence[str], times: float) -> Tensor:
+        """As `scale`: the largest of several scales of the checkpoint, multiplied by a power of two."""
+        source = {"largest": [{"weight": name, "shape": ()} for name in names], "times": times, "dtype": self.dtype}
+        value = torch.tensor(max(self.weights[name].item() for name in names) * times, dtype=TORCH_DTYPES[self.dtype])
+        if not value.isfinite():
+            raise ValueError(
+                f"{times} times the largest of the scales {', '.join(names)} is too large for {self.dtype}"
+            )
+        layer = self.definition.add_constant((), self.by_address(value))
+        layer.metadata = json.dumps(source)
+        return self.add(layer, "value_scale")
+
     def by_address(self, array: torch.Tensor):
         """`trt.Weights` that point to the array's memory without a copy; the array is kept alive for the build."""
         array = array.contiguous()
@@ -194,7 +209,7 @@ class Network:
         """A small constant that is not a checkpoint tensor; the graph file stores its values."""
         key = json.dumps([values, dtype, shape])
         if key not in self._constants:
-            array = torch.tensor(values, dtype=TORCH_DTYPES[dtype]).expand(shape).contiguous()
+            array = torch.tensor(values if shape else values[0], dtype=TORCH_DTYPES[dtype]).expand(shape).contiguous()
             layer = self.definition.add_constant(shape, self.by_address(array))
             layer.metadata = json.dumps({"values": values, "dtype": dtype, "shape": shape})
             with self.scope("constants"):

@@ -207,8 +207,9 @@ def _quantization(folder: EngineFolder | Checkpoint) -> list[tuple[str, str]]:
     if scheme.quant_algo is None:
         return []
     count = len(scheme.modules(folder.architecture, folder.model))
+    attention = " and in attention" if isinstance(folder, EngineFolder) and folder.build_config.fp8_attention else ""
     without = ", ".join(scheme.exclude_modules or ("none",))
-    return [("quantization", f"{scheme.quant_algo} in {count} linear layers; excluded: {without}")]
+    return [("quantization", f"{scheme.quant_algo} in {count} linear layers{attention}; excluded: {without}")]
 
 
 def _kind(value: Value) -> tuple[str, str, tuple[int, ...]]:

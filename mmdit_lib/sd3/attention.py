@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from ..network import functional as F
 from ..network.context_parallel import QKV, Stream, attend
-from ..network.layers import Linear, RMSNorm
+from ..network.layers import ACTIVATION_SCALE, Linear, RMSNorm
 from ..network.module import Module, ModuleList
-from ..network.network import Tensor
+from ..network.network import Network, Tensor
+
+HEADROOM = 8.0
+"""With attention in FP8, the scale of its values over that of its result, which is an average of values: they can be
+larger."""
 
 
 class Attention(Module):
@@ -35,11 +39,22 @@ class Attention(Module):
         parts = [self.image_qkv(x)]
         if c is not None:
             parts.append(self.text_qkv(c))
-        image, *text = (self.merge_heads(y) for y in attend(streams, parts))
+        value_scale = self.value_scale(x.network) if x.network.fp8_attention else None
+        image, *text = (self.merge_heads(y) for y in attend(streams, parts, value_scale))
         out = self.to_out[0](image)
         if self.text == "none":
             return out
         return out, self.to_add_out(text[0]) if self.text == "full" else None
+
+    def value_scale(self, network: Network) -> Tensor:
+        """Of values in FP8: `HEADROOM` times that of the result, as the output projections round it.
+
+        Queries and keys need none, since their norms keep them near 1. Raises `ValueError` without these norms.
+        """
+        if not hasattr(self, "norm_q"):
+            raise ValueError("fp8_attention needs a model that normalizes queries and keys, as SD3.5 does")
+        projections = [self.to_out[0], *([self.to_add_out] if self.text == "full" else [])]
+        return network.largest_scale([f"{layer.path}.{ACTIVATION_SCALE}" for layer in projections], HEADROOM)
 
     def image_qkv(self, x: Tensor) -> QKV:
         q, k, v = (self.split_heads(f(x)) for f in (self.to_q, self.to_k, self.to_v))
