@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdit_lib import MMDiTRunner
 from mmdit_lib.checkpoint import convert
-from mmdit_lib.engine import host_memory, tensorrt_backend
+from mmdit_lib.engine import host_memory, tensorrt_backend, warm_up
 from mmdit_lib.engine.backend import BackendName, RunnerOptions
 from mmdit_lib.engine.backends import BACKENDS
 from mmdit_lib.engine.build import build
@@ -279,31 +279,32 @@ def test_returning_freed_memory_needs_glibc(monkeypatch):
     host_memory._malloc_trim.cache_clear()
 
 
-def test_a_step_in_another_thread_compiles_the_kernels(case, caplog):
-    """The next step waits for it. An error is left to that step."""
+@pytest.mark.parametrize("method", ["__call__", "intermediates", "profile", "replace_weights"])
+def test_what_follows_waits_for_the_thread_that_compiles_kernels(case, method):
     backend = PyTorchBackend.open(case.runner().folder, RunnerOptions(device="cpu"))
-    assert backend._warming is None, "only on a GPU"
-    inputs, entered, go = case.runner().prepare(case.inputs())[0], threading.Event(), threading.Event()
-    run, order = backend._run, []
+    assert not warm_up._running, "only on a GPU"
+    inputs, entered, go, order = case.runner().prepare(case.inputs())[0], threading.Event(), threading.Event(), []
 
-    def slow(given):
+    def slow() -> None:
         entered.set()
         go.wait(60)
-        order.append(threading.current_thread().name)
-        return run(given)
+        order.append("kernels")
 
-    backend._run = slow
-    backend.warm_up(inputs)
+    arguments = {"profile": (inputs, 1), "replace_weights": ((), None)}.get(method, (inputs,))
+    warm_up.start(slow)
     assert entered.wait(60)
     threading.Timer(0.2, go.set).start()
-    assert torch.equal(backend(inputs), case.runner().backend(inputs))
-    assert order == ["warm-up"] and backend._warming is None
+    getattr(backend, method)(*arguments)
+    assert order == ["kernels"] and not warm_up._running
 
-    def broken(given):
-        raise RuntimeError("no such kernel")
 
-    backend._run = broken
+def test_a_step_that_compiles_kernels(case, caplog):
+    """It is a step; if it fails, that is left to the program's own steps."""
+    backend = PyTorchBackend.open(case.runner().folder, RunnerOptions(device="cpu"))
+    inputs = case.runner().prepare(case.inputs())[0]
     with caplog.at_level(logging.DEBUG, "mmdit_lib"):
         backend.warm_up(inputs)
-        backend(inputs)
-    assert "the step that compiles the kernels failed" in caplog.text and "no such kernel" in caplog.text
+        backend.warm_up({name: value[..., :1] for name, value in inputs.items()})
+        found = backend(inputs)
+    assert torch.equal(found, case.runner().backend(inputs))
+    assert caplog.text.count("a step that compiles kernels failed") == 1

@@ -6,7 +6,8 @@ On a GPU, tests/test_kernels.py checks the operators.
 import json
 import logging
 import re
-from types import SimpleNamespace
+from dataclasses import replace
+from unittest.mock import patch
 
 import fp8
 import pytest
@@ -23,9 +24,10 @@ from mmdit_lib.engine.builder_config import builder_config
 from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.logger import logger
-from mmdit_lib.engine.lowering import value_of
-from mmdit_lib.engine.passes import apply
+from mmdit_lib.engine.lowering import lower, value_of
+from mmdit_lib.engine.passes import apply, attention_scale
 from mmdit_lib.engine.pytorch_backend import GPU_PASSES, PyTorchBackend, default_passes, warn_if_emulated
+from mmdit_lib.engine.rehearsal import _check_source as check_source
 from mmdit_lib.network import functional as F
 from mmdit_lib.network.network import Network
 from mmdit_lib.network.trt import dtype_name, trt
@@ -274,14 +276,108 @@ def test_a_gpu_without_the_kernel_is_told(monkeypatch, caplog):
     cuda = torch.device("cuda")
     assert default_passes(cuda, compiled=False) == ALL
     assert not set(FP8_ATTENTION) & set(default_passes(cuda, compiled=True))
-    with caplog.at_level(logging.WARNING, "mmdit_lib"):
-        warn_if_emulated(SimpleNamespace(dtype="bfloat16"), ALL)
-        assert not caplog.messages
-        warn_if_emulated(SimpleNamespace(dtype="float16"), ALL)
-        warn_if_emulated(SimpleNamespace(dtype="bfloat16"), WITHOUT)
-    assert len(caplog.messages) == 2 and "attention in FP8 is emulated, which is slow" in caplog.messages[0]
     monkeypatch.setattr("mmdit_lib.engine.pytorch_backend.has_flash_attention_3", lambda device: False)
     assert default_passes(cuda, compiled=False) == WITHOUT
+    told = "attention in FP8 is emulated, which is slow"
+    cases = [("bfloat16", {}, ALL, False), ("float16", {}, ALL, True), ("bfloat16", {}, WITHOUT, True),
+             ("bfloat16", {"attention_layer": False}, ALL, True)]  # fmt: skip
+    for dtype, options, passes, expected in cases:
+        runner = opened(engine("sd3.5-medium", dtype, **options))
+        weights = runner.folder.open_checkpoint(verify=False).weights()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "mmdit_lib"):
+            warn_if_emulated(lower(runner.backend.graph, weights, passes=passes))
+        assert [told in message for message in caplog.messages] == [True] * expected, (dtype, options)
+
+
+def changed(layers: list, which, **attributes) -> list:
+    """Layers of which those that `which` accepts have other attributes."""
+    return [replace(x, attributes=x.attributes | attributes) if which(x) else x for x in layers]
+
+
+def test_other_roundings_are_not_the_kernels():
+    """It has scale 1 for queries and keys, and one scale for the values, before and after."""
+    graph = opened(engine("sd3.5-large", "bfloat16")).backend.graph
+    made = {layer.output.name: layer for layer in graph.layers}
+    attention = next(x for x in graph.layers if x.type == "ATTENTION")
+    one = made[made[attention.inputs[1]].inputs[1]].output.name
+    values = made[attention.inputs[2]]
+
+    def kernels_in(layers) -> int:
+        return [x.type for x in apply(replace(graph, layers=tuple(layers)), ALL)].count("PROJECTED_ATTENTION")
+
+    layers = list(graph.layers)
+    assert kernels_in(layers) == 4
+    assert kernels_in(changed(layers, lambda x: x.output.name == one, values=[2.0])) == 0, "all have the same 1"
+    other = [replace(x, inputs=(x.inputs[0], one)) if x is values else x for x in layers]
+    assert kernels_in(other) == 3
+    exact = [replace(x, inputs=x.inputs[:3], attributes={k: v for k, v in x.attributes.items() if "quant" not in k})
+             if x is attention else x for x in layers]  # fmt: skip
+    assert kernels_in(exact) == 3, "probabilities are not rounded"
+
+
+def test_an_input_of_the_network_can_be_what_attention_reads():
+    graph = opened(engine("sd3.5-large", "bfloat16")).backend.graph
+    attention = next(x for x in graph.layers if x.type == "ATTENTION")
+    read = [replace(x, inputs=("hidden_states", *x.inputs[1:])) if x is attention else x for x in graph.layers]
+    kinds = [x.type for x in apply(replace(graph, layers=tuple(read)), FP8_ATTENTION)]
+    assert kinds.count("FP8_ATTENTION") == 3 and kinds.count("ATTENTION") == 1
+
+
+def test_a_scaled_attention_keeps_its_rounding():
+    graph = opened(engine("sd3.5-large", "bfloat16")).backend.graph
+    attention = next(x for x in graph.layers if x.type == "ATTENTION")
+    number = next(x for x in graph.layers if x.attributes.get("values") == [2**-8]).output.name
+    scaled = replace(attention, type="ELEMENTWISE", name="s", inputs=(attention.inputs[0], number),
+                     output=replace(attention.output, name="s"), attributes={"op": "PROD"})  # fmt: skip
+    layers = [scaled, replace(attention, inputs=("s", *attention.inputs[1:]))]
+    constants = [x for x in graph.layers if x.type == "CONSTANT"]
+    found = attention_scale([*constants, *layers])[-1]
+    assert found.attributes["scale"] == 2**-8 and found.inputs == attention.inputs
+
+
+def test_a_projection_that_is_not_quantized(tmp_path):
+    from test_fp8_refusals import rewrite
+
+    folder = tmp_path / "checkpoint"
+    convert(fp8.pipeline("sd3.5-large"), folder, quantization="fp8", calibration_prompts=fp8.PROMPTS, progress=False)
+    module = "transformer_blocks.1.attn.to_out.0"
+
+    def keep(tensors):
+        scale = tensors.pop(f"{module}.weights_scaling_factor")
+        tensors.pop(f"{module}.activation_scaling_factor")
+        tensors[f"{module}.weight"] = tensors[f"{module}.weight"].float() * scale
+
+    rewrite(folder, keep)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"]["exclude_modules"].append(module)
+    (folder / "config.json").write_text(json.dumps(config))
+    build(folder, tmp_path / "plain", plan=False, progress=False)
+    with pytest.raises(ValueError, match=rf"fp8_attention: '{module}' is not in FP8 in this checkpoint"):
+        build(folder, tmp_path / "engine", plan=False, progress=False, fp8_attention=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"stack": [], "dim": 0}, "no constants of kind stack"),
+        ({"largest": [{"values": [1.0], "dtype": "float16", "shape": [1 << 28]}], "times": 8.0}, "something else than"),
+        ({"largest": [{"weight": "a", "shape": [4]}], "times": 8.0}, "something else than scales"),
+        ({"largest": [{"weight": "a", "shape": []}], "times": float("nan")}, "times nan is not a positive number"),
+    ],
+)
+def test_hostile_constants_are_refused(source, words):
+    with pytest.raises(ValueError, match=words):
+        check_source(source)
+
+
+def test_scores_of_a_hostile_file_are_not_computed_one_by_one():
+    q, k = (torch.empty(1, 1, tokens, 1, device="meta") for tokens in (1 << 12, 1 << 26))
+    options = dict(norm_op="SOFTMAX", causal_kind="NONE", normalization_quantize_to_type=FP8)
+    scale = torch.empty((), device="meta")
+    with patch.object(torch_ops.kernels, "through_fp8", side_effect=lambda x, scale: x) as rounding:
+        torch_ops.attention(q, k, k, None, scale, **options)
+    assert rounding.call_count == 1
 
 
 def test_the_command(tmp_path):

@@ -3,16 +3,20 @@
 import operator
 from collections import Counter
 
+import fp8
 import pytest
 import torch
 from helpers import case
 from torch import fx
 
+from mmdit_lib import MMDiTRunner
+from mmdit_lib.checkpoint.quantization import Quantization
 from mmdit_lib.config import Layout
 from mmdit_lib.engine import kernels, torch_ops, two_streams
 from mmdit_lib.engine.attention import has_flash_attention_3
 from mmdit_lib.engine.cuda_graph import GraphedStep
-from mmdit_lib.engine.dry_graph import dry_graph
+from mmdit_lib.engine.dry_graph import NoWeights, dry_graph
+from mmdit_lib.engine.fp8_passes import FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
 from mmdit_lib.engine.lowering import lower
 from mmdit_lib.engine.pytorch_backend import GPU_PASSES
 from mmdit_lib.engine.rehearsal import meta_weights
@@ -60,6 +64,69 @@ def test_the_order_changes_and_the_result_does_not(name, options):
     inputs = [given.get(name, residual) for name in names]
     with torch.inference_mode():
         assert torch.equal(changed(*inputs), module(*inputs))
+
+
+def computed_on(module) -> dict:
+    """The stream on which each call runs, by node: 0 and, for the text, 1."""
+    streams, inside = {}, 0
+    for node in calls(module):
+        inside = {enter: 1, leave: 0}.get(node.target, inside)
+        streams[node] = inside
+    return streams
+
+
+VIEWS = (torch_ops.item, torch_ops.slice_, torch_ops.shuffle, torch_ops.unbind, getattr)
+
+
+@pytest.mark.parametrize("excluded", [(), ("*.norm1*.linear",)], ids=["", "modulation in FP8"])
+def test_the_text_reads_nothing_that_the_first_stream_computes_beside_it(excluded):
+    """The second stream waits for the image's attention only."""
+    runner = MMDiTRunner.from_engine(fp8.engine("sd3.5-medium", "bfloat16"), backend="pytorch", device="cpu")
+    model, build = runner.folder.model, runner.folder.build_config
+    scheme = Quantization.fp8(SD3)
+    kept = tuple(pattern for pattern in scheme.exclude_modules if pattern not in excluded)
+    scheme = scheme.model_copy(update={"exclude_modules": kept})
+    graph = dry_graph(model, Layout().at(0), build, "bfloat16", scheme)
+    weights = NoWeights(model, "bfloat16", Layout(), scheme).weights(0)
+    passes = FP8_GEMMS + GPU_PASSES + FP8_KERNELS + FP8_EPILOGUES
+    module = two_streams.two_streams(lower(graph, weights, passes=passes))
+    streams, since = computed_on(module), {}
+    for node in calls(module):
+        if node.target is begin:
+            since = {}
+        since[node] = streams[node]
+        if streams[node] == 1:
+            sources = list(node.all_input_nodes)
+            while sources:
+                source = sources.pop()
+                if source.target in VIEWS:
+                    sources += source.all_input_nodes
+                elif source.target not in (begin, torch_ops.shape_of) and source in since:
+                    assert since[source] == 1, (node, source)
+    assert begin in {node.target for node in streams}
+
+
+def begun(module) -> int:
+    return Counter(node.target for node in calls(two_streams.two_streams(module)))[begin]
+
+
+def test_streams_that_cannot_be_separated_stay_on_one():
+    """In the first of three blocks, an operator reads image and text, or the slices are not those of the streams."""
+    _, module = lowered("sd3.5-large")
+    image, _ = next(node for node in module.graph.nodes if node.target is kernels.projected_attention).users
+    assert begun(module) == 3
+    span = list(module.graph.nodes)[list(module.graph.nodes).index(image) :]
+    of_image = next(node for node in span if node.target is torch_ops.linear)
+    of_text = [node for node in span if node.target is kernels.gated_norm][1]
+    before = of_text.args
+    of_text.args = (of_image, *before[1:])
+    assert begun(module) == 2
+    of_text.args = before
+    assert begun(module) == 3
+    joint, _, length = image.args
+    for wrong in ((joint, (1,), length), (joint,)):
+        image.args = wrong
+        assert begun(module) == 2
 
 
 @pytest.mark.parametrize(

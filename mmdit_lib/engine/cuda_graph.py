@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import warm_up
 from .backend import Inputs
 
 KEPT_GRAPHS = 8
@@ -69,6 +70,7 @@ class GraphedStep:
         return torch.cuda.Stream()
 
     def _capture(self, inputs: Inputs) -> Captured:
+        warm_up.wait()
         buffers = {name: value.contiguous().clone() for name, value in inputs.items()}
         device = next(iter(buffers.values())).device
         with torch.cuda.device(device):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..config import FP8
+from .attention import LARGEST_HEAD
 from .graph import Layer
 from .passes import Index, Layers, Op, Pass, fused, without_unread
 
@@ -73,8 +74,9 @@ def fp8_attention(layers: Layers) -> Layers:
     index, result = Index.of(layers), []
     for layer in layers:
         in_fp8 = layer.type == "ATTENTION" and layer.attributes.get("normalization_quantize_to_type") == FP8
-        found = [ROUNDED.match(index.made_by[name], index) for name in layer.inputs[:3]] if in_fp8 else [None]
-        if all(found) and layer.output.dtype == "bfloat16" and layer.output.shape[-1] % ALIGNED == 0:
+        found = [ROUNDED.match(index.made_by.get(name), index) for name in layer.inputs[:3]] if in_fp8 else [None]
+        size = layer.output.shape[-1] if layer.output.shape else 0
+        if all(found) and layer.output.dtype == "bfloat16" and size % ALIGNED == 0 and size <= LARGEST_HEAD:
             q, k, v = found
             ones = [index.number(x) for x in (q["scale"], k["scale"], k["factor"])]
             scale = index.number(q["factor"])
@@ -101,7 +103,9 @@ def quantized_activations(layers: Layers) -> Layers:
 
 def _fused(layer: Layer, index: Index) -> Iterator[tuple[str, Layer]]:
     """Layers to replace: the name of a tensor, and what computes it instead."""
-    made, scale = index.made_by[layer.inputs[0]], layer.inputs[1]
+    made, scale = index.made_by.get(layer.inputs[0]), layer.inputs[1]
+    if made is None:
+        return
     if made.type == "NORM_MODULATE":
         yield layer.output.name, fused(layer, "NORM_MODULATE_FP8", *made.inputs, scale, **made.attributes)
     elif made.type == "ACTIVATION" and made.attributes["kind"] == "GELU_TANH":

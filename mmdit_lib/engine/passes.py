@@ -152,7 +152,8 @@ def silu(layer: Layer, index: Index, x: str) -> Layer:
 def attention_scale(layer: Layer, index: Index, q: str, scale: str, k: str, v: str) -> Layer | None:
     """attention of queries that are multiplied by a number -> ATTENTION with that scale."""
     number = index.number(scale)
-    return None if number is None else fused(layer, "ATTENTION", q, k, v, **layer.attributes | {"scale": number})
+    attributes = layer.attributes | {"scale": number}
+    return None if number is None else fused(layer, "ATTENTION", q, k, v, *layer.inputs[3:], **attributes)
 
 
 # Speed -----------------------------------------------------------------------------------------------

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
-from threading import Thread
 
 import torch
 from torch import fx
 
+from . import torch_ops, warm_up
 from .ahead import VALUE, Ahead, split_ahead
 from .attention import has_flash_attention_3
 from .backend import Inputs, Ranks, RunnerOptions
@@ -30,7 +30,7 @@ from .precision import without_tf32
 from .profile import layer_times
 from .rank_passes import RANKS
 from .rehearsal import rehearse
-from .two_streams import two_streams
+from .two_streams import on_one_stream_again, two_streams
 
 log = logging.getLogger("mmdit_lib")
 
@@ -77,7 +77,6 @@ class PyTorchBackend:
         self.module = lower(graph, weights, device=self.device, groups=groups, passes=passes)
         self._module = outline_blocks(self.module, compile_blocks, torch.compile) if compile_blocks else self.module
         self._step = self._graphed(self._module) if cuda_graph else self._run
-        self._warming: Thread | None = None
         self._ahead = None
         if parts := split_ahead(self.module, conditioning) if conditioning and compile_blocks is None else None:
             first, self._rest = parts
@@ -97,9 +96,6 @@ class PyTorchBackend:
         rehearse(folder, graph, weights, mapping, folder.path / graph_file(mapping.rank))
         if folder.dtype == "bfloat16":  # a package that does not load is refused here, not in the first step
             has_flash_attention_3(options.torch_device)
-        passes = default_passes(options.torch_device, compiled=options.compile)
-        if folder.build_config.fp8_attention and options.torch_device.type == "cuda":
-            warn_if_emulated(folder, passes)
         opened = cls(
             graph,
             weights,
@@ -107,9 +103,11 @@ class PyTorchBackend:
             groups=team.groups if team else None,
             compile_blocks=folder.architecture.blocks if options.compile else None,
             cuda_graph=options.cuda_graph,
-            passes=passes,
+            passes=default_passes(options.torch_device, compiled=options.compile),
             conditioning=folder.architecture.conditioning if options.torch_device.type == "cuda" else (),
         )
+        if opened.device.type == "cuda" and folder.build_config.fp8_attention:
+            warn_if_emulated(opened.module)
         if opened.device.type == "cuda" and not options.compile and not team:
             sizes, scale = folder.build_config.sizes(1)[0], folder.build_config.vae_scale_factor
             opened.warm_up(
@@ -118,25 +116,18 @@ class PyTorchBackend:
         return opened
 
     def warm_up(self, inputs: Inputs) -> None:
-        """Run a step in another thread, while the program loads the rest of a pipeline: it compiles the kernels."""
-        self._warming = Thread(target=self._warm_up, args=(inputs,), name="warm-up")
-        self._warming.start()
+        """Run a step in another thread, which compiles the kernels; the result is dropped."""
+        warm_up.start(partial(self._warm_up, inputs))
 
     @torch.inference_mode()
     def _warm_up(self, inputs: Inputs) -> None:
-        try:
-            self._run({name: value.to(self.device) for name, value in inputs.items()})
-        except Exception:  # the first real step raises it again, in the program's thread
-            log.debug("the step that compiles the kernels failed", exc_info=True)
-
-    def _ready(self) -> None:
-        if self._warming:
-            self._warming.join()
-            self._warming = None
+        given = {name: value.to(self.device) for name, value in inputs.items()}
+        with current(self.device):  # and TF32 as it is: its switches are the whole program's
+            self._module(*(given[node.target] for node in self._module.graph.find_nodes(op="placeholder")))
 
     @torch.inference_mode()
     def __call__(self, inputs: Inputs, timesteps: torch.Tensor | None = None) -> torch.Tensor:
-        self._ready()
+        warm_up.wait()
         shapes = {name: value.shape for name, value in inputs.items()}
         if self.device.type == "cpu" and shapes != self._last_shapes:
             return_freed_memory()
@@ -151,7 +142,13 @@ class PyTorchBackend:
         return self._call(self._module, inputs)
 
     def _graphed(self, module: fx.GraphModule) -> GraphedStep:
-        return GraphedStep(partial(self._call, two_streams(module)))
+        changed = two_streams(module)
+
+        def step(inputs: Inputs) -> torch.Tensor:
+            with on_one_stream_again(self.device):
+                return self._call(changed, inputs)
+
+        return GraphedStep(partial(self._call, module) if changed is module else step)
 
     def _call(self, module: fx.GraphModule, inputs: Inputs) -> torch.Tensor:
         with current(self.device), without_tf32():
@@ -164,7 +161,7 @@ class PyTorchBackend:
         The passes for speed remove many of them, so the values come from the same weights without these passes,
         and the output from the network as it runs.
         """
-        self._ready()
+        warm_up.wait()
         with current(self.device), without_tf32():
             recorder = Recorder(self._plain)
             recorder.run(*(inputs[name] for name in self.inputs))
@@ -178,7 +175,7 @@ class PyTorchBackend:
 
         Weights that are memory-mapped are private to this process: the checkpoint's files do not change.
         """
-        self._ready()
+        warm_up.wait()
         for name, placed in placed_parts(self.module):
             if name in names:
                 placed.copy_(read(name).reshape(placed.shape))
@@ -190,7 +187,7 @@ class PyTorchBackend:
         """As `Backend.profile`. On a GPU these are times of kernels, on a CPU of calls, both without graph replay."""
         if self._module is not self.module:
             raise ValueError("profile: compiled blocks have no layers that could be timed; leave out compile")
-        self._ready()
+        warm_up.wait()
         arguments = [inputs[name] for name in self.inputs]
         with current(self.device), without_tf32():
             return layer_times(self.module, arguments, self.device, repeats)
@@ -203,11 +200,12 @@ class PyTorchBackend:
         return lower(self.graph, weights, device=self.device, groups=self._groups)
 
 
-def warn_if_emulated(folder: EngineFolder, passes: tuple[Pass, ...]) -> None:
-    if folder.dtype != "bfloat16" or not set(FP8_ATTENTION) <= set(passes):
+def warn_if_emulated(module: fx.GraphModule) -> None:
+    """Of an engine with attention in FP8: kernels in FP8 replace these operators."""
+    if any(node.target in (torch_ops.attention, torch_ops.softmax) for node in module.graph.nodes):
         log.warning(
             "attention in FP8 is emulated, which is slow: the pytorch backend has a kernel for it on Hopper GPUs, with "
-            "fa3-fwd and Triton, for engines in bfloat16, without compile"
+            "fa3-fwd and Triton, for engines in bfloat16 with heads of a multiple of 16 channels, without compile"
         )
 
 

@@ -37,7 +37,7 @@ SCATTERED = transposed(collective("ALL_TO_ALL", transposed(reshaped("sent"), 1, 
 @fusion(Op("ATTENTION", ("q", "k", "v")))
 def gathered_attention(layer: Layer, index: Index, q: str, k: str, v: str) -> Layer | None:
     """Attention of this rank's queries over gathered keys and values -> GATHERED_ATTENTION."""
-    whole = _whole(index, k, v)
+    whole = _whole(index, k, v) if len(layer.inputs) == 3 else None
     found = whole and _exchanged(index, whole, GATHERED)
     if not found:
         return None
@@ -53,7 +53,7 @@ def ulysses_attention(layer: Layer, index: Index, sent: str) -> Layer | None:
     """Attention of this rank's heads over all tokens, between two all-to-alls -> ULYSSES_ATTENTION."""
     found = {_attention(name, index) for name in index.parts(sent, 3)}
     attention = index.find(found.pop(), "ATTENTION") if len(found) == 1 else None
-    whole = attention and _whole(index, *attention.inputs)
+    whole = attention and len(attention.inputs) == 3 and _whole(index, *attention.inputs)
     exchanged = whole and _exchanged(index, whole, SCATTERED)
     if not exchanged:
         return None

@@ -92,6 +92,7 @@ def _result(layer: Layer, inputs: list, weights: Mapping[str, torch.Tensor], map
     if layer.type == "CONSTANT":
         if layer.output.dtype == "int64":
             return tuple(layer.attributes["values"])
+        _check_source(layer.attributes)
         return constant(layer, weights).to("meta")
     if layer.type == "DIST_COLLECTIVE":
         return _collective(*inputs, **layer.attributes, mapping=mapping)
@@ -100,6 +101,17 @@ def _result(layer: Layer, inputs: list, weights: Mapping[str, torch.Tensor], map
     if layer.type in FUSED:  # their kernels rely on what the passes have checked
         raise ValueError("a graph file has no layers of this type; only graph passes insert them")
     return operator_of(layer)(*inputs, **layer.attributes)
+
+
+def _check_source(source: dict) -> None:
+    """Raises `ValueError` for a constant that only graph passes make, or the largest of anything but scales."""
+    if found := {"stack", "scales", "product", "inverse"} & source.keys():
+        raise ValueError(f"a graph file has no constants of kind {min(found)}; only graph passes insert them")
+    scales, times = source.get("largest", ()), source.get("times", 1.0)
+    if any(scale.keys() != {"weight", "shape"} or scale["shape"] for scale in scales):
+        raise ValueError("the largest of something else than scales")
+    if isinstance(times, bool) or not isinstance(times, (int, float)) or not 0 < times < math.inf:
+        raise ValueError(f"times {shown(times)} is not a positive number")
 
 
 def _collective(x: torch.Tensor, *, operation: str, group: list[int], mapping: RankMapping) -> torch.Tensor:

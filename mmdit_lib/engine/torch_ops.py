@@ -44,7 +44,8 @@ def attention(
     if probability_scale is None:
         return device_attention(q, k, v, scale)
     assert normalization_quantize_to_type == FP8, normalization_quantize_to_type
-    rows = max(1, SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    most = SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2])
+    rows = max(1, q.shape[2] if q.is_meta else most)
     keys, values, results = k.float().transpose(-1, -2), v.float(), []
     for queries in q.split(rows, 2):
         probabilities = (queries.float() @ keys * scale).softmax(-1).to(q.dtype)

@@ -7,7 +7,8 @@ idle. Those of the image alone are 4 tiles: the text's attention then runs besid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from math import ceil
 
@@ -26,39 +27,39 @@ IDLE = 0.5
 def two_streams(module: fx.GraphModule) -> fx.GraphModule:
     """A lowered graph in which what only depends on the text's rows of a joint attention runs on a second stream.
 
-    It computes the same, bit for bit. Memory stays safe because a block's operators for the image are called first and
-    those for the text last, followed by a wait: nothing is allocated on the first stream while the second one runs.
+    It computes the same, bit for bit. What depends on neither stream is called before the attention, so that both can
+    read it. Memory stays safe because a block's operators for the image are called before those for the text, which
+    are followed by a wait: nothing is allocated on the first stream while the second one runs.
     """
     nodes = list(module.graph.nodes)
     joint = [i for i, node in enumerate(nodes) if _is_joint(node)]
-    ends = [*joint, len(nodes)][1:]
-    spans = {nodes[start]: _of_text(nodes[start:end]) for start, end in zip(joint, ends, strict=True)}
-    if not any(spans.values()):
+    order, begins, enters, leaves = nodes[: joint[0] if joint else None], set(), set(), set()
+    for start, end in zip(joint, [*joint, len(nodes)][1:], strict=True):
+        attention, *rest = nodes[start:end]
+        last = [rest.pop()] if rest and rest[-1].op == "output" else []
+        parts = _parts(attention, rest)
+        if parts:
+            first, image, text = parts
+            order += [*first, attention, *image, *text, *last]
+            begins.add(attention)
+            enters.add(text[0])
+            leaves.add(text[-1])
+        else:
+            order += [attention, *rest, *last]
+    if not begins:
         return module
-    graph, copies = fx.Graph(), {}
-
-    def copy(node: fx.Node) -> None:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-
-    begun, text = None, []
-
-    def run_text() -> None:
-        if text:
-            graph.call_function(enter, (begun,))
-            for node in text:
-                copy(node)
-            graph.call_function(leave, (begun,))
-
-    for node in nodes:
-        if node in spans or node.op == "output":
-            run_text()
-            begun, text = None, spans.get(node, [])
-        if node in spans and text:
+    graph, copies, begun = fx.Graph(), {}, None
+    for node in order:
+        if node in begins:
             begun = graph.call_function(begin, *fx.node.map_arg((node.args, node.kwargs), copies.__getitem__))
             copies[node] = graph.call_function(getattr, (begun, "out"))
             copies[node].meta = node.meta
-        elif node not in text:
-            copy(node)
+            continue
+        if node in enters:
+            graph.call_function(enter, (begun,))
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node in leaves:
+            graph.call_function(leave, (begun,))
     return fx.GraphModule(module, graph)
 
 
@@ -69,21 +70,25 @@ def _is_joint(node: fx.Node) -> bool:
     return len(node.args) // (node.kwargs["inputs"] + 2) == 2
 
 
-def _of_text(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Those that depend on the text's rows of the first one, a joint attention; none if they cannot be separated."""
-    slices = [node for node in nodes[0].users if node.kwargs.get("axes") == [2]]
-    if len(slices) != 2 or len(nodes[0].users) != 2:  # the last block has no text
-        return []
+def _parts(attention: fx.Node, nodes: list[fx.Node]) -> tuple[list[fx.Node], ...] | None:
+    """`nodes`, which follow a joint attention, in three parts; None if they cannot be separated.
+
+    Those that depend on neither stream's rows, which both may read; on the image's; on the text's.
+    """
+    slices = [node for node in attention.users if node.kwargs.get("axes") == [2]]
+    if len(slices) != 2 or len(attention.users) != 2 or slices[0].args[1:2] != ((0,),):  # the last block has no text
+        return None
     image, text = (_after({rows}, nodes) for rows in slices)
-    mine = [node for node in nodes if node in text and node not in image]
-    several_ranks = any("group" in node.kwargs for node in (*image, *text))
-    return [] if image & text or several_ranks or slices[0].args[1] != (0,) else mine
+    if image & text or any("group" in node.kwargs for node in (*image, *text)):  # several ranks
+        return None
+    first = [node for node in nodes if node not in image | text]
+    return first, [node for node in nodes if node in image], [node for node in nodes if node in text]
 
 
 def _after(found: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
-    """`found` and all that depends on it among `nodes`, whose values all nodes but the last ones read."""
+    """`found` and all that depends on it among `nodes`."""
     for node in nodes:
-        if node.op != "output" and found.intersection(node.all_input_nodes):
+        if found.intersection(node.all_input_nodes):
             found.add(node)
     return found
 
@@ -155,3 +160,16 @@ def leave(begun: Begun) -> None:
     if begun.text:
         torch.cuda.set_stream(begun.main)
         begun.main.wait_stream(_second(begun.out.device))
+
+
+@contextmanager
+def on_one_stream_again(device: torch.device) -> Iterator[None]:
+    """After an exception inside, the stream from before is the current one again, as the end of a capture needs."""
+    main = torch.cuda.current_stream(device)
+    try:
+        yield
+    except BaseException:
+        if torch.cuda.current_stream(device) != main:
+            torch.cuda.set_stream(main)
+            main.wait_stream(_second(device))
+        raise

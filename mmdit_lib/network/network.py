@@ -190,6 +190,8 @@ class Network:
     def largest_scale(self, names: Sequence[str], times: float) -> Tensor:
         """As `scale`: the largest of several scales of the checkpoint, multiplied by a power of two."""
         source = {"largest": [{"weight": name, "shape": ()} for name in names], "times": times, "dtype": self.dtype}
+        if missing := [name for name in names if name not in self.weights]:
+            raise ValueError(f"fp8_attention: '{missing[0].rpartition('.')[0]}' is not in FP8 in this checkpoint")
         value = torch.tensor(max(self.weights[name].item() for name in names) * times, dtype=TORCH_DTYPES[self.dtype])
         if not value.isfinite():
             raise ValueError(

@@ -58,7 +58,8 @@ def memory_of(
 
     The graph must be sound: it is lowered without the checks of `engine/rehearsal.py`. `weights` are without
     data; those of an unquantized checkpoint if not given. Activations are counted without the passes for FP8, which
-    need slightly less.
+    need slightly less; without a second stream for the text, for which queries, keys, values and results of an
+    attention are kept longer; and as if attention in FP8 always had its kernel.
     """
     weights = weights or meta_weights(architecture, model, layout, dtype)
     peak = Peak(graph, weights, groups=group_names(graph), passes=FP8_ATTENTION + GPU_PASSES)
