@@ -56,6 +56,8 @@ LAYOUTS = {
 }
 REFERENCE = "1 GPU, float32"
 ATTENTION = "fp8, attention too"
+TITLES = {"bf16": "", "fp8": " in FP8", ATTENTION: " in FP8, attention too"}
+IN = {"bf16": "linear layers in bf16", "fp8": "linear layers in fp8", ATTENTION: "linear layers and attention in fp8"}
 IMAGES = 3
 
 
@@ -298,12 +300,11 @@ def table(result: dict) -> list[str]:
         rows = [row for row in result["rows"] if row["model"] == model]
         alone = rows[0]
         lines += [
-            f"## SD3.5-{model}"
-            + {"bf16": "", "fp8": " in FP8", ATTENTION: " in FP8, attention too"}[result["weights"]],
+            f"## SD3.5-{model}{TITLES[result['weights']]}",
             "",
             f"{result['hardware']}, torch {result['torch']}, NCCL {result['nccl']}, driver {result['driver']}, "
-            f"{result['date']}. One step of the `pytorch` backend, {result['conditions']}, linear layers in "
-            f"{result['weights']}, attention by {result.get('attention', 'PyTorch')}; mean of an image's "
+            f"{result['date']}. One step of the `pytorch` backend, {result['conditions']}, "
+            f"{IN[result['weights']]}, attention by {result.get('attention', 'PyTorch')}; mean of an image's "
             f"{Loop.steps} steps, median of {IMAGES} images, on the slowest rank."
             + f" Of diffusers, the median of {result['repeats']} steps."
             * any("diffusers" in row["layout"] for row in rows),

@@ -76,7 +76,7 @@ SD3.5-medium and SD3.5-large at 1024x1024, batch 2, unless stated otherwise. The
 | another memory layout of queries, keys and values | one that cuDNN runs faster | 569 to 575 us per attention in all nine orders tried |
 | `torch.compile(dynamic=True)`, so that other sizes need no compilation | no loss | 52.2 ms instead of 50.0 (static), and still 15 s for the first step without guidance |
 | blocks compiled ahead of time (AOTInductor) | as `dynamic=True` | correct at every size (1.7e-7 on a CPU), 92 s for the tiny model's three kinds of block; not needed with the kernels above, which compile in about a second |
-| the text's GEMMs and norms on a second CUDA stream, for one row (as each rank has with cfg 2), SD3.5-medium | 0.5 ms less: GEMMs of one row leave part of the GPU idle | 23.7 instead of 23.4 ms (medians of five rounds), bit-identical |
+| the text's GEMMs and norms on a second CUDA stream, for one row (as each rank has with cfg 2), SD3.5-medium | 0.5 ms less: GEMMs of one row leave part of the GPU idle | 23.7 instead of 23.4 ms (medians of five rounds), bit-identical; kept in another form, with the text's attention, see [parallel_h100x2.md](parallel_h100x2.md#what-was-tried) |
 | the fastest of cuBLASLt's 8 algorithms for every GEMM, instead of torch's choice | 0.5 ms less | sums of the four GEMMs of a block, SD3.5-medium, for all 24 blocks: image 16.0 instead of 15.8 ms (two rows), 8.4 instead of 8.2 (one row); text 1.7 instead of 1.9 ms (two rows), 1.2 instead of 1.2 (one row) |
 """  # noqa: E501
 
