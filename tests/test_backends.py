@@ -298,6 +298,25 @@ def test_what_follows_waits_for_the_thread_that_compiles_kernels(case, method):
     assert order == ["kernels"] and not warm_up._running
 
 
+def test_several_threads_wait():
+    go, ended = threading.Event(), []
+    for number in range(3):
+        warm_up.start(lambda number=number: go.wait(60) and ended.append(number))
+    found = []
+
+    def waits() -> None:
+        warm_up.wait()
+        found.append(sorted(ended))
+
+    threads = [threading.Thread(target=waits) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    go.set()
+    for thread in threads:
+        thread.join(60)
+    assert found == [[0, 1, 2]] * 4 and not warm_up._running
+
+
 def test_a_step_that_compiles_kernels(case, caplog):
     """It is a step; if it fails, that is left to the program's own steps."""
     backend = PyTorchBackend.open(case.runner().folder, RunnerOptions(device="cpu"))

@@ -15,12 +15,13 @@ import torch
 from helpers import case, diffusers_output, mmdit, relative_error
 from test_fp8 import FLIPPED
 
-from mmdit_lib import EngineFolder, MMDiTRunner, build, convert
+from mmdit_lib import Checkpoint, EngineFolder, MMDiTRunner, build, convert
 from mmdit_lib.checkpoint import manifest
-from mmdit_lib.config import DTYPES, FP8, PlanOptions
+from mmdit_lib.config import DTYPES, FP8, Layout, PlanOptions
 from mmdit_lib.engine import torch_ops
 from mmdit_lib.engine.build import define
 from mmdit_lib.engine.builder_config import builder_config
+from mmdit_lib.engine.dry_graph import dry_graph
 from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.logger import logger
@@ -253,6 +254,10 @@ def test_what_cannot_be_built_is_refused(tmp_path):
     refused(fp8.checkpoint("sd3-medium"), "normalizes queries and keys, as SD3.5 does")
     refused(fp8.checkpoint("sd3.5-medium"), "does not work with context parallelism, here cp_size=2", cp_size=2)
     refused(fp8.checkpoint("sd3.5-medium"), "fp8_attention: not an option of builder trtllm", builder="trtllm")
+    opened = Checkpoint.open(fp8.checkpoint("sd3.5-medium"))
+    config = EngineFolder.open(engine("sd3.5-medium")).build_config
+    with pytest.raises(ValueError, match="fp8_attention does not work with context parallelism"):
+        dry_graph(opened.model, Layout(cp_size=2).at(0), config, "bfloat16", opened.quantization)
 
 
 def test_a_value_scale_beyond_the_dtype(tmp_path):

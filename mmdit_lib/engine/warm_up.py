@@ -8,7 +8,7 @@ from threading import Lock, Thread
 
 log = logging.getLogger("mmdit_lib")
 
-_running: list[Thread] = []
+_running: set[Thread] = set()
 _one_at_a_time = Lock()
 
 
@@ -23,12 +23,12 @@ def start(step: Callable[[], object]) -> None:
                 log.debug("a step that compiles kernels failed", exc_info=True)
 
     thread = Thread(target=run, name="warm-up")
-    _running.append(thread)
+    _running.add(thread)
     thread.start()
 
 
 def wait() -> None:
     """Return when all of them have ended: while a CUDA graph is captured, no other thread may use CUDA."""
-    while _running:
-        _running[0].join()
-        _running.pop(0)
+    for thread in [*_running]:
+        thread.join()
+        _running.discard(thread)  # another thread may have waited, too

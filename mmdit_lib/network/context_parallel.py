@@ -42,11 +42,13 @@ class Stream(NamedTuple):
 def attend(streams: list[Stream], parts: list[QKV], value_scale: Tensor | None = None) -> list[Tensor]:
     """Joint attention over all streams: every token sees every token. [B, heads, local tokens, d] per stream.
 
-    `value_scale` is that of `F.attention`, for cp = 1.
+    `value_scale` is that of `F.attention`; raises `ValueError` if it is given for several cp ranks.
     """
     mapping = parts[0].q.network.mapping
     if mapping.cp_size == 1:
         return uncat(F.attention(*map(cat, zip(*parts, strict=True)), value_scale), [s.length for s in streams])
+    if value_scale is not None:
+        raise ValueError("fp8_attention does not work with context parallelism")
     return (ulysses if mapping.layout.cp_method == "ulysses" else gathered)(streams, parts)
 
 
