@@ -121,7 +121,7 @@ def build(
         "build options",
     )
     check_build(checkpoint.model, config, layout)
-    check_fp8_attention(checkpoint, config, layout)
+    check_fp8_attention(checkpoint, config)
     check_collectives(layout)
     output = Path(output_dir).expanduser()
     with complete_folder(output, "engine folder", is_engine_folder) as partial:
@@ -160,14 +160,10 @@ def refuse_for_trtllm(arguments: dict[str, Any]) -> None:
             )
 
 
-def check_fp8_attention(checkpoint: Checkpoint, config: BuildConfig, layout: Layout) -> None:
-    """Raises `ValueError` if attention cannot be in FP8 as the config asks."""
-    if not config.fp8_attention:
-        return
-    if checkpoint.quantization.quant_algo is None:
+def check_fp8_attention(checkpoint: Checkpoint, config: BuildConfig) -> None:
+    """Raises `ValueError` if attention should be in FP8, but no weight is; the network refuses the rest."""
+    if config.fp8_attention and checkpoint.quantization.quant_algo is None:
         raise ValueError(f"fp8_attention: {checkpoint.path} is not in FP8; convert with --quantization fp8")
-    if layout.cp_size > 1:
-        raise ValueError(f"fp8_attention does not work with context parallelism, here cp_size={layout.cp_size}")
 
 
 def check_collectives(layout: Layout) -> None:

@@ -123,7 +123,7 @@ class PyTorchBackend:
     def _warm_up(self, inputs: Inputs) -> None:
         given = {name: value.to(self.device) for name, value in inputs.items()}
         with current(self.device):  # and TF32 as it is: its switches are the whole program's
-            self._module(*(given[node.target] for node in self._module.graph.find_nodes(op="placeholder")))
+            _run(self._module, given)
 
     @torch.inference_mode()
     def __call__(self, inputs: Inputs, timesteps: torch.Tensor | None = None) -> torch.Tensor:
@@ -152,7 +152,7 @@ class PyTorchBackend:
 
     def _call(self, module: fx.GraphModule, inputs: Inputs) -> torch.Tensor:
         with current(self.device), without_tf32():
-            return module(*(inputs[node.target] for node in module.graph.find_nodes(op="placeholder")))
+            return _run(module, inputs)
 
     @torch.inference_mode()
     def intermediates(self, inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -198,6 +198,10 @@ class PyTorchBackend:
             return self.module
         weights = {**self._weights, **placed_weights(self.module)}
         return lower(self.graph, weights, device=self.device, groups=self._groups)
+
+
+def _run(module: fx.GraphModule, inputs: Inputs) -> torch.Tensor:
+    return module(*(inputs[node.target] for node in module.graph.find_nodes(op="placeholder")))
 
 
 def warn_if_emulated(module: fx.GraphModule) -> None:
