@@ -52,13 +52,12 @@ def write_graph(
     dry_graph(model, mapping, BuildConfig.one_size(resolution, BATCH, TEXT_TOKENS, **options), dtype, scheme).save(path)
 
 
-def draw_weights(model: SD3Config, device: torch.device) -> dict[str, torch.Tensor]:
-    """Random bf16 weights, the same on all GPUs of the same type."""
+def draw_weights(
+    model: SD3Config, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
+    """Random weights, the same on all GPUs of the same type."""
     generator = torch.Generator(device).manual_seed(0)
-    return {
-        name: draw_weight(name, shape, generator, torch.bfloat16, device)
-        for name, shape in SD3.parameters(model).items()
-    }
+    return {name: draw_weight(name, shape, generator, dtype, device) for name, shape in SD3.parameters(model).items()}
 
 
 def inputs_on(
