@@ -31,7 +31,7 @@ from mmdit_lib.sd3 import SD3, SD3Config
 BATCH, TEXT_TOKENS = 2, 333
 KINDS = {
     "attention": ("sdpa", "flash", "fmha"), "GEMM": ("nvjet", "gemm", "cutlass"), "norm, modulation, gate": ("_row",),
-    "heads": ("_heads",), "rounding to FP8": ("_quantize",), "collectives": ("nccl", "_barrier", "symm"),
+    "heads": ("_heads", "_column_sums"), "rounding to FP8": ("_quantize",), "collectives": ("nccl", "_barrier", "symm"),
 }  # fmt: skip
 """Parts of the names of CUDA kernels, by kind."""
 

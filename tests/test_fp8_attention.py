@@ -165,7 +165,18 @@ def test_passes_for_a_gpu(name):
     plain = opened(fp8.engine(name, "bfloat16"))
     without = apply(plain.backend.graph, WITHOUT)
     same = [layer.type for layer in without if layer.type != "CONSTANT"]
-    assert [kind for kind in kinds if kind != "CONSTANT"] == same, "all other operators are as without the option"
+    results = [layer.output.name for layer in layers if layer.type == "PROJECTED_ATTENTION"]
+    items = [layer for layer in layers if layer.type == "ITEM" and made[layer.inputs[0]].type == "PROJECTED_ATTENTION"]
+    assert len(items) == 2 * len(results)
+    shifted = [made[layer.inputs[2]] for layer in layers if layer.type == "SHIFTED_FP8"]
+    assert shifted and {(x.type, x.attributes["index"]) for x in shifted} == {("ITEM", 1)}
+    sums = [x for x in layers if x.type == "ELEMENTWISE" and made.get(x.inputs[0]) in items]
+    assert [x.output.name for x in sums] == [results[-1].removesuffix("/both")], (
+        "of the last block's text, which is not used"
+    )
+    kept = [x for x in layers if x.type != "CONSTANT" and x not in items and x not in sums]
+    others = [x.type.replace("SHIFTED_FP8", "QUANTIZE") for x in kept]
+    assert others == same, "all other operators are as without the option"
     given = sample_inputs(runner.folder, batch=2, text_tokens=97, seed=3)
     inputs, _ = runner.prepare(given)
     emulated, exact = runner.run(given), opened(fp8.engine(name)).run(given)

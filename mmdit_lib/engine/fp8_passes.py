@@ -69,7 +69,8 @@ ROUNDED = Op("DEQUANTIZE", (Op("QUANTIZE", ("x", "scale"), {"axis": -1}), "facto
 def fp8_attention(layers: Layers) -> Layers:
     """ATTENTION in bfloat16 whose inputs and probabilities are rounded to FP8 -> FP8_ATTENTION of what is rounded.
 
-    Its kernel has scale 1 for queries and keys, another for values, and rounds probabilities in its own way.
+    Its kernel has scale 1 for queries and keys, another for values, and rounds probabilities in its own way. It returns
+    the attention to values without their mean, and the mean, which a SUM adds.
     """
     index, result = Index.of(layers), []
     for layer in layers:
@@ -82,10 +83,22 @@ def fp8_attention(layers: Layers) -> Layers:
             scale = index.number(q["factor"])
             if ones == [1.0, 1.0, 1.0] and scale and v["scale"] == v["factor"] and index.constant(v["scale"]):
                 result.append(_in_float32(index.made_by[v["scale"]], f"{layer.output.name}/value_scale"))
-                inputs = (q["x"], k["x"], v["x"], result[-1].output.name)
-                layer = fused(layer, "FP8_ATTENTION", *inputs, scale=scale)
+                result += _centered(layer, q["x"], k["x"], v["x"], result[-1].output.name, scale=scale)
+                continue
         result.append(layer)
     return without_unread(result, layers)
+
+
+def _centered(layer: Layer, *inputs: str, scale: float) -> Layers:
+    """FP8_ATTENTION, an ITEM for each of its two results, and their SUM."""
+    output, name = layer.output, layer.output.name
+    both = fused(replace(layer, output=replace(output, name=f"{name}/both")), "FP8_ATTENTION", *inputs, scale=scale)
+    items = [
+        replace(both, type="ITEM", inputs=(both.output.name,), output=replace(output, name=f"{name}/{part}"),
+                attributes={"index": i})
+        for i, part in enumerate(("centered", "center"))
+    ]  # fmt: skip
+    return [both, *items, fused(layer, "ELEMENTWISE", *(item.output.name for item in items), op="SUM")]
 
 
 # Kernels ---------------------------------------------------------------------------------------------
@@ -117,6 +130,39 @@ def _fused(layer: Layer, index: Index) -> Iterator[tuple[str, Layer]]:
             yield layer.output.name, fused(layer, "ITEM", both.output.name, index=1)
 
 
+def shifted_activations(layers: Layers) -> Layers:
+    """QUANTIZE of merged heads whose mean is added before -> SHIFTED_FP8, which adds it."""
+    index, instead = Index.of(layers), {}
+    for layer in layers:
+        first = _first_of_merged_heads(layer, index) if layer.type == "QUANTIZE" else None
+        items = _items(index.made_by.get(first.inputs[0]), index) if first else None
+        if items:
+            instead[first.output.name] = replace(first, inputs=(items[0], *first.inputs[1:]))
+            instead[layer.output.name] = fused(layer, "SHIFTED_FP8", *layer.inputs, items[1])
+    return without_unread([instead.get(layer.output.name, layer) for layer in layers], layers)
+
+
+def _first_of_merged_heads(quantize: Layer, index: Index) -> Layer | None:
+    """The first of the layers that nothing else reads: a SLICE of some tokens or none, a transpose, a reshape."""
+    merged = index.find(quantize.inputs[0], "SHUFFLE")
+    transposed = index.find(merged.inputs[0], "SHUFFLE") if merged else None
+    if not transposed or transposed.attributes["first_transpose"] != [0, 2, 1, 3]:
+        return None
+    part = index.find(transposed.inputs[0], "SLICE")
+    chain = [merged, transposed, *([part] if part else [])]
+    return chain[-1] if all(index.uses[x.output.name] == 1 for x in chain) else None
+
+
+def _items(total: Layer | None, index: Index) -> tuple[str, str] | None:
+    """The two results of attention in FP8, if `total` is their SUM."""
+    if not total or total.type != "ELEMENTWISE" or total.attributes["op"] != "SUM":
+        return None
+    items = [index.find(name, "ITEM") for name in total.inputs]
+    both = {item.inputs[0] for item in items if item}
+    attention = index.made_by[both.pop()].type.endswith("ATTENTION") if len(both) == 1 and all(items) else False
+    return total.inputs if attention else None
+
+
 def scales_first(layers: Layers) -> Layers:
     """Scales come first, so that an operator before the one that now reads a scale can read it."""
     return sorted(layers, key=lambda layer: not (layer.type == "CONSTANT" and layer.output.shape == ()))
@@ -141,7 +187,7 @@ def fp8_linear_gelu(layers: Layers) -> Layers:
 
 
 FP8_GEMMS: tuple[Pass, ...] = (fp8_linear,)
-FP8_KERNELS: tuple[Pass, ...] = (scales_first, quantized_activations)
+FP8_KERNELS: tuple[Pass, ...] = (scales_first, quantized_activations, shifted_activations)
 FP8_EPILOGUES: tuple[Pass, ...] = (fp8_linear_gelu,)
 FP8_ATTENTION: tuple[Pass, ...] = (fp8_attention,)
 """First of all, where FlashAttention-3 can run."""

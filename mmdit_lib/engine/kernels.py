@@ -57,19 +57,31 @@ def gated_norm(x, gate, y, scale, shift, *earlier, eps: float) -> tuple[torch.Te
     return triton_kernels.gated_norm(x, gate, y, scale, shift, eps, earlier)
 
 
-def fp8_attention(q, k, v, v_scale: torch.Tensor, *, scale: float) -> torch.Tensor:
+def fp8_attention(q, k, v, v_scale: torch.Tensor, *, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` with its inputs in FP8, where its kernel takes them; elsewhere they are rounded to FP8.
 
-    q and k have scale 1, v has `v_scale`, a float32 scalar. Returns bfloat16 there, elsewhere q's dtype.
+    Hopper's tensor cores add FP8 products with few bits, so a sum over many tokens loses the more, the more the values
+    have in common. Therefore the values lose their mean first. It is for the caller to add, which is exact because the
+    probabilities' sum is 1.
+
+    q and k have scale 1, v without its mean has `v_scale`, a float32 scalar.
+
+    Returns:
+        The attention to v without its mean, in bfloat16 with the kernel, otherwise in q's dtype; and the mean,
+        [B, heads, 1, head_size], in v's dtype.
     """
-    one = torch.ones((), device=q.device)
-    scales = (one, one, v_scale)
+    one, mean = torch.ones((), device=q.device), v.mean(2, keepdim=True)
+    given, scales = (q, k, v - mean), (one, one, v_scale)
     if not q.is_cuda or not has_flash_attention_3(q.device):
-        return attention(*map(through_fp8, (q, k, v), scales), scale)
-    return attention(*map(rounded, (q, k, v), scales), scale, v_scale)
+        return attention(*map(through_fp8, given, scales), scale), mean
+    return attention(*map(rounded, given, scales), scale, v_scale), mean
 
 
-def qkv_attention(*streams: torch.Tensor | None, heads: int, eps: float, scale: float) -> torch.Tensor:
+Attended = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""The result of attention, or the two of `fp8_attention`."""
+
+
+def qkv_attention(*streams: torch.Tensor | None, heads: int, eps: float, scale: float) -> Attended:
     """Attention over the tokens of all streams together.
 
     Args:
@@ -81,8 +93,8 @@ def qkv_attention(*streams: torch.Tensor | None, heads: int, eps: float, scale: 
         scale: factor of the products of queries and keys.
 
     Returns:
-        [B, heads, tokens of all streams, head_size]. On a GPU it is stored with the tokens first, so that the tokens
-        of one stream are contiguous.
+        [B, heads, tokens of all streams, head_size], and in FP8 the mean too, as `fp8_attention`. On a GPU it is stored
+        with the tokens first, so that the tokens of one stream are contiguous.
     """
     count, in_fp8 = divmod(len(streams), 3)
     q, k, v = split_heads(*streams[: 3 * count], heads=heads, eps=eps)
@@ -91,7 +103,7 @@ def qkv_attention(*streams: torch.Tensor | None, heads: int, eps: float, scale: 
 
 def projected_attention(
     *streams: torch.Tensor | None, inputs: int, heads: int, eps: float, scale: float, to_type: str | None = None
-) -> torch.Tensor:
+) -> Attended:
     """`qkv_attention` of linear layers: on a GPU they write to one tensor, from which attention reads.
 
     Args:
@@ -100,8 +112,9 @@ def projected_attention(
             FP8.
     """
     if on_gpu(streams[0]):
-        q, k, v, v_scale = projected_heads(*streams, inputs=inputs, heads=heads, eps=eps)
-        return attention(q, k, v, scale, v_scale)
+        q, k, v, v_scale, mean = projected_heads(*streams, inputs=inputs, heads=heads, eps=eps)
+        found = attention(q, k, v, scale, v_scale)
+        return found if mean is None else (found, mean)
     parts, v_scale = _parts(streams, inputs)
     project = linear if to_type is None else partial(fp8_linear, to_type=to_type)
     joined = [x for *layer, norm_q, norm_k in parts for x in (project(*layer), norm_q, norm_k)]
@@ -109,11 +122,15 @@ def projected_attention(
 
 
 def projected_heads(*streams, inputs: int, heads: int, eps: float) -> tuple[torch.Tensor | None, ...]:
-    """On a GPU, the queries, keys and values of `projected_attention`, in FP8 if it has their scale; and the scale."""
+    """On a GPU, the queries, keys and values of `projected_attention`, the scale of the values, and their mean.
+
+    With the scale they are in FP8, the values without their mean; otherwise there is no mean.
+    """
     from . import triton_attention
 
     parts, v_scale = _parts(streams, inputs)
-    return *triton_attention.joint_heads(parts, heads, eps, v_scale), v_scale
+    *qkv, mean = triton_attention.joint_heads(parts, heads, eps, v_scale)
+    return *qkv, v_scale, mean
 
 
 def _parts(streams, inputs: int) -> tuple[list[tuple], torch.Tensor | None]:
@@ -156,6 +173,16 @@ def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     from . import triton_kernels
 
     return triton_kernels.quantize(x, scale, gelu=False)
+
+
+def shifted_fp8(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """x + shift in FP8, with x [B, S, heads head_size] and shift [B, heads, 1, head_size]."""
+    row = shift.flatten(1)[:, None]
+    if not on_gpu(x) or not has_fp8(x.device):
+        return rounded(x + row, scale)
+    from . import triton_kernels
+
+    return triton_kernels.quantize(x, scale, gelu=False, shift=row)
 
 
 def gelu_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

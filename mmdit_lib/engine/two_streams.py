@@ -15,7 +15,7 @@ from math import ceil
 import torch
 from torch import fx
 
-from . import kernels
+from . import kernels, torch_ops
 from .attention import attention, has_flash_attention_3
 
 ROWS, CHANNELS = 192, 96
@@ -39,8 +39,8 @@ def two_streams(module: fx.GraphModule) -> fx.GraphModule:
         last = [rest.pop()] if rest and rest[-1].op == "output" else []
         parts = _parts(attention, rest)
         if parts:
-            first, image, text = parts
-            order += [*first, attention, *image, *text, *last]
+            first, items, image, text = parts
+            order += [*first, attention, *items, *image, *text, *last]
             begins.add(attention)
             enters.add(text[0])
             leaves.add(text[-1])
@@ -52,7 +52,7 @@ def two_streams(module: fx.GraphModule) -> fx.GraphModule:
     for node in order:
         if node in begins:
             begun = graph.call_function(begin, *fx.node.map_arg((node.args, node.kwargs), copies.__getitem__))
-            copies[node] = graph.call_function(getattr, (begun, "out"))
+            copies[node] = graph.call_function(getattr, (begun, "result"))
             copies[node].meta = node.meta
             continue
         if node in enters:
@@ -71,18 +71,21 @@ def _is_joint(node: fx.Node) -> bool:
 
 
 def _parts(attention: fx.Node, nodes: list[fx.Node]) -> tuple[list[fx.Node], ...] | None:
-    """`nodes`, which follow a joint attention, in three parts; None if they cannot be separated.
+    """`nodes`, which follow a joint attention, in four parts; None if they cannot be separated.
 
-    Those that depend on neither stream's rows, which both may read; on the image's; on the text's.
+    Those that depend on neither stream's rows, which both may read; the ITEMs of the attention, if it has two results;
+    those that depend on the image's rows; on the text's.
     """
-    slices = [node for node in attention.users if node.kwargs.get("axes") == [2]]
-    if len(slices) != 2 or len(attention.users) != 2 or slices[0].args[1:2] != ((0,),):  # the last block has no text
+    items = [node for node in attention.users if node.target is torch_ops.item]
+    joint = next((node for node in items if node.kwargs["index"] == 0), attention)
+    slices = [node for node in joint.users if node.kwargs.get("axes") == [2]]
+    if len(slices) != 2 or len(joint.users) != 2 or slices[0].args[1:2] != ((0,),):  # the last block has no text
         return None
     image, text = (_after({rows}, nodes) for rows in slices)
     if image & text or any("group" in node.kwargs for node in (*image, *text)):  # several ranks
         return None
-    first = [node for node in nodes if node not in image | text]
-    return first, [node for node in nodes if node in image], [node for node in nodes if node in text]
+    first = [node for node in nodes if node not in image | text and node not in items]
+    return first, items, [node for node in nodes if node in image], [node for node in nodes if node in text]
 
 
 def _after(found: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
@@ -97,14 +100,15 @@ class Begun:
     """A joint attention whose text may still be missing.
 
     Attributes:
-        out: [B, heads, tokens, head_size].
+        result: of `kernels.projected_attention`.
         text: computes the text's rows; None if all rows are there.
+        device: where.
     """
 
-    def __init__(self, out: torch.Tensor, text: Callable[[], torch.Tensor] | None = None):
-        self.out, self.text = out, text
+    def __init__(self, result: kernels.Attended, device: torch.device, text: Callable[[], torch.Tensor] | None = None):
+        self.result, self.device, self.text = result, device, text
         if text:
-            self.main, self.ready = torch.cuda.current_stream(out.device), torch.cuda.Event()
+            self.main, self.ready = torch.cuda.current_stream(device), torch.cuda.Event()
             self.ready.record(self.main)
 
 
@@ -116,15 +120,15 @@ def begin(*streams, inputs: int, heads: int, eps: float, scale: float, to_type: 
     known = bias.dtype == torch.bfloat16 and size <= CHANNELS and size % 16 == 0
     known = known and kernels.on_gpu(x) and has_flash_attention_3(x.device)
     if not known or not worthwhile(batch, heads, image, text, processors_of(x.device)):
-        return Begun(kernels.projected_attention(*streams, **options, scale=scale, to_type=to_type))
-    q, k, v, v_scale = kernels.projected_heads(*streams, **options)
+        return Begun(kernels.projected_attention(*streams, **options, scale=scale, to_type=to_type), x.device)
+    q, k, v, v_scale, mean = kernels.projected_heads(*streams, **options)
     out = torch.empty(image + text, batch, heads, size, dtype=torch.bfloat16, device=x.device).permute(1, 2, 0, 3)
 
     def attend(rows: slice) -> torch.Tensor:
         return attention(q[:, :, rows], k, v, scale, v_scale, out[:, :, rows])
 
     attend(slice(image))
-    return Begun(out, lambda: attend(slice(image, None)))
+    return Begun(out if mean is None else (out, mean), x.device, lambda: attend(slice(image, None)))
 
 
 @cache
@@ -149,7 +153,7 @@ def _second(device: torch.device) -> torch.cuda.Stream:
 def enter(begun: Begun) -> None:
     """What follows is for the text: it runs on the second stream, once the image's attention is done."""
     if begun.text:
-        second = _second(begun.out.device)
+        second = _second(begun.device)
         second.wait_event(begun.ready)
         torch.cuda.set_stream(second)
         begun.text()
@@ -159,7 +163,7 @@ def leave(begun: Begun) -> None:
     """What follows runs on the first stream, after all of the second."""
     if begun.text:
         torch.cuda.set_stream(begun.main)
-        begun.main.wait_stream(_second(begun.out.device))
+        begun.main.wait_stream(_second(begun.device))
 
 
 @contextmanager

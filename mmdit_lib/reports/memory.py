@@ -18,7 +18,7 @@ from ..config import BuildConfig, Dtype, Layout, Sizes
 from ..engine import kernels
 from ..engine.ahead import last_early, steps_at_once
 from ..engine.collectives import dist_collective, without_ranks
-from ..engine.fp8_passes import FP8_ATTENTION
+from ..engine.fp8_passes import FP8_ATTENTION, shifted_activations
 from ..engine.graph import Graph
 from ..engine.pytorch_backend import GPU_PASSES
 from ..engine.rank_kernels import gathered_attention, slot_bytes, ulysses_attention
@@ -62,7 +62,7 @@ def memory_of(
     attention are kept longer; and as if attention in FP8 always had its kernel.
     """
     weights = weights or meta_weights(architecture, model, layout, dtype)
-    peak = Peak(graph, weights, groups=group_names(graph), passes=FP8_ATTENTION + GPU_PASSES)
+    peak = Peak(graph, weights, groups=group_names(graph), passes=FP8_ATTENTION + GPU_PASSES + (shifted_activations,))
     peak.last = last_early(peak.graph, architecture.conditioning)
     peak.run(*inputs_on_meta(model, dtype, sizes, build))
     return Memory(sum(weight.nbytes for weight in weights.values()), peak.nbytes, 2 * peak.slot, peak.ahead)
@@ -86,10 +86,11 @@ class Peak(OnShapes):
         made = ((address(x), x.untyped_storage().nbytes()) for x in tensors(value))
         self.held[node] = {place: nbytes for place, nbytes in made if place not in self.constants}
         storages = dict(ChainMap(*(self.held[x] for x in (*self.env, node))))
+        result = value[0] if isinstance(value, tuple) else value
         # Attention copies queries, keys and values; with a single stream, the values stay where they are.
-        copied = (3 if len(node.args) > 3 else 2) * value.nbytes if node.target is kernels.qkv_attention else 0
+        copied = (3 if len(node.args) > 3 else 2) * result.nbytes if node.target is kernels.qkv_attention else 0
         # Projected inside the operator, they are there once.
-        copied += 3 * value.nbytes if node.target is kernels.projected_attention else 0
+        copied += 3 * result.nbytes if node.target is kernels.projected_attention else 0
         # Across ranks, keys and values are in the slot; of some heads, it holds everything until the copy.
         copied += value.nbytes if node.target in (gathered_attention, ulysses_attention) else 0
         self.nbytes = max(self.nbytes, sum(storages.values()) + copied)
