@@ -6,16 +6,18 @@ On a GPU, tests/test_kernels.py checks the operators.
 import json
 import logging
 import re
+from collections import defaultdict
 from dataclasses import replace
 from unittest.mock import patch
 
 import fp8
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from helpers import case, diffusers_output, mmdit, relative_error
 from test_fp8 import FLIPPED
 
-from mmdit_lib import Checkpoint, EngineFolder, MMDiTRunner, build, convert
+from mmdit_lib import Checkpoint, EngineFolder, MMDiTRunner, build, convert, tiny
 from mmdit_lib.checkpoint import manifest
 from mmdit_lib.config import DTYPES, FP8, Layout, PlanOptions
 from mmdit_lib.engine import torch_ops
@@ -203,6 +205,22 @@ def test_operators_that_a_gpu_runs_if_not_all_passes_match(passes):
     assert "ATTENTION" not in {layer.type for layer in apply(runner.backend.graph, passes)}
     found = PyTorchBackend(runner.backend.graph, weights, passes=passes + runner.backend._passes)(inputs)
     assert 0 < relative_error(found, runner.run(given)) < 0.06, "probabilities are not rounded"
+
+
+@pytest.mark.slow
+def test_values_of_a_trained_model_have_a_mean():
+    """Which they lose before FlashAttention-3 rounds them (docs/fp8.md)."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny.model_path())
+    found = defaultdict(list)
+    for block in pipe.transformer.transformer_blocks:
+        for module in (block.attn.to_v, block.attn.add_v_proj):
+            module.register_forward_hook(lambda _, inputs, y, block=block: found[block].append(y))
+    seed = torch.Generator().manual_seed(0)
+    pipe("a large red ring", num_inference_steps=2, guidance_scale=4.0, generator=seed, output_type="latent")
+    for values in found.values():
+        image, text = values[-2:]
+        spread, mean = torch.std_mean(torch.cat([image, text], 1), 1)
+        assert 0.4 < mean.norm() / spread.norm() < 1.5
 
 
 def test_some_queries_at_a_time(monkeypatch):
