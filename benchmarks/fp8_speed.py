@@ -152,8 +152,8 @@ def table(found: dict) -> list[str]:
         "layers as FP8 GEMMs, then kernels for norms and GELU that round their results to FP8 themselves, then GELU "
         "and its rounding in the GEMM before it, then attention in FP8 (`fp8_attention`). torchao's float8 scales "
         'activations dynamically, per row. "rounding to FP8" is separate kernels, which also compute GELU if the GEMM '
-        'does not. In the first FP8 row, GELU is a PyTorch kernel, counted as "other". With attention in FP8, "heads" also '
-        "rounds queries, keys and values, and computes the mean of the values.",
+        'does not. In the first FP8 row, GELU is a PyTorch kernel, counted as "other". With attention in FP8, "heads" '
+        "also rounds queries, keys and values, and computes the mean of the values.",
     ]
     for row in found["rows"]:
         base = row["ms"]["diffusers bf16 compiled"]

@@ -238,7 +238,9 @@ CASES = [
     OpCase("UNBIND", ((2, 12),), lambda x: x.reshape(2, 4, 1, 3).transpose(1, 0, 2, 3), dict(width=3)),
 ]
 
-FP8_FUSED = {"FP8_ATTENTION", "FP8_LINEAR", "FP8_LINEAR_GELU", "GATED_NORM_FP8", "GELU_FP8", "NORM_MODULATE_FP8"}
+FP8_FUSED = {
+    "FP8_ATTENTION", "FP8_LINEAR", "FP8_LINEAR_GELU", "GATED_NORM_FP8", "GELU_FP8", "NORM_MODULATE_FP8", "SHIFTED_FP8",
+}  # fmt: skip
 """test_fp8_passes.py and test_fp8_attention.py compare them with the operators that they replace."""
 NEEDS_PROCESSES = {
     "DIST_COLLECTIVE", "GATHERED_ATTENTION", "REDUCED_GATED_NORM", "REDUCED_GATED_NORM_FP8", "REDUCED_GATED_SUM",

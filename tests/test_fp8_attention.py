@@ -24,7 +24,7 @@ from mmdit_lib.engine import torch_ops
 from mmdit_lib.engine.build import define
 from mmdit_lib.engine.builder_config import builder_config
 from mmdit_lib.engine.dry_graph import dry_graph
-from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
+from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS, shifted_activations
 from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.logger import logger
 from mmdit_lib.engine.lowering import lower, value_of
@@ -183,6 +183,8 @@ def test_passes_for_a_gpu(name):
     inputs, _ = runner.prepare(given)
     emulated, exact = runner.run(given), opened(fp8.engine(name)).run(given)
     found = PyTorchBackend(graph, weights, passes=ALL)(inputs)
+    apart = PyTorchBackend(graph, weights, passes=tuple(x for x in ALL if x is not shifted_activations))(inputs)
+    assert torch.equal(found, apart), "the mean is added before or while the result is rounded"
     unrounded = PyTorchBackend(plain.backend.graph, weights, passes=WITHOUT)(inputs)
     assert 0 < relative_error(found, unrounded)
     for x in (found, emulated):
