@@ -1,4 +1,4 @@
-"""Layer parity in float32 of the published models at full size, on a GPU. Random weights.
+"""Layer parity in float32 at full size, on a GPU: the published architectures with random weights.
 
     python -m benchmarks.layer_parity graphs --folder graphs      # needs TensorRT (tensorrt_rtx), but no GPU
     python -m benchmarks.layer_parity run --folder graphs --output layer_parity.json     # needs a GPU, but no TensorRT
