@@ -171,7 +171,9 @@ def save(result: dict, path: Path) -> None:
         partial.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def parser(about: str, models: Iterable[str], chosen: list[str], results: str, repeats: int) -> argparse.ArgumentParser:
+def parser(
+    about: str, models: Iterable[str], chosen: list[str], results: str, repeats: int | None = None
+) -> argparse.ArgumentParser:
     """The options that the GPU benchmarks have in common."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("what", choices=("graphs", "run", "table"))
@@ -179,7 +181,8 @@ def parser(about: str, models: Iterable[str], chosen: list[str], results: str, r
     made.add_argument("--output", type=Path, default=Path(results))
     made.add_argument("--results", type=Path, nargs="+", default=[Path(results)])
     made.add_argument("--models", nargs="+", choices=models, default=chosen)
-    made.add_argument("--repeats", type=int, default=repeats)
+    if repeats is not None:
+        made.add_argument("--repeats", type=int, default=repeats)
     return made
 
 

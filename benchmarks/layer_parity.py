@@ -69,6 +69,8 @@ def run(options: Namespace) -> None:
         print(result["rows"][-1], flush=True)
         common.save(result, options.output)
         common.free()
+    if wrong := [row["model"] for row in result["rows"] if not row["ok"]]:
+        raise SystemExit(f"not in agreement with diffusers: {', '.join(wrong)}")
 
 
 def table(result: dict) -> list[str]:
@@ -86,7 +88,7 @@ def table(result: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = common.parser(__doc__, MODELS, list(MODELS), "layer_parity.json", repeats=1)
+    parser = common.parser(__doc__, MODELS, list(MODELS), "layer_parity.json")
     common.main(parser.parse_args(), write_graphs, run, "Layer parity at full size", table)
 
 

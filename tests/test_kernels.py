@@ -230,10 +230,11 @@ def test_attention_in_fp8():
     q, k, v = (torch.randn(2, 3, tokens, 64, generator=generator).bfloat16() for tokens in (300, 377, 377))
     scale, v_scale = 64**-0.5, torch.tensor(2.0**-4)
     found = sum(kernels.fp8_attention(q.cuda(), k.cuda(), v.cuda(), v_scale.cuda(), scale=scale))
-    q, k, v = (kernels.through_fp8(x, s) for x, s in ((q, torch.tensor(1.0)), (k, torch.tensor(1.0)), (v, v_scale)))
+    one, mean = torch.tensor(1.0), v.mean(2, keepdim=True)
+    q, k, v = (kernels.through_fp8(x, s) for x, s in ((q, one), (k, one), (v - mean, v_scale)))
     options = dict(norm_op="SOFTMAX", causal_kind="NONE", normalization_quantize_to_type=FP8)
-    expected = torch_ops.attention(q * scale, k, v, None, torch.tensor(2.0**-8), **options)
-    without = kernels.attention(q, k, v, scale)
+    expected = torch_ops.attention(q * scale, k, v, None, torch.tensor(2.0**-8), **options) + mean
+    without = kernels.attention(q, k, v, scale) + mean
     assert found.dtype == torch.bfloat16
     assert relative_error(found.cpu(), expected) <= 2 * relative_error(without, expected)
 
@@ -261,18 +262,19 @@ def test_mean_over_tokens(tokens):
     generator = torch.Generator("cuda").manual_seed(0)
     qkv = torch.randn(tokens, 2, 3, 5, 48, device="cuda", generator=generator).bfloat16() + 1
     found, expected = mean_over_tokens(qkv[:, :, 2]), qkv[:, :, 2].double().mean(0)[:, :, None]
-    assert found.shape == (2, 5, 1, 48) and relative_error(found, expected) <= 2.0**-8, "rounded once"
+    assert found.shape == (2, 5, 1, 48) and found.is_contiguous()
+    assert relative_error(found, expected) <= 2.0**-8, "rounded once"
     assert torch.equal(found[1:], mean_over_tokens(qkv[:, 1:, 2])), "a row has the same bits alone"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not has_fp8(torch.device("cuda")), reason="needs FP8 tensor cores")
-def test_shifted_fp8():
+def test_add_mean_fp8():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(70, 2, 96, generator=generator).bfloat16().transpose(0, 1)
-    shift, scale = torch.randn(2, 6, 1, 16, generator=generator).bfloat16(), torch.tensor(2.0**-5)
-    found = kernels.shifted_fp8(x.cuda(), scale.cuda(), shift.cuda())
-    assert torch.equal(found.cpu().float(), kernels.shifted_fp8(x, scale, shift).float())
+    mean, scale = torch.randn(2, 6, 1, 16, generator=generator).bfloat16(), torch.tensor(2.0**-5)
+    found = kernels.add_mean_fp8(x.cuda(), scale.cuda(), mean.cuda())
+    assert torch.equal(found.cpu().float(), kernels.add_mean_fp8(x, scale, mean).float())
 
 
 def test_values_of_attention_in_fp8_are_emulated():

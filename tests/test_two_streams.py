@@ -16,7 +16,8 @@ from mmdit_lib.engine import kernels, torch_ops, two_streams
 from mmdit_lib.engine.attention import has_flash_attention_3
 from mmdit_lib.engine.cuda_graph import GraphedStep
 from mmdit_lib.engine.dry_graph import NoWeights, dry_graph
-from mmdit_lib.engine.fp8_passes import FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
+from mmdit_lib.engine.fp8_passes import FP8_ATTENTION, FP8_EPILOGUES, FP8_GEMMS, FP8_KERNELS
+from mmdit_lib.engine.inputs import sample_inputs
 from mmdit_lib.engine.lowering import lower
 from mmdit_lib.engine.pytorch_backend import GPU_PASSES
 from mmdit_lib.engine.rehearsal import meta_weights
@@ -66,6 +67,28 @@ def test_the_order_changes_and_the_result_does_not(name, options):
         assert torch.equal(changed(*inputs), module(*inputs))
 
 
+FP8 = FP8_GEMMS + GPU_PASSES + FP8_KERNELS + FP8_EPILOGUES
+
+
+@pytest.mark.parametrize("name", MODELS[1:])
+def test_the_result_is_the_same_with_attention_in_fp8(name):
+    """It has two results: all rows without the mean of the values, and that mean, which both streams read."""
+    folder = fp8.engine(name, "bfloat16", fp8_attention=True)
+    runner = MMDiTRunner.from_engine(folder, backend="pytorch", device="cpu")
+    module = lower(runner.backend.graph, runner.backend._weights, passes=FP8_ATTENTION + FP8)
+    assert begun(module) == runner.folder.model.num_layers - 1
+    inputs, _ = runner.prepare(sample_inputs(runner.folder, batch=2, text_tokens=97))
+    given = [inputs[node.target] for node in module.graph.find_nodes(op="placeholder")]
+    with torch.inference_mode():
+        assert torch.equal(two_streams.two_streams(module)(*given), module(*given))
+    joint = next(node for node in module.graph.nodes if two_streams._is_joint(node))
+    mean = next(node for node in joint.users if node.kwargs["index"] == 1)
+    with module.graph.inserting_after(mean):
+        copy = module.graph.call_function(torch.clone, (mean,))
+    next(iter(mean.users)).replace_input_with(mean, copy)
+    assert begun(module) == runner.folder.model.num_layers - 2, "the second stream would not wait for it"
+
+
 def computed_on(module) -> dict:
     """The stream on which each call runs, by node: 0 and, for the text, 1."""
     streams, inside = {}, 0
@@ -78,18 +101,19 @@ def computed_on(module) -> dict:
 VIEWS = (torch_ops.item, torch_ops.slice_, torch_ops.shuffle, torch_ops.unbind, getattr)
 
 
+@pytest.mark.parametrize("attention", [False, True], ids=["", "attention in FP8"])
 @pytest.mark.parametrize("excluded", [(), ("*.norm1*.linear",)], ids=["", "modulation in FP8"])
-def test_the_text_reads_nothing_that_the_first_stream_computes_beside_it(excluded):
+def test_the_text_reads_nothing_that_the_first_stream_computes_beside_it(excluded, attention):
     """The second stream waits for the image's attention only."""
-    runner = MMDiTRunner.from_engine(fp8.engine("sd3.5-medium", "bfloat16"), backend="pytorch", device="cpu")
+    folder = fp8.engine("sd3.5-medium", "bfloat16", fp8_attention=attention)
+    runner = MMDiTRunner.from_engine(folder, backend="pytorch", device="cpu")
     model, build = runner.folder.model, runner.folder.build_config
     scheme = Quantization.fp8(SD3)
     kept = tuple(pattern for pattern in scheme.exclude_modules if pattern not in excluded)
     scheme = scheme.model_copy(update={"exclude_modules": kept})
     graph = dry_graph(model, Layout().at(0), build, "bfloat16", scheme)
     weights = NoWeights(model, "bfloat16", Layout(), scheme).weights(0)
-    passes = FP8_GEMMS + GPU_PASSES + FP8_KERNELS + FP8_EPILOGUES
-    module = two_streams.two_streams(lower(graph, weights, passes=passes))
+    module = two_streams.two_streams(lower(graph, weights, passes=FP8_ATTENTION + FP8 if attention else FP8))
     streams, since = computed_on(module), {}
     for node in calls(module):
         if node.target is begin:
@@ -164,7 +188,11 @@ def test_where_it_pays(batch, heads, image, expected):
     assert worthwhile(batch, heads, image, 333, 132) is expected
 
 
-def blocks(count: int, heads: int, image: int, text: int) -> fx.GraphModule:
+def add_mean(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    return x + mean.flatten(1)[:, None]
+
+
+def blocks(count: int, heads: int, image: int, text: int, in_fp8: bool) -> fx.GraphModule:
     """Joint attention, output projections and MLPs of both streams, with random weights, without TensorRT."""
     size, generator = 64, torch.Generator().manual_seed(0)
     root, graph, width = torch.nn.Module(), fx.Graph(), heads * 64
@@ -178,6 +206,7 @@ def blocks(count: int, heads: int, image: int, text: int) -> fx.GraphModule:
         return graph.call_function(torch_ops.linear, (x, weight(1, out, inner), weight(1, 1, out)))
 
     streams = [graph.placeholder("x"), graph.placeholder("c")]
+    root.register_buffer("value_scale", torch.tensor(2.0**-4).cuda())
     as_slice = dict(axes=[2], start=None, shape=None, stride=[1], mode="STRICT_BOUNDS")
     as_rows = dict(first_transpose=[0, 2, 1, 3], reshape_dims=[0, 0, width])
     as_rows |= dict(second_transpose=None, zero_is_placeholder=True)
@@ -187,12 +216,17 @@ def blocks(count: int, heads: int, image: int, text: int) -> fx.GraphModule:
             for y in (x, weight(1, 3 * width, width), weight(1, 1, 3 * width), weight(size), weight(size))
         ]  # fmt: skip
         options = dict(inputs=3, heads=heads, eps=1e-6, scale=size**-0.5)
-        joint = graph.call_function(kernels.projected_attention, tuple(parts), options)
+        value_scale = [graph.get_attr("value_scale")] if in_fp8 else []
+        joint = graph.call_function(kernels.projected_attention, (*parts, *value_scale), options)
+        if in_fp8:
+            joint, mean = (graph.call_function(torch_ops.item, (joint,), {"index": i}) for i in range(2))
         starts = ((0,), (image,)), ((image,), (text,))
         rows = [graph.call_function(torch_ops.slice_, (joint, *span), as_slice) for span in starts]
         rows = [
             graph.call_function(torch_ops.shuffle, (x,), {"first_transpose": [0, 2, 1, 3], **as_rows}) for x in rows
         ]
+        if in_fp8:
+            rows = [graph.call_function(add_mean, (x, mean)) for x in rows]
         rows = [linear(x, width, width) for x in rows]
         streams = [graph.call_function(operator.add, pair) for pair in zip(streams, rows, strict=True)]
         rows = [graph.call_function(torch_ops.gelu_tanh, (linear(x, 4 * width, width),)) for x in streams]
@@ -203,12 +237,13 @@ def blocks(count: int, heads: int, image: int, text: int) -> fx.GraphModule:
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_gives_the_same_bits():
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_a_cuda_graph_gives_the_same_bits(in_fp8):
     """At SD3.5-medium's sizes, for 20 images. If memory were reused too early, some bits would differ."""
     if not has_flash_attention_3(torch.device("cuda")):
         pytest.skip("needs a Hopper GPU and fa3-fwd")
     heads, image, text = 24, 4096, 333
-    module = blocks(4, heads, image, text)
+    module = blocks(4, heads, image, text, in_fp8)
     changed = two_streams.two_streams(module)
     assert Counter(node.target for node in calls(changed))[begin] == 3, "the last block's text has no block after it"
     assert worthwhile(1, heads, image, text, two_streams.processors_of(torch.device("cuda", 0)))

@@ -83,20 +83,20 @@ def fp8_attention(layers: Layers) -> Layers:
             scale = index.number(q["factor"])
             if ones == [1.0, 1.0, 1.0] and scale and v["scale"] == v["factor"] and index.constant(v["scale"]):
                 result.append(_in_float32(index.made_by[v["scale"]], f"{layer.output.name}/value_scale"))
-                result += _centered(layer, q["x"], k["x"], v["x"], result[-1].output.name, scale=scale)
+                result += _without_mean(layer, q["x"], k["x"], v["x"], result[-1].output.name, scale=scale)
                 continue
         result.append(layer)
     return without_unread(result, layers)
 
 
-def _centered(layer: Layer, *inputs: str, scale: float) -> Layers:
+def _without_mean(layer: Layer, *inputs: str, scale: float) -> Layers:
     """FP8_ATTENTION, an ITEM for each of its two results, and their SUM."""
     output, name = layer.output, layer.output.name
     both = fused(replace(layer, output=replace(output, name=f"{name}/both")), "FP8_ATTENTION", *inputs, scale=scale)
     items = [
         replace(both, type="ITEM", inputs=(both.output.name,), output=replace(output, name=f"{name}/{part}"),
                 attributes={"index": i})
-        for i, part in enumerate(("centered", "center"))
+        for i, part in enumerate(("without_mean", "mean"))
     ]  # fmt: skip
     return [both, *items, fused(layer, "ELEMENTWISE", *(item.output.name for item in items), op="SUM")]
 
@@ -130,25 +130,35 @@ def _fused(layer: Layer, index: Index) -> Iterator[tuple[str, Layer]]:
             yield layer.output.name, fused(layer, "ITEM", both.output.name, index=1)
 
 
-def shifted_activations(layers: Layers) -> Layers:
-    """QUANTIZE of merged heads whose mean is added before -> SHIFTED_FP8, which adds it."""
+def mean_added_activations(layers: Layers) -> Layers:
+    """QUANTIZE of merged heads to which their mean is added before -> ADD_MEAN_FP8."""
     index, instead = Index.of(layers), {}
     for layer in layers:
-        first = _first_of_merged_heads(layer, index) if layer.type == "QUANTIZE" else None
+        quantize = layer.type == "QUANTIZE" and layer.attributes["axis"] == -1
+        first = _first_of_merged_heads(layer.inputs[0], index) if quantize else None
         items = _items(index.made_by.get(first.inputs[0]), index) if first else None
         if items:
-            instead[first.output.name] = replace(first, inputs=(items[0], *first.inputs[1:]))
-            instead[layer.output.name] = fused(layer, "SHIFTED_FP8", *layer.inputs, items[1])
+            without_mean, mean = items
+            instead[first.output.name] = replace(first, inputs=(without_mean, *first.inputs[1:]))
+            instead[layer.output.name] = fused(layer, "ADD_MEAN_FP8", *layer.inputs, mean)
     return without_unread([instead.get(layer.output.name, layer) for layer in layers], layers)
 
 
-def _first_of_merged_heads(quantize: Layer, index: Index) -> Layer | None:
-    """The first of the layers that nothing else reads: a SLICE of some tokens or none, a transpose, a reshape."""
-    merged = index.find(quantize.inputs[0], "SHUFFLE")
+def _first_of_merged_heads(name: str, index: Index) -> Layer | None:
+    """The first of the layers that make `name`: a SLICE of some tokens or none, a transpose, a reshape.
+
+    From [B, heads, tokens, head_size] to [B, tokens, heads head_size]; nothing else may read what is between.
+    """
+    merged = index.find(name, "SHUFFLE")
     transposed = index.find(merged.inputs[0], "SHUFFLE") if merged else None
-    if not transposed or transposed.attributes["first_transpose"] != [0, 2, 1, 3]:
+    if not transposed or len(merged.inputs) != 1 or len(transposed.inputs) != 1:
+        return None
+    shapes = [(x.attributes["first_transpose"], x.attributes["reshape_dims"]) for x in (transposed, merged)]
+    if shapes != [([0, 2, 1, 3], None), (None, [0, 0, merged.output.shape[-1]])]:
         return None
     part = index.find(transposed.inputs[0], "SLICE")
+    if part and (part.attributes["axes"], part.attributes["mode"]) != ([2], "STRICT_BOUNDS"):
+        return None
     chain = [merged, transposed, *([part] if part else [])]
     return chain[-1] if all(index.uses[x.output.name] == 1 for x in chain) else None
 
@@ -158,9 +168,10 @@ def _items(total: Layer | None, index: Index) -> tuple[str, str] | None:
     if not total or total.type != "ELEMENTWISE" or total.attributes["op"] != "SUM":
         return None
     items = [index.find(name, "ITEM") for name in total.inputs]
-    both = {item.inputs[0] for item in items if item}
-    attention = index.made_by[both.pop()].type.endswith("ATTENTION") if len(both) == 1 and all(items) else False
-    return total.inputs if attention else None
+    if not all(items) or [item.attributes["index"] for item in items] != [0, 1] or items[0].inputs != items[1].inputs:
+        return None
+    attention = index.made_by[items[0].inputs[0]].type
+    return total.inputs if attention in ("FP8_ATTENTION", "QKV_ATTENTION", "PROJECTED_ATTENTION") else None
 
 
 def scales_first(layers: Layers) -> Layers:
@@ -187,7 +198,7 @@ def fp8_linear_gelu(layers: Layers) -> Layers:
 
 
 FP8_GEMMS: tuple[Pass, ...] = (fp8_linear,)
-FP8_KERNELS: tuple[Pass, ...] = (scales_first, quantized_activations, shifted_activations)
+FP8_KERNELS: tuple[Pass, ...] = (scales_first, quantized_activations, mean_added_activations)
 FP8_EPILOGUES: tuple[Pass, ...] = (fp8_linear_gelu,)
 FP8_ATTENTION: tuple[Pass, ...] = (fp8_attention,)
 """First of all, where FlashAttention-3 can run."""

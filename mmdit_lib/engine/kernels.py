@@ -175,14 +175,14 @@ def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return triton_kernels.quantize(x, scale, gelu=False)
 
 
-def shifted_fp8(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """x + shift in FP8, with x [B, S, heads head_size] and shift [B, heads, 1, head_size]."""
-    row = shift.flatten(1)[:, None]
+def add_mean_fp8(x: torch.Tensor, fp8_scale: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """x + mean in FP8, with x [B, S, heads head_size] and mean [B, heads, 1, head_size]."""
+    row = mean.flatten(1)[:, None]
     if not on_gpu(x) or not has_fp8(x.device):
-        return rounded(x + row, scale)
+        return rounded(x + row, fp8_scale)
     from . import triton_kernels
 
-    return triton_kernels.quantize(x, scale, gelu=False, shift=row)
+    return triton_kernels.quantize(x, fp8_scale, gelu=False, mean=row)
 
 
 def gelu_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -189,6 +189,7 @@ def unbind(x, *, width):
 
 OPS: dict[str, Callable] = {
     "ACTIVATION": activation,
+    "ADD_MEAN_FP8": kernels.add_mean_fp8,
     "ATTENTION": attention,
     "CAST": cast,
     "CONCATENATION": concatenation,
@@ -221,7 +222,6 @@ OPS: dict[str, Callable] = {
     "REDUCED_GATED_SUM": rank_kernels.reduced_gated_sum,
     "RMS_NORM": rms_norm,
     "SELECT": select,
-    "SHIFTED_FP8": kernels.shifted_fp8,
     "SHUFFLE": shuffle,
     "SILU": F.silu,
     "SLICE": slice_,
@@ -233,10 +233,11 @@ OPS: dict[str, Callable] = {
 
 
 FUSED = frozenset({
-    "FP8_ATTENTION", "FP8_LINEAR", "FP8_LINEAR_GELU", "GATED_NORM", "GATED_NORM_FP8", "GATED_SUM", "GATHERED_ATTENTION",
+    "ADD_MEAN_FP8", "FP8_ATTENTION", "FP8_LINEAR", "FP8_LINEAR_GELU", "GATED_NORM", "GATED_NORM_FP8", "GATED_SUM",
+    "GATHERED_ATTENTION",
     "GELU_FP8", "ITEM", "LINEAR", "LINEAR_GELU", "MODULATE", "NORM_MODULATE", "NORM_MODULATE_FP8",
     "PROJECTED_ATTENTION", "QKV_ATTENTION", "REDUCED_GATED_NORM", "REDUCED_GATED_NORM_FP8", "REDUCED_GATED_SUM",
-    "RMS_NORM", "SHIFTED_FP8", "SILU", "ULYSSES_ATTENTION", "UNBIND",
+    "RMS_NORM", "SILU", "ULYSSES_ATTENTION", "UNBIND",
 })  # fmt: skip
 """Operators that only graph passes insert: a graph file with one of them is invalid."""
 

@@ -11,8 +11,10 @@ import triton.language as tl
 from .linears import project_into
 from .triton_kernels import _to_fp8
 
-CHUNK, COLUMNS = 64, 128
-"""Tokens and channels that one program adds up."""
+TOKENS = 64
+"""Tokens that one program adds up."""
+CHUNKS = 512
+"""Their sums that one program adds up: those of 32,768 tokens, more than any image has."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -27,21 +29,24 @@ def _column_sums(x, out, rows, width, x_row, x_batch, factor, ROWS: tl.constexpr
 
 
 def mean_over_tokens(x: torch.Tensor) -> torch.Tensor:
-    """x [tokens, B, heads, head_size], contiguous in the last two dimensions -> [B, heads, 1, head_size].
+    """x [tokens, B, heads, head_size], contiguous in the last two dimensions -> [B, heads, 1, head_size], contiguous.
 
     Rounded to the dtype of x. The order of the sum depends on the number of tokens alone.
     """
     tokens, batch, heads, size = x.shape
-    width, source, factor = heads * size, x, 1.0 / tokens
-    while tokens > 1:
-        chunks = triton.cdiv(tokens, CHUNK)
-        out = torch.empty(chunks, batch, width, dtype=torch.float32 if chunks > 1 else x.dtype, device=x.device)
-        _column_sums[(chunks, batch, triton.cdiv(width, COLUMNS))](
-            source, out, tokens, width, source.stride(0), source.stride(1), factor, ROWS=CHUNK, COLUMNS=COLUMNS,
-            num_warps=4,
+    width, chunks = heads * size, triton.cdiv(tokens, TOKENS)
+    sums = torch.empty(chunks, batch, width, dtype=torch.float32, device=x.device)
+    mean = torch.empty(batch, heads, 1, size, dtype=x.dtype, device=x.device)
+    together = max(CHUNKS, triton.next_power_of_2(chunks))
+    for source, out, rows, factor, tile, columns, warps in (
+        (x, sums, tokens, 1.0 / tokens, TOKENS, 128, 4),
+        (sums, mean, chunks, 1.0, together, 16, 8),
+    ):
+        _column_sums[(triton.cdiv(rows, tile), batch, triton.cdiv(width, columns))](
+            source, out, rows, width, source.stride(0), source.stride(1), factor, ROWS=tile, COLUMNS=columns,
+            num_warps=warps,
         )  # fmt: skip
-        tokens, source, factor = chunks, out, 1.0
-    return source.reshape(batch, heads, 1, size)
+    return mean
 
 
 @triton.jit(do_not_specialize=["first", "batches"])

@@ -29,32 +29,32 @@ def _to_fp8(value, scale, like):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _quantize(x, fp8_scale, shift, out, tokens, width, x_batch, x_token, GELU: tl.constexpr, SHIFT: tl.constexpr,
+def _quantize(x, fp8_scale, mean, out, tokens, width, x_batch, x_token, GELU: tl.constexpr, MEAN: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     value = tl.load(x + row // tokens * x_batch + row % tokens * x_token + columns, inside, 0.0).to(tl.float32)
-    if SHIFT:
-        value += tl.load(shift + row // tokens * width + columns, inside, 0.0).to(tl.float32)
+    if MEAN:
+        value += tl.load(mean + row // tokens * width + columns, inside, 0.0).to(tl.float32)
     if GELU:  # tanh(z) = 1 - 2 / (exp(2 z) + 1)
         z = 0.7978845608028654 * (value + 0.044715 * value * value * value)
         value = value * (1.0 - 1.0 / (tl.exp(2.0 * z) + 1.0))
     tl.store(out + row * width + columns, _to_fp8(value, tl.load(fp8_scale).to(tl.float32), x), inside)
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, *, gelu: bool, shift: torch.Tensor | None = None) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: torch.Tensor, *, gelu: bool, mean: torch.Tensor | None = None) -> torch.Tensor:
     """x [B, S, D], of any order of the first two dimensions in memory, in FP8; of GELU(x) if `gelu`.
 
-    `shift`, [B, 1, D], is added first.
+    `mean`, [B, 1, D], is added first.
     """
     batch, tokens, width = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     block = min(triton.next_power_of_2(width), 2048)
     _quantize[(batch * tokens, triton.cdiv(width, block))](
-        x, scale, x if shift is None else shift.contiguous(), out, tokens, width, x.stride(0), x.stride(1), GELU=gelu,
-        SHIFT=shift is not None, BLOCK=block, num_warps=4,
+        x, scale, x if mean is None else mean.contiguous(), out, tokens, width, x.stride(0), x.stride(1), GELU=gelu,
+        MEAN=mean is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -84,6 +84,8 @@ def _parts(attention: fx.Node, nodes: list[fx.Node]) -> tuple[list[fx.Node], ...
     image, text = (_after({rows}, nodes) for rows in slices)
     if image & text or any("group" in node.kwargs for node in (*image, *text)):  # several ranks
         return None
+    if not _after({attention}, nodes) <= {attention, *items} | image | text:
+        return None
     first = [node for node in nodes if node not in image | text and node not in items]
     return first, items, [node for node in nodes if node in image], [node for node in nodes if node in text]
 

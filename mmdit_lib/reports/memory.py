@@ -18,7 +18,7 @@ from ..config import BuildConfig, Dtype, Layout, Sizes
 from ..engine import kernels
 from ..engine.ahead import last_early, steps_at_once
 from ..engine.collectives import dist_collective, without_ranks
-from ..engine.fp8_passes import FP8_ATTENTION, shifted_activations
+from ..engine.fp8_passes import FP8_ATTENTION, mean_added_activations
 from ..engine.graph import Graph
 from ..engine.pytorch_backend import GPU_PASSES
 from ..engine.rank_kernels import gathered_attention, slot_bytes, ulysses_attention
@@ -62,7 +62,9 @@ def memory_of(
     attention are kept longer; and as if attention in FP8 always had its kernel.
     """
     weights = weights or meta_weights(architecture, model, layout, dtype)
-    peak = Peak(graph, weights, groups=group_names(graph), passes=FP8_ATTENTION + GPU_PASSES + (shifted_activations,))
+    peak = Peak(
+        graph, weights, groups=group_names(graph), passes=FP8_ATTENTION + GPU_PASSES + (mean_added_activations,)
+    )
     peak.last = last_early(peak.graph, architecture.conditioning)
     peak.run(*inputs_on_meta(model, dtype, sizes, build))
     return Memory(sum(weight.nbytes for weight in weights.values()), peak.nbytes, 2 * peak.slot, peak.ahead)
