@@ -70,7 +70,7 @@ def fp8_attention(layers: Layers) -> Layers:
     """ATTENTION in bfloat16 whose inputs and probabilities are rounded to FP8 -> FP8_ATTENTION of what is rounded.
 
     Its kernel has scale 1 for queries and keys, another for values, and rounds probabilities in its own way. It returns
-    the attention to values without their mean, and the mean, which a SUM adds.
+    attention to the values without their mean, and the mean, which a SUM adds.
     """
     index, result = Index.of(layers), []
     for layer in layers:

@@ -60,8 +60,8 @@ def gated_norm(x, gate, y, scale, shift, *earlier, eps: float) -> tuple[torch.Te
 def fp8_attention(q, k, v, v_scale: torch.Tensor, *, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` with its inputs in FP8, where its kernel takes them; elsewhere they are rounded to FP8.
 
-    Hopper's tensor cores add FP8 products with few bits, so a sum over many tokens loses the more, the more the values
-    have in common. Therefore the values lose their mean first. It is for the caller to add, which is exact because the
+    Hopper's tensor cores add FP8 products with few bits, so a sum over many tokens is imprecise if the values have much
+    in common. Therefore their mean is subtracted first. The caller adds it to the result, which is exact because the
     probabilities' sum is 1.
 
     q and k have scale 1, v without its mean has `v_scale`, a float32 scalar.
@@ -93,8 +93,8 @@ def qkv_attention(*streams: torch.Tensor | None, heads: int, eps: float, scale: 
         scale: factor of the products of queries and keys.
 
     Returns:
-        [B, heads, tokens of all streams, head_size], and in FP8 the mean too, as `fp8_attention`. On a GPU it is stored
-        with the tokens first, so that the tokens of one stream are contiguous.
+        [B, heads, tokens of all streams, head_size]; in FP8 also the mean, as `fp8_attention` returns it. On a GPU, the
+        tokens come first in memory, so that those of one stream are contiguous.
     """
     count, in_fp8 = divmod(len(streams), 3)
     q, k, v = split_heads(*streams[: 3 * count], heads=heads, eps=eps)
