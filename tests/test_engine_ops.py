@@ -239,7 +239,7 @@ CASES = [
 ]
 
 FP8_FUSED = {
-    "FP8_ATTENTION", "FP8_LINEAR", "FP8_LINEAR_GELU", "GATED_NORM_FP8", "GELU_FP8", "NORM_MODULATE_FP8", "ADD_MEAN_FP8",
+    "ADD_MEAN_FP8", "FP8_ATTENTION", "FP8_LINEAR", "FP8_LINEAR_GELU", "GATED_NORM_FP8", "GELU_FP8", "NORM_MODULATE_FP8",
 }  # fmt: skip
 """test_fp8_passes.py and test_fp8_attention.py compare them with the operators that they replace."""
 NEEDS_PROCESSES = {

@@ -170,8 +170,8 @@ def test_passes_for_a_gpu(name):
     results = [layer.output.name for layer in layers if layer.type == "PROJECTED_ATTENTION"]
     items = [layer for layer in layers if layer.type == "ITEM" and made[layer.inputs[0]].type == "PROJECTED_ATTENTION"]
     assert len(items) == 2 * len(results)
-    shifted = [made[layer.inputs[2]] for layer in layers if layer.type == "ADD_MEAN_FP8"]
-    assert shifted and {(x.type, x.attributes["index"]) for x in shifted} == {("ITEM", 1)}
+    means = [made[layer.inputs[2]] for layer in layers if layer.type == "ADD_MEAN_FP8"]
+    assert means and {(x.type, x.attributes["index"]) for x in means} == {("ITEM", 1)}
     sums = [x for x in layers if x.type == "ELEMENTWISE" and made.get(x.inputs[0]) in items]
     assert [x.output.name for x in sums] == [results[-1].removesuffix("/both")], (
         "of the last block's text, which is not used"
